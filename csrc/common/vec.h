@@ -1,0 +1,126 @@
+// SIMD vocabulary of the CPU kernels: one native vector type per element type, half conversions, and the reductions whose order every kernel shares.
+//
+// Each instruction set compiles the kernels again, so everything here lives in an inline namespace named after it (MODALIGN_ISA): two copies of an inline
+// function built with different flags can then never be merged by the linker, which would put AVX-512 code on a machine without it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "ops/scalar.h"
+
+#ifndef MODALIGN_ISA
+#define MODALIGN_ISA portable
+#endif
+
+namespace modalign::cpu {
+inline namespace MODALIGN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// A native register of T. GCC and Clang vector extensions: the arithmetic operators work lane by lane and contract to FMA where the target has it.
+template <class T> struct VectorOf { typedef T type __attribute__((vector_size(kVectorBytes))); };
+template <class T> using Vector = typename VectorOf<T>::type;
+template <class T> constexpr int kVectorLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+// Columns are always grouped by 64 bytes (16 floats, 8 doubles), whatever the register width, so that packed layouts and epilogues are the same on every path.
+template <class T> constexpr int kLanes = 64 / static_cast<int>(sizeof(T));
+
+template <class T> inline Vector<T> load(const T* p) { Vector<T> v; std::memcpy(&v, p, sizeof v); return v; }
+template <class T> inline void store(T* p, Vector<T> v) { std::memcpy(p, &v, sizeof v); }
+template <class T> inline Vector<T> broadcast(T x) { return x - Vector<T>{}; }
+
+// ---- 16-bit types -------------------------------------------------------------------------------------------------------------------------------------
+
+inline float widen_bf16(std::uint16_t h) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(h) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline std::uint16_t narrow_bf16(float x) {   // round to nearest even; a NaN stays a (quiet) NaN
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const std::uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return static_cast<std::uint16_t>(x != x ? (bits >> 16) | 0x40 : rounded >> 16);
+}
+
+inline float widen_f16(std::uint16_t h) { _Float16 x; std::memcpy(&x, &h, 2); return static_cast<float>(x); }
+inline std::uint16_t narrow_f16(float x) { const _Float16 h = static_cast<_Float16>(x); std::uint16_t bits; std::memcpy(&bits, &h, 2); return bits; }
+
+// n elements of any dtype, `stride` elements apart, widened to T (float for 16-bit and float input, double for double).
+template <class T>
+inline void load_row(Scalar dtype, const void* data, std::int64_t offset, std::int64_t stride, std::int64_t n, T* out) {
+  switch (dtype) {
+    case Scalar::f32: {
+      const float* p = static_cast<const float*>(data) + offset;
+      if (stride == 1) for (std::int64_t k = 0; k < n; ++k) out[k] = p[k];
+      else for (std::int64_t k = 0; k < n; ++k) out[k] = p[k * stride];
+      return;
+    }
+    case Scalar::f64: {
+      const double* p = static_cast<const double*>(data) + offset;
+      for (std::int64_t k = 0; k < n; ++k) out[k] = static_cast<T>(p[k * stride]);
+      return;
+    }
+    case Scalar::bf16: {
+      const std::uint16_t* p = static_cast<const std::uint16_t*>(data) + offset;
+      if (stride == 1) for (std::int64_t k = 0; k < n; ++k) out[k] = widen_bf16(p[k]);
+      else for (std::int64_t k = 0; k < n; ++k) out[k] = widen_bf16(p[k * stride]);
+      return;
+    }
+    case Scalar::f16: {
+      const std::uint16_t* p = static_cast<const std::uint16_t*>(data) + offset;
+      for (std::int64_t k = 0; k < n; ++k) out[k] = widen_f16(p[k * stride]);
+      return;
+    }
+  }
+}
+
+// n elements of T to contiguous elements of any dtype.
+template <class T>
+inline void store_row(Scalar dtype, void* data, std::int64_t offset, std::int64_t n, const T* in) {
+  switch (dtype) {
+    case Scalar::f32: { float* p = static_cast<float*>(data) + offset; for (std::int64_t k = 0; k < n; ++k) p[k] = static_cast<float>(in[k]); return; }
+    case Scalar::f64: { double* p = static_cast<double*>(data) + offset; for (std::int64_t k = 0; k < n; ++k) p[k] = static_cast<double>(in[k]); return; }
+    case Scalar::bf16: { auto* p = static_cast<std::uint16_t*>(data) + offset; for (std::int64_t k = 0; k < n; ++k) p[k] = narrow_bf16(static_cast<float>(in[k])); return; }
+    case Scalar::f16: { auto* p = static_cast<std::uint16_t*>(data) + offset; for (std::int64_t k = 0; k < n; ++k) p[k] = narrow_f16(static_cast<float>(in[k])); return; }
+  }
+}
+
+// ---- vectors of length n ------------------------------------------------------------------------------------------------------------------------------
+
+// Four register accumulators in a fixed order: more digits than one running sum, and the same bits whoever calls.
+template <class T>
+inline T dot(const T* x, const T* y, std::int64_t n) {
+  constexpr int L = kVectorLanes<T>;
+  Vector<T> sum[4] = {};
+  std::int64_t k = 0;
+  for (; k + 4 * L <= n; k += 4 * L)
+    for (int u = 0; u < 4; ++u) sum[u] += load(x + k + u * L) * load(y + k + u * L);
+  for (; k + L <= n; k += L) sum[0] += load(x + k) * load(y + k);
+  const Vector<T> total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  T result = 0;
+  for (int lane = 0; lane < L; ++lane) result += total[lane];
+  for (; k < n; ++k) result += x[k] * y[k];
+  return result;
+}
+
+// y += scale x
+template <class T>
+inline void add_scaled(T* y, T scale, const T* x, std::int64_t n) {
+  for (std::int64_t k = 0; k < n; ++k) y[k] += scale * x[k];
+}
+
+template <class T> constexpr T kEpsilon = sizeof(T) == 4 ? T(1.1920929e-7) : T(2.220446049250313e-16);
+
+}  // inline namespace
+}  // namespace modalign::cpu
