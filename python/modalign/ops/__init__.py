@@ -1,0 +1,11 @@
+"""Differentiable ops: one file per op, its raw kernels in `_C.so`. Public names are re-exported here, one line per op."""
+
+from .._load import load_library
+
+load_library()   # the files below tell torch about the raw ops, so these have to be there first
+
+from .gram_volume import gram_volume  # noqa: E402
+from .paired_gram_volume import paired_gram_volume  # noqa: E402
+from .triangle_area import triangle_area  # noqa: E402
+
+__all__ = ["gram_volume", "paired_gram_volume", "triangle_area"]
