@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../ops/gram_volume.h"
+#include "ops/gram_volume.h"
 
 namespace modalign::cuda {
 
@@ -25,9 +25,11 @@ int launch_triangle_area(const TriangleAreaProblem& problem, const PairForward& 
 std::int64_t triangle_area_bwd_workspace(const TriangleAreaProblem& problem, std::int64_t workspace_bytes);
 int launch_triangle_area_bwd(const TriangleAreaProblem& problem, const PairBackward& backward, void* workspace, std::int64_t workspace_size, void* stream);
 
-// value [N] dtype; grad [N] dtype with any stride; grad_vectors [N, k, D] dtype, contiguous.
-int launch_paired_gram_volume(const PairedGramVolumeProblem& problem, void* value, void* stream);
-int launch_paired_gram_volume_bwd(const PairedGramVolumeProblem& problem, const void* grad, std::int64_t grad_stride, void* grad_vectors, void* stream);
+// value [N] dtype; grad [N] dtype with any stride; grad_vectors [N, k, D] dtype, contiguous. One workspace size serves both directions.
+std::int64_t paired_gram_volume_workspace(const PairedGramVolumeProblem& problem);
+int launch_paired_gram_volume(const PairedGramVolumeProblem& problem, void* value, void* workspace, void* stream);
+int launch_paired_gram_volume_bwd(const PairedGramVolumeProblem& problem, const void* grad, std::int64_t grad_stride, void* grad_vectors, void* workspace,
+                                  void* stream);
 
 const char* error_name(int error);   // text for a nonzero result
 const char* kernel_catalogue();      // keys of all compiled kernel instances, one a line
