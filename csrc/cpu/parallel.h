@@ -11,10 +11,6 @@ struct Parallel {
   void (*run)(std::int64_t begin, std::int64_t end, std::int64_t grain, Body body, void* context);
 };
 
-inline constexpr Parallel kSerial{[](std::int64_t begin, std::int64_t end, std::int64_t, Parallel::Body body, void* context) {
-  if (begin < end) body(context, begin, end);
-}};
-
 }  // namespace modalign::cpu
 
 // Included by every instruction set, hence in its namespace.
@@ -23,6 +19,10 @@ inline constexpr Parallel kSerial{[](std::int64_t begin, std::int64_t end, std::
 #endif
 namespace modalign::cpu {
 inline namespace MODALIGN_ISA {
+
+inline constexpr Parallel kSerial{[](std::int64_t begin, std::int64_t end, std::int64_t, Parallel::Body body, void* context) {
+  if (begin < end) body(context, begin, end);
+}};
 
 // Chunks [begin, end) of at least `grain` items to f(begin, end), in any order and on any thread.
 template <class F>

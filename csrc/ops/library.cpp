@@ -1,0 +1,19 @@
+// Facts about this binary, exported as plain C so that they can be read without torch (python/modalign/_load.py does, by ctypes).
+#include "cpu/instruction_set.h"
+#ifdef MODALIGN_WITH_CUDA
+#include "cuda/gram_volume.h"
+#endif
+
+#define MODALIGN_EXPORT extern "C" __attribute__((visibility("default")))
+
+MODALIGN_EXPORT const char* modalign_build_info() { return MODALIGN_BUILD_INFO; }   // JSON, written by CMake
+MODALIGN_EXPORT const char* modalign_compiled_instruction_sets() { return modalign::cpu::compiled_instruction_sets(); }
+MODALIGN_EXPORT const char* modalign_instruction_set() { return modalign::cpu::instruction_set_name(); }
+MODALIGN_EXPORT bool modalign_use_instruction_set(const char* name) { return modalign::cpu::use_instruction_set(name); }
+MODALIGN_EXPORT const char* modalign_kernel_catalogue() {
+#ifdef MODALIGN_WITH_CUDA
+  return modalign::cuda::kernel_catalogue();
+#else
+  return "";
+#endif
+}
