@@ -18,6 +18,11 @@ def safe_sqrt(square: Tensor, positive: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
 
 
+def negligible(square: Tensor, bound: Tensor) -> Tensor:
+    """square <= bound, but False for NaN and Inf: these go on to make their row or column NaN instead of a finite 0."""
+    return (square <= bound) & (square < torch.inf)
+
+
 def orthonormalize(vectors: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
     """Q [..., m, D] with orthonormal rows and L [..., m, m] lower triangular with vectors = L Q, for vectors [..., m, D]; present is bool [..., m].
 
@@ -40,8 +45,7 @@ def orthonormalize(vectors: Tensor, present: Tensor | None) -> tuple[Tensor, Ten
                 residual = residual - along.unsqueeze(-1) * rows[q]
                 coefficients[q] = coefficients[q] + along
         residual_squared = squared_length(residual)
-        # "not <=" and not ">": a NaN residual is independent, so that it goes on to make its column NaN instead of 0.
-        independent = ~(residual_squared <= (DEPENDENT * eps_m) ** 2 * length_squared)
+        independent = ~negligible(residual_squared, (DEPENDENT * eps_m) ** 2 * length_squared)
         norm = safe_sqrt(residual_squared, independent)
         rows.append(torch.where(independent.unsqueeze(-1), residual / torch.where(independent, norm, 1).unsqueeze(-1), 0))
         coefficients[p] = torch.where(here, norm, 1)

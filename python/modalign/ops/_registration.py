@@ -126,8 +126,9 @@ def unfold_batch(tensor: Tensor, batch_size: int) -> Tensor:
     return tensor.reshape(batch_size, tensor.shape[0] // max(batch_size, 1), *tensor.shape[1:])
 
 
-def register_folding_vmap(qualified_name: str) -> None:
-    """vmap for an op whose tensors all carry an independent problem index N in front: the vmapped dimension joins N, one launch serves all."""
+def register_folding_vmap(qualified_name: str, contiguous: tuple[int, ...] = ()) -> None:
+    """vmap for an op whose tensors all carry an independent problem index N in front: the vmapped dimension joins N, one launch serves all.
+    `contiguous`: positions of arguments that the op only takes contiguous (what its forward saved)."""
     op = getattr(torch.ops.modalign, qualified_name.partition("::")[2])
 
     def fold(value: Any, dimension: Any, batch_size: int) -> Any:
@@ -140,7 +141,10 @@ def register_folding_vmap(qualified_name: str) -> None:
 
     def batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         size = info.batch_size
-        result = op(*(fold(value, dimension, size) for value, dimension in zip(arguments, in_dims)))
+        folded = [fold(value, dimension, size) for value, dimension in zip(arguments, in_dims)]
+        for position in contiguous:
+            folded[position] = folded[position].contiguous()
+        result = op(*folded)
         if isinstance(result, Tensor):
             return unfold_batch(result, size), 0
         return tuple(unfold_batch(entry, size) for entry in result), (0,) * len(result)
@@ -156,8 +160,10 @@ def register_pair(
     fake_backward: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    saved: tuple[int, ...] = (),
 ) -> None:
-    """Everything Python adds to the raw ops `modalign::<name>` and `modalign::<name>_bwd`; `op` is the public name that messages use."""
+    """Everything Python adds to the raw ops `modalign::<name>` and `modalign::<name>_bwd`; `op` is the public name that messages use, `saved` the positions of the
+    arguments of `<name>_bwd` that come from the forward and are taken contiguous only."""
     forward_name, backward_name = f"modalign::{name}", f"modalign::{name}_bwd"
     torch.library.register_fake(forward_name, fake)
     torch.library.register_fake(backward_name, fake_backward)
@@ -166,4 +172,4 @@ def register_pair(
     refuse_double_backward(backward_name, op)
     register_float32_autocast(forward_name)
     register_folding_vmap(forward_name)
-    register_folding_vmap(backward_name)
+    register_folding_vmap(backward_name, saved)

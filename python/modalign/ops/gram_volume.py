@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _arguments as arguments
-from ._gram_schmidt import NOISE, orthonormalize, root_of_volume, safe_sqrt, solve_transposed, squared_length, unit
+from ._gram_schmidt import NOISE, negligible, orthonormalize, root_of_volume, safe_sqrt, solve_transposed, squared_length, unit
 from ._registration import accumulation_dtype, autocast_is_on, call, functorch_is_active, refuse_forward_mode, register_pair, tie_to, to_autocast
 
 __all__ = ["gram_volume", "reference_gram_volume", "formula_gram_volume"]
@@ -193,7 +193,7 @@ def _backward_with(name: str) -> Any:
 
 register_pair(
     "gram_volume", op="gram_volume", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context,
-    backward=_backward_with("gram_volume_bwd"),
+    backward=_backward_with("gram_volume_bwd"), saved=(2, 3),
 )
 
 
@@ -221,7 +221,7 @@ def _residuals(anchor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     residual = residual - torch.einsum("nbcm,ncmd->nbcd", again, basis)
     square = squared_length(residual)
     noise = (NOISE * torch.finfo(anchor.dtype).eps) ** 2 * squared_length(anchor).unsqueeze(-1)
-    return residual, kappa + again, torch.where(square <= noise, 0, square)
+    return residual, kappa + again, torch.where(negligible(square, noise), 0, square)
 
 
 def wide_forward(anchor: Tensor, others: list[Tensor], present: Tensor | None, squared: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -274,7 +274,7 @@ _library.impl("gram_volume_wide", wide_forward, "CompositeExplicitAutograd")
 _library.impl("gram_volume_wide_bwd", wide_backward, "CompositeExplicitAutograd")
 register_pair(
     "gram_volume_wide", op="gram_volume", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context,
-    backward=_backward_with("gram_volume_wide_bwd"),
+    backward=_backward_with("gram_volume_wide_bwd"), saved=(2, 3),
 )
 
 
@@ -310,7 +310,7 @@ def reference_gram_volume(
         along = torch.einsum("...bcd,...cmd->...bcm", residual.expand(residual.shape[:-2] + basis.shape[-3:-2] + residual.shape[-1:]), basis)
         residual = residual - torch.einsum("...bcm,...cmd->...bcd", along, basis)
     square, length_squared = squared_length(residual), squared_length(anchor).unsqueeze(-1)
-    alive = ~(square <= (NOISE * eps_m) ** 2 * length_squared) & (scale != 0) & (count.to(anchor.device) < anchor.shape[-1])
+    alive = ~negligible(square, (NOISE * eps_m) ** 2 * length_squared) & (scale != 0) & (count.to(anchor.device) < anchor.shape[-1])
     if squared:
         return torch.where(alive, scale**2 * square, 0)
     floor_squared = (eps * length_squared).detach()

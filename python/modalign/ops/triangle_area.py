@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _arguments as arguments
-from ._gram_schmidt import NOISE, safe_sqrt, squared_length
+from ._gram_schmidt import NOISE, negligible, safe_sqrt, squared_length
 from ._registration import accumulation_dtype, autocast_is_on, call, functorch_is_active, refuse_forward_mode, register_pair, tie_to, to_autocast
 
 __all__ = ["triangle_area", "reference_triangle_area", "formula_triangle_area"]
@@ -130,7 +130,9 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     )
 
 
-register_pair("triangle_area", op="triangle_area", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward)
+register_pair(
+    "triangle_area", op="triangle_area", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward, saved=(2, 3)
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------- plain-torch formulas
@@ -150,7 +152,7 @@ def reference_triangle_area(anchor: Tensor, u: Tensor, v: Tensor, *, squared: bo
     for _ in range(2):
         height = height - (height * direction).sum(-1, keepdim=True) * direction
     square, scale = squared_length(height), squared_length(anchor).unsqueeze(-1) + squared_length(u).unsqueeze(-2)
-    alive = ~(square <= (NOISE * torch.finfo(anchor.dtype).eps) ** 2 * scale) & apart.unsqueeze(-2)
+    alive = ~negligible(square, (NOISE * torch.finfo(anchor.dtype).eps) ** 2 * scale) & apart.unsqueeze(-2)
     if squared:
         return torch.where(alive, length**2 * square / 4, 0)
     floor_squared = (eps * scale).detach()
