@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #include "ops/scalar.h"
 
 #ifndef MODALIGN_ISA
@@ -53,8 +57,45 @@ inline std::uint16_t narrow_bf16(float x) {   // round to nearest even; a NaN st
   return static_cast<std::uint16_t>(x != x ? (bits >> 16) | 0x40 : rounded >> 16);
 }
 
-inline float widen_f16(std::uint16_t h) { _Float16 x; std::memcpy(&x, &h, 2); return static_cast<float>(x); }
-inline std::uint16_t narrow_f16(float x) { const _Float16 h = static_cast<_Float16>(x); std::uint16_t bits; std::memcpy(&bits, &h, 2); return bits; }
+// float16 by hand where the processor cannot: compiler helpers for _Float16 would tie the binary to the newest libgcc.
+inline float widen_f16(std::uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  // exponent and mantissa moved into place make x * 2^-112; the multiplication also normalises subnormals. Infinity and NaN get their exponent back.
+  std::uint32_t bits = (h & 0x7fffu) << 13;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  x *= 0x1p112f;
+  std::memcpy(&bits, &x, 4);
+  if ((h & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;
+  bits |= (h & 0x8000u) << 16;
+  std::memcpy(&x, &bits, 4);
+  return x;
+#endif
+}
+
+inline std::uint16_t narrow_f16(float x) {   // round to nearest even
+#if defined(__F16C__)
+  return static_cast<std::uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const std::uint32_t sign = bits >> 16 & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);    // NaN
+  if (bits >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);   // 65520 and above round to infinity
+  if (bits < 0x38800000u) {   // below 2^-14: adding 0.5 lets the adder do the rounding of the subnormal
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    return static_cast<std::uint16_t>(sign | (bits - 0x3f000000u));
+  }
+  bits += 0xc8000fffu + (bits >> 13 & 1);   // exponent 127 -> 15, half a unit, ties to even
+  return static_cast<std::uint16_t>(sign | bits >> 13);
+#endif
+}
 
 // n elements of any dtype, `stride` elements apart, widened to T (float for 16-bit and float input, double for double).
 template <class T>

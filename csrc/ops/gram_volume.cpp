@@ -90,6 +90,8 @@ PairedGramVolumeProblem check_paired_gram_volume(const std::vector<Tensor>& vect
 #ifdef MODALIGN_WITH_CUDA
 constexpr std::int64_t kWorkspaceBytes = 64 << 20;   // what a backward pass may take for its row panels beyond what is linear in rows and columns
 
+using torch::stable::accelerator::DeviceGuard;   // tensors of one call may live on another device than the current one
+
 void check_launch(const char* op, int error) { MODALIGN_CHECK(error == 0, op, ": CUDA reports ", cuda::error_name(error)); }
 #endif
 
@@ -137,6 +139,7 @@ Three run_forward(const typename Op::Problem& p, const Tensor& anchor) {
   const PairForward to{value.mutable_data_ptr(), basis.mutable_data_ptr(), factor.mutable_data_ptr()};
   if (anchor.is_cuda()) {
 #ifdef MODALIGN_WITH_CUDA
+    const DeviceGuard device(anchor.get_device_index());
     const Tensor workspace = new_workspace(anchor, Op::cuda_workspace(p));
     check_launch(Op::name, Op::cuda_forward(p, to, workspace.mutable_data_ptr(), current_cuda_stream(anchor.get_device_index())));
 #endif
@@ -164,6 +167,7 @@ Two run_backward(const typename Op::Problem& p, const Tensor& grad, const Tensor
                         need_anchor ? grad_anchor.mutable_data_ptr() : nullptr, need_others ? grad_others.mutable_data_ptr() : nullptr};
   if (anchor.is_cuda()) {
 #ifdef MODALIGN_WITH_CUDA
+    const DeviceGuard device(anchor.get_device_index());
     const std::int64_t bytes = Op::cuda_bwd_workspace(p, kWorkspaceBytes);
     const Tensor workspace = new_workspace(anchor, bytes);
     check_launch(Op::name, Op::cuda_backward(p, to, workspace.mutable_data_ptr(), bytes, current_cuda_stream(anchor.get_device_index())));
@@ -220,7 +224,10 @@ Tensor paired_gram_volume(std::vector<Tensor> vectors, std::optional<Tensor> pre
   Tensor value = new_tensor(first, {p.N}, first.scalar_type());
   if (first.is_cuda()) {
 #ifdef MODALIGN_WITH_CUDA
-    check_launch("paired_gram_volume", cuda::launch_paired_gram_volume(p, value.mutable_data_ptr(), current_cuda_stream(first.get_device_index())));
+    const DeviceGuard device(first.get_device_index());
+    const Tensor workspace = new_workspace(first, cuda::paired_gram_volume_workspace(p));
+    check_launch("paired_gram_volume", cuda::launch_paired_gram_volume(p, value.mutable_data_ptr(), workspace.mutable_data_ptr(),
+                                                                      current_cuda_stream(first.get_device_index())));
 #endif
   } else {
     cpu::gram_volume_kernels().paired_gram_volume(p, value.mutable_data_ptr(), kTorchParallel);
@@ -236,8 +243,10 @@ Tensor paired_gram_volume_bwd(const Tensor& grad, std::vector<Tensor> vectors, s
   Tensor grad_vectors = new_tensor(first, {p.N, p.k, p.D}, first.scalar_type());
   if (first.is_cuda()) {
 #ifdef MODALIGN_WITH_CUDA
+    const DeviceGuard device(first.get_device_index());
+    const Tensor workspace = new_workspace(first, cuda::paired_gram_volume_workspace(p));
     check_launch("paired_gram_volume", cuda::launch_paired_gram_volume_bwd(p, grad.const_data_ptr(), grad.stride(0), grad_vectors.mutable_data_ptr(),
-                                                                          current_cuda_stream(first.get_device_index())));
+                                                                          workspace.mutable_data_ptr(), current_cuda_stream(first.get_device_index())));
 #endif
   } else {
     cpu::gram_volume_kernels().paired_gram_volume_bwd(p, grad.const_data_ptr(), grad.stride(0), grad_vectors.mutable_data_ptr(), kTorchParallel);

