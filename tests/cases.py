@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from modalign import ops
 from modalign.ops.gram_volume import formula_gram_volume, reference_gram_volume
@@ -30,7 +32,8 @@ def gram_volume_samples(make: Maker) -> list[Sample]:
         call("k=4, squared", 33, 65, 40, 3, squared=True),
         call("k=5, present", 11, 19, 33, 4, present=make.mask(19, 4)),
         call("k=8", 9, 17, 50, 7),
-        call("k=3, normalize", 6, 7, 20, 2, normalize=True),
+        # Unit vectors are rounded to the half type before the op and their gradients after it, and the division then takes out the large radial part.
+        replace(call("k=3, normalize", 6, 7, 20, 2, normalize=True), slack=2),
         call("k=4, root, present", 6, 7, 20, 3, normalize="root", present=make.mask(7, 3)),
         call("k=3, batched", 5, 6, 18, 2, 3, 2),
         Sample("k=3, broadcast leading dimensions", (make.unit(3, 1, 5, 24), others), {"present": make.mask(3, 1, 7, 2)}),
@@ -158,7 +161,7 @@ def paired_samples(make: Maker) -> list[Sample]:
         call("k=3, ragged", 3, 67, 37),
         call("k=5, squared, present", 5, 33, 21, squared=True, present=make.mask(21, 5)),
         call("k=8", 8, 50, 19),
-        call("k=3, normalize", 3, 20, 7, normalize=True),
+        replace(call("k=3, normalize", 3, 20, 7, normalize=True), slack=2),   # see gram_volume
         call("k=4, root, present", 4, 20, 7, normalize="root", present=make.mask(7, 4)),
         call("k=3, batched", 3, 18, 2, 3, 2),
         Sample("one tensor", (make.unit(3, 5, 4, 18),), {"present": make.mask(5, 4)}),

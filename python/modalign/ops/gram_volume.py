@@ -334,7 +334,7 @@ def formula_gram_volume(
     k, m = len(vectors), len(others)
     one = torch.ones((), dtype=torch.bool, device=anchor.device)
     there = [one] + [one if present is None else present[..., p] for p in range(m)]
-    shape = (anchor @ others[0].mT).shape
+    shape = torch.broadcast_shapes(*((anchor[..., :1] @ other[..., :1].mT).shape for other in others))
     rows = []
     for p in range(k):
         row = []

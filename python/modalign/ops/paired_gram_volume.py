@@ -223,7 +223,7 @@ def reference_paired_gram_volume(
 
 def formula_paired_gram_volume(vectors: Sequence[Tensor] | Tensor, *, present: Tensor | None = None, squared: bool = False) -> Tensor:
     """The determinant formula per sample: Gram matrix, det, abs, sqrt. Loses its digits for nearly collinear vectors, NaN gradients at 0."""
-    stacked = vectors if isinstance(vectors, Tensor) else torch.stack(list(vectors), -2)
+    stacked = vectors if isinstance(vectors, Tensor) else torch.stack(torch.broadcast_tensors(*vectors), -2)
     gram = stacked @ stacked.mT
     if present is not None:
         both = present.unsqueeze(-1) & present.unsqueeze(-2)

@@ -15,11 +15,12 @@ from .tolerances import Tolerance
 
 @dataclass(frozen=True)
 class Sample:
-    """One call: arguments as they are passed, with a name for messages."""
+    """One call: arguments as they are passed, with a name for messages. `slack` multiplies the tolerances for it; a comment beside it says why."""
 
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    slack: float = 1.0
 
     def call(self, function: Callable[..., Any]) -> Any:
         return function(*self.args, **self.kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +18,12 @@ class Tolerance:
     cosine: float
     bias: float
     outliers: float = 0.0
+
+    def times(self, factor: float) -> Tolerance:
+        """All bounds but the outlier budget, loosened by `factor`."""
+        return replace(
+            self, value=factor * self.value, element=factor * self.element, relative_l2=factor * self.relative_l2, cosine=factor**2 * self.cosine, bias=factor * self.bias
+        )
 
 
 TOLERANCES: dict[torch.dtype, Tolerance] = {

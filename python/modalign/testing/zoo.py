@@ -20,7 +20,8 @@ def degenerate_zoo(maker: Maker, count: int = 3, rows: int = 5, width: int = 16)
         return [value if position == index % count else vectors.clone() for position, vectors in enumerate(plain)]
 
     half = maker.dtype in (torch.float16, torch.bfloat16)
-    large, small = (2.0**4, 2.0**-4) if maker.dtype is torch.float16 else (2.0**30, 2.0**-30)
+    # The square of a volume of three is the sixth power: just in range.
+    large, small = (2.0**2, 2.0**-4) if maker.dtype is torch.float16 else (2.0**20, 2.0**-20)
     holed = plain[-1].clone()
     holed[1, 3] = torch.nan
     endless = plain[-1].clone()
