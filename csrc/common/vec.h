@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -159,6 +160,37 @@ inline T dot(const T* x, const T* y, std::int64_t n) {
 template <class T>
 inline void add_scaled(T* y, T scale, const T* x, std::int64_t n) {
   for (std::int64_t k = 0; k < n; ++k) y[k] += scale * x[k];
+}
+
+// ---- elementwise --------------------------------------------------------------------------------------------------------------------------------------
+
+// The larger one; a NaN in x is dropped, as a running maximum wants it (the sum of exponentials keeps it).
+template <class T> inline Vector<T> larger(Vector<T> x, Vector<T> y) { return x > y ? x : y; }
+
+// exp(x) to 2 ulp (float) and 1 ulp (double) for x <= 88 (709); below the normal range 0; NaN stays NaN.
+// x = n ln 2 + r, |r| <= ln 2 / 2; the Taylor polynomial of exp(r); n added to the exponent. ln 2 in two parts, so that n ln 2 is subtracted exactly.
+template <class T>
+inline Vector<T> exponential(Vector<T> x) {
+  constexpr bool single = sizeof(T) == 4;
+  using Integer = std::conditional_t<single, std::int32_t, std::int64_t>;
+  constexpr T lowest = single ? T(-87.3) : T(-708.3), highest = single ? T(88.7) : T(709.7);
+  constexpr T shifter = single ? T(12582912) : T(6755399441055744);   // 1.5 2^23, 1.5 2^52: adding it rounds to an integer, left in the low bits
+  constexpr T high = single ? T(0.693359375) : T(0.693145751953125), low = single ? T(-2.12194440e-4) : T(1.42860682030941723212e-6);
+  constexpr int degree = single ? 7 : 13;
+  const Vector<T> clamped = x > broadcast(highest) ? broadcast(highest) : x;
+  const Vector<T> shifted = clamped * broadcast(T(1.4426950408889634)) + broadcast(shifter);
+  const Vector<T> n = shifted - broadcast(shifter);
+  const Vector<T> r = (clamped - n * broadcast(high)) - n * broadcast(low);
+  Vector<T> power = broadcast(T(1));
+  for (int d = degree; d >= 1; --d) power = power * r * broadcast(T(1) / T(d)) + broadcast(T(1));
+  Vector<Integer> bits, exponent;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  std::memcpy(&bits, &power, sizeof bits);
+  bits += exponent << (single ? 23 : 52);   // the shifter's own bits leave at the top
+  Vector<T> result;
+  std::memcpy(&result, &bits, sizeof result);
+  result = x < broadcast(lowest) ? Vector<T>{} : result;
+  return x != x ? x : result;
 }
 
 template <class T> constexpr T kEpsilon = sizeof(T) == 4 ? T(1.1920929e-7) : T(2.220446049250313e-16);

@@ -16,6 +16,7 @@
 
 #include "common/vec.h"
 #include "cpu/gram_schmidt.h"
+#include "cpu/statistics.h"
 #include "cpu/tile.h"
 
 namespace modalign::cpu {
@@ -23,7 +24,6 @@ inline namespace MODALIGN_ISA {
 namespace {
 
 constexpr std::int64_t kPanelRows = 2 * kTileRows;   // rows whose gradient is gathered at once in backward
-constexpr std::int64_t kMaxSlots = 32;
 constexpr std::int64_t kSmallProblem = std::int64_t(1) << 22;   // multiply-adds below which a batch of problems is spread over threads instead of each problem
 
 // The share of |a|^2 below which |a|^2 - |s|^2 is not trusted: its relative error there is about 4 eps / share.
@@ -244,7 +244,7 @@ void for_each_problem(std::int64_t N, std::int64_t work, const Parallel& paralle
     for (std::int64_t n = 0; n < N; ++n) f(n, parallel);
 }
 // ... where each needs its own workspace, so that only a fixed number of lanes can run at once
-std::int64_t problem_lanes(std::int64_t N, std::int64_t work) { return work < kSmallProblem ? minimum(N, 16) : 1; }
+std::int64_t problem_lanes(std::int64_t N, std::int64_t work) { return work < kSmallProblem ? maximum(1, minimum(N, 16)) : 1; }
 template <class F>
 void for_each_problem_in_lanes(std::int64_t N, std::int64_t work, const Parallel& parallel, const F& f) {
   const std::int64_t lanes = problem_lanes(N, work);
@@ -322,17 +322,10 @@ void forward(const Sizes& sizes, Scalar dtype, const BatchedRows& anchor, std::i
 
 // ---- backward -----------------------------------------------------------------------------------------------------------------------------------------
 
-// How the column tiles are dealt out to slots: fixed by the problem, never by the threads.
 template <class T>
-struct Slots {
-  std::int64_t tiles, count;
-  Slots(const Sizes& s, const Columns<T>& columns) {
-    tiles = (columns.count + columns.tile - 1) / columns.tile;
-    // slot buffers stay within one copy of the rows and columns
-    count = maximum(1, minimum(minimum(kMaxSlots, tiles), (s.B + s.C) / kPanelRows));
-  }
-  std::int64_t first_tile(std::int64_t slot) const { return slot * tiles / count; }
-};
+Slots slots_of(const Sizes& s, const Columns<T>& columns) {   // slot buffers stay within one copy of the rows and columns
+  return {(columns.count + columns.tile - 1) / columns.tile, (s.B + s.C) / kPanelRows};
+}
 
 template <class T>
 struct BackwardBuffers {
@@ -345,7 +338,7 @@ struct BackwardBuffers {
   T* slot_weights;     // [slots][kPanelRows]: sum_j w_ij
   BackwardBuffers(const Sizes& s, int data, Arena& arena) : operands(s, data, arena) {
     const Columns<T> columns(s.C, s.D, s.m);
-    const Slots<T> slots(s, columns);
+    const Slots slots = slots_of<T>(s, columns);
     row_values = arena.take<T>(packed_value_size<T>(kPanelRows, s.D));
     column_values = arena.take<T>(packed_value_size<T>(columns.count, s.D));
     column_gradient = arena.take<T>(columns.count * s.D);
@@ -443,7 +436,7 @@ void backward(const Sizes& sizes, Scalar dtype, const BatchedRows& anchor, std::
   const std::int64_t D = sizes.D;
   const int m = sizes.m, per_group = 1 + m * (m + 1) / 2;
   const Columns<T> columns(sizes.C, D, m);
-  const Slots<T> slots(sizes, columns);
+  const Slots slots = slots_of<T>(sizes, columns);
   pack_operands(sizes, dtype, anchor, batch, basis, geometry, buffers.operands, parallel);
   parallel_for(parallel, 0, columns.count, 64, [&](std::int64_t begin, std::int64_t end) {
     Scratch<T> zero(D);

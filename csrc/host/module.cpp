@@ -25,6 +25,15 @@ Registration::Registration(KernelEntry entry) {
     if (!catalogue().emplace(key, std::move(entry)).second) throw std::logic_error("kernel key registered twice: " + key);
 }
 
+namespace {
+std::vector<void (*)(py::module_&)>& bindings() {
+    static std::vector<void (*)(py::module_&)> all;
+    return all;
+}
+}  // namespace
+
+Bindings::Bindings(void (*add)(py::module_&)) { bindings().push_back(add); }
+
 // ==================================================================================================================== Run
 void Run::demand(bool holds, const char* name, const std::string& what) const {
     if (!holds) throw py::type_error(key_ + ": " + name + " " + what);
@@ -128,6 +137,7 @@ RunResult run(const std::string& key, py::dict arguments, std::uint64_t seed, co
         launched = launched || record.plan.key == key;
         launches.append(describe(record));
     }
+    if (mutation && !Mutation::exists_anywhere(*mutation)) throw py::value_error("run: mutation must be a place of some kernel, got '" + *mutation + "'");
     if (!launched) throw std::logic_error("run: the entry '" + key + "' launched no kernel of that key");
     return {one.outputs(), std::move(launches), one.mutation_reached()};
 }
@@ -219,6 +229,7 @@ PYBIND11_MODULE(_host, module) {
     module.def("run", &run, py::arg("key"), py::arg("arguments"), py::kw_only(), py::arg("seed") = 0, py::arg("thread_order") = "forward", py::arg("block_order") = "forward",
                py::arg("yield_probability") = 0.0, py::arg("mutation") = py::none(), py::arg("offsets") = py::dict(),
                "Runs a kernel of the catalogue in the emulator. `offsets` moves named arrays by so many elements off their 256-byte alignment; `mutation` breaks the kernel at a named place.");
+    for (const auto add : bindings()) add(module);
 }
 
 }  // namespace modalign::host

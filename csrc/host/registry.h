@@ -135,4 +135,9 @@ struct Registration {
     explicit Registration(KernelEntry entry);
 };
 
+/// Further functions of `_host`, added by the file that defines them; a static object there.
+struct Bindings {
+    explicit Bindings(void (*add)(py::module_&));
+};
+
 }  // namespace modalign::host
