@@ -11,8 +11,8 @@
 ///         T* y;                                                       // [n]
 ///         std::int64_t n;
 ///         MODALIGN_DEVICE void operator()() const {
-///             const Global<const T> source(x);
-///             const Global<T> target(y);
+///             const Global<const T> source = global(x);
+///             const Global<T> target = global(y);
 ///             const std::int64_t i = std::int64_t(block_index_x()) * kThreads + thread_index();
 ///             if (i < n) target[i] = from_float<T>(2.0f * to_float(source[i]));
 ///         }
@@ -55,7 +55,7 @@
 #define MODALIGN_HOST_DEVICE inline
 #define MODALIGN_UNROLL
 #define MODALIGN_NO_UNROLL
-#define MODALIGN_MUTATION(name) ([]() -> bool { static ::modalign::simt::Mutation& place = ::modalign::simt::Mutation::named(name); return place.visit(); }())
+#define MODALIGN_MUTATION(name) ([]() -> bool { static ::modalign::simt::Mutation& place = ::modalign::simt::Mutation::place(name); return place.visit(); }())
 #endif
 
 namespace modalign::simt {
@@ -332,6 +332,10 @@ cudaError_t launch(const Kernel& kernel, const LaunchPlan& plan, cudaStream_t st
 #endif
 
 namespace modalign::simt {
+
+/// A view made from a pointer in the middle of an expression, where `Global<T>(p)[i] = v` would declare an array.
+template <class T>
+MODALIGN_DEVICE Global<T> global(T* pointer) { return Global<T>(pointer); }
 
 // Minimum and maximum that keep NaN, whichever side it is on.
 MODALIGN_DEVICE float minimum(float a, float b) { return a < b || a != a ? a : b; }

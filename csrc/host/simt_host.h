@@ -130,8 +130,13 @@ struct Report : std::runtime_error {
 /// A place where a kernel can be broken on purpose; see common/simt.h.
 class Mutation {
 public:
-    static Mutation& named(const std::string& name) { return all()[name]; }
-    static bool known(const std::string& name) { return all().count(name) != 0; }
+    /// Called by the macro, once per place.
+    static Mutation& place(const char* name) {
+        Mutation& mutation = all()[name];
+        mutation.exists = true;
+        return mutation;
+    }
+    static bool exists_anywhere(const std::string& name) { return all()[name].exists; }
     static std::map<std::string, Mutation>& all() {
         static std::map<std::string, Mutation> mutations;
         return mutations;
@@ -140,8 +145,9 @@ public:
         visited = true;
         return active;
     }
-    bool active = false;
-    bool visited = false;
+    bool exists = false;    ///< some code has this place (and has been run)
+    bool active = false;    ///< broken in the present launch
+    bool visited = false;   ///< passed by the present launch
 };
 
 // ================================================================================================================= memory
@@ -315,7 +321,7 @@ public:
             warp.where = where;
         }
         if (warp.kind != kind || !same(warp.where, where))
-            fail("shuffle_mask", "", std::string(name(kind)) + " at " + text(where) + " while other lanes of the warp are in " + name(warp.kind) + " at " + text(warp.where));
+            fail(kind == Collective::warp_barrier || warp.kind == Collective::warp_barrier ? "divergent_barrier" : "shuffle_mask", "", std::string(name(kind)) + " at " + text(where) + " while other lanes of the warp are in " + name(warp.kind) + " at " + text(warp.where));
         warp.brought[self.index % kWarpSize] = &brought;
         self.where = where;
         self.state = Thread::in_collective;
@@ -369,12 +375,12 @@ public:
         return std::string(slash ? slash + 1 : where.file_name()) + ":" + std::to_string(where.line());
     }
 
-    /// A warp-wide read on behalf of a lane (ldmatrix); the address belongs to that lane.
-    void read_for_lane(int lane, std::size_t offset, std::size_t bytes, void* value) {
+    /// One lane's row of a warp-wide read (ldmatrix). The data goes to other lanes, so even what this lane wrote itself must be ordered by a barrier.
+    void read_for_warp(int lane, std::size_t offset, std::size_t bytes, void* value) {
         Thread* caller = thread_;
         thread_ = &threads_[caller->index / kWarpSize * kWarpSize + lane];
         check_alignment(shared_, offset, bytes);
-        note_read(shared_, offset, bytes);
+        note_read(shared_, offset, bytes, Shadow::kMany);
         std::memcpy(value, shared_.data + offset, bytes);
         thread_ = caller;
     }
@@ -456,24 +462,28 @@ private:
         check_alignment(array, offset, alignment);
     }
 
-    bool ordered(std::uint32_t epoch, std::uint32_t warp_epoch, int thread) const {
-        return epoch != epoch_ || thread == thread_->index || (thread / kWarpSize == thread_->index / kWarpSize && warp_epoch != warp_->epoch);
+    /// Whether the granule's last write comes before what `thread` of this warp does now; kMany stands for all of its lanes.
+    bool follows_write(const Shadow& s, std::uint16_t thread) const {
+        if (s.write_block < first_block_) return true;
+        if (s.write_block != block_number_) return false;
+        return s.write_epoch != epoch_ || s.write_thread == thread || (s.write_thread / kWarpSize == thread_->index / kWarpSize && s.write_warp_epoch != warp_->epoch);
     }
 
-    void note_read(Allocation& array, std::size_t offset, std::size_t bytes) {
+    void note_read(Allocation& array, std::size_t offset, std::size_t bytes) { note_read(array, offset, bytes, static_cast<std::uint16_t>(thread_->index)); }
+    void note_read(Allocation& array, std::size_t offset, std::size_t bytes, std::uint16_t reader) {
         for (std::size_t g = offset >> array.granule_shift, last = (offset + bytes - 1) >> array.granule_shift; g <= last; ++g) {
             Shadow& s = array.shadow[g];
-            if (s.state != Shadow::ready) fail_not_ready(array, g, s);
-            if (s.write_block >= first_block_ && (s.write_block != block_number_ || !ordered(s.write_epoch, s.write_warp_epoch, s.write_thread)))
-                fail_race(array, g, "reads", "wrote", s.write_block, s.write_thread);
-            stamp_read(s);
+            if (s.state == Shadow::uninitialised) fail_uninitialised(array, g);
+            if (!follows_write(s, reader)) fail_race(array, g, "reads", s.state == Shadow::copying ? "is copying to" : "wrote", s.write_block, s.write_thread);
+            if (s.state == Shadow::copying) fail_copying(array, g, s);
+            stamp_read(s, reader);
         }
     }
     void note_write(Allocation& array, std::size_t offset, std::size_t bytes, Shadow::State state) {
         for (std::size_t g = offset >> array.granule_shift, last = (offset + bytes - 1) >> array.granule_shift; g <= last; ++g) {
             Shadow& s = array.shadow[g];
-            if (s.state == Shadow::copying) fail_race(array, g, "writes", "has an unfinished copy to", s.write_block, s.write_thread);
-            if (s.state == Shadow::ready && s.write_block >= first_block_ && (s.write_block != block_number_ || !ordered(s.write_epoch, s.write_warp_epoch, s.write_thread)))
+            if (s.state == Shadow::copying) fail_race(array, g, "writes", "is copying to", s.write_block, s.write_thread);
+            if (s.state == Shadow::ready && !follows_write(s, static_cast<std::uint16_t>(thread_->index)))
                 fail_race(array, g, "writes", "wrote", s.write_block, s.write_thread);
             if (s.read_block == Shadow::kManyBlocks ? s.read_epoch == first_block_ : s.read_block >= first_block_ && (s.read_block != block_number_ || read_races(s)))
                 fail_race(array, g, "writes", "read", s.read_block, s.read_thread);
@@ -492,8 +502,7 @@ private:
         s.write_thread = static_cast<std::uint16_t>(thread_->index);
         s.state = state;
     }
-    void stamp_read(Shadow& s) const {
-        const auto thread = static_cast<std::uint16_t>(thread_->index);
+    void stamp_read(Shadow& s, std::uint16_t thread) const {
         const auto warp = static_cast<std::uint16_t>(thread_->index / kWarpSize);
         if (s.read_block != block_number_) {
             if (s.read_block == Shadow::kManyBlocks ? s.read_epoch == first_block_ : s.read_block >= first_block_) {
@@ -520,11 +529,13 @@ private:
         s.read_warp = warp;
     }
 
-    [[noreturn]] void fail_not_ready(const Allocation& array, std::size_t granule, const Shadow& s) const {
+    [[noreturn]] void fail_uninitialised(const Allocation& array, std::size_t granule) const {
         const std::string address = array.address(granule << array.granule_shift);
-        if (s.state == Shadow::copying)
-            fail("copy_not_waited", address, "reads " + address + " while the copy that thread " + std::to_string(s.write_thread) + " started has not been waited for");
         fail(array.is_shared ? "uninitialised_shared" : "uninitialised_global", address, "reads " + address + ", which nobody has written");
+    }
+    [[noreturn]] void fail_copying(const Allocation& array, std::size_t granule, const Shadow& s) const {
+        const std::string address = array.address(granule << array.granule_shift);
+        fail("copy_not_waited", address, "reads " + address + " while the copy that thread " + std::to_string(s.write_thread) + " started has not been waited for");
     }
     [[noreturn]] void fail_race(const Allocation& array, std::size_t granule, const char* does, const char* did, std::uint32_t other_block, std::uint16_t other_thread) const {
         const std::string address = array.address(granule << array.granule_shift);
@@ -552,7 +563,7 @@ private:
         first_block_ = memory->next_block;
         memory->next_block += static_cast<std::uint32_t>(blocks);
         for (auto& [name, mutation] : Mutation::all()) mutation.visited = mutation.active = false;
-        if (!options.mutation.empty() && options.mutated_kernel == plan.key) Mutation::named(options.mutation).active = true;
+        if (!options.mutation.empty() && options.mutated_kernel == plan.key) Mutation::all()[options.mutation].active = true;
         std::exception_ptr failure;
         try {
             prepare(plan);
@@ -949,7 +960,7 @@ void load_matrix_x4(std::uint32_t (&r)[4], Shared<T> view, int row_start, const 
     MatrixRow mine{view.address(row_start, 8), r};
     Emulator::instance().collective<MatrixRow>(Collective::load_matrix, where, mine, [](Emulator& emulator, MatrixRow* const (&lanes)[kWarpSize]) {
         std::uint16_t matrix[4][8][8];
-        for (int l = 0; l < kWarpSize; ++l) emulator.read_for_lane(l, lanes[l]->address, 16, matrix[l / 8][l % 8]);
+        for (int l = 0; l < kWarpSize; ++l) emulator.read_for_warp(l, lanes[l]->address, 16, matrix[l / 8][l % 8]);
         for (int l = 0; l < kWarpSize; ++l)
             for (int m = 0; m < 4; ++m) {
                 const int outer = l / 4, inner = 2 * (l % 4);
