@@ -257,6 +257,66 @@ def test_a_failed_run_leaves_nothing_behind():
         assert outcome("selftest_warp_f32", arguments, expected) is None
 
 
+# ------------------------------------------------------------------------------------- races: all of them, and nothing but them
+NOTHING, READ_SHARED, WRITE_SHARED, READ_GLOBAL, WRITE_GLOBAL, COPY_TO_SHARED, WAIT_FOR_WARP, WAIT_FOR_BLOCK = range(8)
+
+
+def random_program(rng, blocks=2, threads=64, word_count=48):
+    """Sparse accesses, now and then a barrier of all blocks' threads or of some warps."""
+    steps = int(rng.integers(4, 12))
+    density = rng.choice([0.01, 0.05, 0.2])
+    allowed = rng.choice([READ_SHARED, WRITE_SHARED, READ_GLOBAL, WRITE_GLOBAL, COPY_TO_SHARED], size=int(rng.integers(1, 4)), replace=False)
+    commands = np.where(rng.random((steps, blocks, threads)) < density, rng.choice(allowed, size=(steps, blocks, threads)), NOTHING)
+    for step in range(steps):
+        if rng.random() < 0.3:
+            commands[step] = WAIT_FOR_BLOCK
+        elif rng.random() < 0.5:
+            waiting = np.repeat(rng.random((blocks, threads // 32)) < 0.7, 32, axis=1)
+            commands[step][waiting] = WAIT_FOR_WARP
+    return {"commands": commands.astype(np.int32), "words": rng.integers(0, word_count, commands.shape).astype(np.int32), "word_count": word_count}
+
+
+def races(program):
+    """Brute force over all pairs of accesses: the memory spaces in which two of them conflict and no barrier orders them."""
+    seen, found = {}, set()
+    steps, blocks, threads = program["commands"].shape
+    for block, thread in itertools.product(range(blocks), range(threads)):
+        epochs = (0, 0)
+        for command, word in zip(program["commands"][:, block, thread], program["words"][:, block, thread]):
+            if command == WAIT_FOR_BLOCK:
+                epochs = (epochs[0] + 1, epochs[1])
+            elif command == WAIT_FOR_WARP:
+                epochs = (epochs[0], epochs[1] + 1)
+            for space, reads, writes in (("race_shared", (READ_SHARED,), (WRITE_SHARED, COPY_TO_SHARED)), ("race_global", (READ_GLOBAL, COPY_TO_SHARED), (WRITE_GLOBAL,))):
+                if command in reads or command in writes:
+                    place = (space, word) if space == "race_global" else (space, block, word)
+                    seen.setdefault(place, []).append((block, thread, *epochs, command in writes))
+    for place, accesses in seen.items():
+        for (block, thread, epoch, warp_epoch, writes), other in itertools.combinations(accesses, 2):
+            same_thread = (block, thread) == other[:2]
+            ordered = block == other[0] and (epoch != other[2] or (thread // 32 == other[1] // 32 and warp_epoch != other[3]))
+            if (writes or other[4]) and not same_thread and not ordered:
+                found.add(place[0])
+    return found
+
+
+def test_reported_races_are_exactly_the_unordered_conflicts():
+    rng = np.random.default_rng(6)
+    racy = clean = 0
+    for trial in range(150):
+        program = random_program(rng)
+        expected = races(program)
+        racy, clean = racy + bool(expected), clean + (not expected)
+        for schedule in rng.choice(SCHEDULES, size=4, replace=False):
+            try:
+                _host.run("selftest_program", program, **schedule)
+                reported = None
+            except _host.KernelReport as report:
+                reported = report.kind
+            assert reported in expected if expected else reported is None, (trial, schedule, reported, expected)
+    assert racy > 30 and clean > 30   # the draw must try both
+
+
 # -------------------------------------------------------------------------------------------------------------- seeds and orders
 def report_text(**options):
     with pytest.raises(_host.KernelReport) as caught:

@@ -291,6 +291,61 @@ const Registration kMatmulF16({.key = "selftest_matmul_f16", .family = "selftest
 const Registration kMatmulTransposedBf16({.key = "selftest_matmul_transposed_bf16", .family = "selftest", .run = run_matmul<bf16, true>, .threads = 32, .tags = {}});
 const Registration kMatmulTransposedF16({.key = "selftest_matmul_transposed_f16", .family = "selftest", .run = run_matmul<f16, true>, .threads = 32, .tags = {}});
 
+// --------------------------------------------------------------------------------------------------------- random programs
+/// Each thread obeys its column of a table of commands: for comparing the reports with a brute-force happens-before over whole programs.
+struct ProgramKernel {
+    static constexpr int kThreads = 64;
+    enum Command { nothing, read_shared, write_shared, read_global, write_global, copy_to_shared, wait_for_warp, wait_for_block };
+    const std::int32_t* commands;   // [steps, blocks, kThreads]
+    const std::int32_t* words;      // [steps, blocks, kThreads], each in 0 … word_count - 1
+    float* memory;                  // [word_count], written before
+    int steps;
+    int word_count;
+
+    void operator()() const {
+        const Shared<float> local = shared<float>(0, word_count);
+        for (int i = thread_index(); i < word_count; i += kThreads) local[i] = 0.0f;
+        barrier();
+        for (int step = 0; step < steps; ++step) {
+            const std::int64_t i = (std::int64_t(step) * grid_size_x() + block_index_x()) * kThreads + thread_index();
+            const int word = global(words)[i];
+            switch (global(commands)[i]) {
+                case read_shared: (void)float(local[word]); break;
+                case write_shared: local[word] = 1.0f; break;
+                case read_global: (void)float(global(memory)[word]); break;
+                case write_global: global(memory)[word] = 1.0f; break;
+                case copy_to_shared:
+                    copy_async_4(local, word, global(memory), word);
+                    copy_async_commit();
+                    copy_async_wait<0>();
+                    break;
+                case wait_for_warp: warp_barrier(); break;
+                case wait_for_block: barrier(); break;
+                default: break;
+            }
+        }
+    }
+};
+struct FillKernel {
+    static constexpr int kThreads = 32;
+    float* memory;
+    int word_count;
+    void operator()() const {
+        for (int i = thread_index(); i < word_count; i += kThreads) global(memory)[i] = 0.0f;
+    }
+};
+
+void run_program(Run& run) {
+    const std::vector<std::int64_t> shape = run.shape("commands");
+    const int word_count = static_cast<int>(run.integer("word_count"));
+    float* memory = run.output<float>("memory", {word_count});
+    run.launch(FillKernel{memory, word_count}, {{1, 1, 1}, FillKernel::kThreads, 0, "selftest_fill"});
+    const ProgramKernel kernel{run.input<std::int32_t>("commands"), run.input<std::int32_t>("words"), memory, static_cast<int>(shape[0]), word_count};
+    run.launch(kernel, {{static_cast<unsigned>(shape[1]), 1, 1}, ProgramKernel::kThreads, static_cast<unsigned>(word_count) * 4, "selftest_program"});
+}
+const Registration kFill({.key = "selftest_fill", .family = "selftest", .run = run_program, .threads = 32, .tags = {}});
+const Registration kProgram({.key = "selftest_program", .family = "selftest", .run = run_program, .threads = 64, .tags = {}});
+
 // ------------------------------------------------------------------------------------------------------------------- numbers
 /// narrow = x rounded to T; wide = the 16-bit numbers `bits` in float; packed and unpacked again in pairs on the way.
 template <class T>
