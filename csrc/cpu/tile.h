@@ -95,6 +95,7 @@ inline void register_block(const T* a, std::int64_t a_stride, const T* b, std::i
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kRegisterVectors; ++v) sum[r][v] = Vector<T>{};
+#pragma GCC unroll 4   // a four-wide front end has no room for loop counters beside twelve multiply-adds
   for (std::int64_t k = 0; k < depth; ++k) {
     Vector<T> column[kRegisterVectors];
 #pragma GCC unroll 4
