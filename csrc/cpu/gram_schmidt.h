@@ -2,6 +2,8 @@
 // squared quantities lose (a Cholesky factor of the Gram matrix in float fails once vectors differ by less than 1e-4).
 #pragma once
 
+#include <limits>
+
 #include "common/vec.h"
 
 namespace modalign::cpu {
@@ -32,7 +34,7 @@ inline T gram_schmidt(T* q, int m, std::int64_t D, T* factor, const Present& pre
         add_scaled(row, -along, q + o * D, D);
       }
     const T rest = std::sqrt(dot(row, row, D));
-    if (rest <= kDependent<T> * length) {          // false for NaN
+    if (rest <= kDependent<T> * length && rest < std::numeric_limits<T>::infinity()) {   // false for NaN and Inf: these go on into the volume
       for (std::int64_t k = 0; k < D; ++k) row[k] = 0;
       L[p] = 0;
     } else {
