@@ -1,0 +1,90 @@
+"""Build facts, the kernel catalogue, and the CUDA kernels run on the CPU by an emulator that reports races and bad addresses."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+
+Order = Literal["forward", "reverse", "random"]
+Kind = Literal[
+    "race_shared", "race_global", "out_of_bounds_shared", "out_of_bounds_global", "uninitialised_shared", "uninitialised_global", "unwritten_output",
+    "misaligned", "divergent_barrier", "shuffle_mask", "copy_not_waited",
+]
+
+class KernelReport(RuntimeError):
+    """A kernel broke a rule of the device."""
+
+    kind: Kind
+    kernel: str
+    block: tuple[int, int, int]
+    thread: int
+    address: str
+    """"shared byte 64" or "volume element 17"; empty where the report is about synchronisation."""
+
+class Launch(TypedDict):
+    """One launch of a run; the counts do not depend on the schedule."""
+
+    key: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    barriers: int
+    warp_barriers: int
+    shuffles: int
+    matrix_products: int
+    global_bytes_read: int
+    global_bytes_written: int
+
+class Kernel(TypedDict):
+    family: str
+    threads: int
+    tags: dict[str, str]
+
+class BuildInfo(TypedDict):
+    compiler: str
+    cplusplus: int
+    pybind11: str
+    context_switch: Literal["x86-64", "ucontext"]
+    address_sanitizer: bool
+    version: str | None
+    cuda_version: str | None
+    cuda_targets: str | None
+
+class RunResult:
+    @property
+    def outputs(self) -> dict[str, np.ndarray]:
+        """Arrays by name; bf16 as its bits in uint16."""
+    @property
+    def launches(self) -> list[Launch]: ...
+    @property
+    def mutation_reached(self) -> bool:
+        """Whether the kernel passed the place of the mutation that was switched on."""
+
+def build_info() -> BuildInfo:
+    """Facts about how this module was built."""
+
+def kernels() -> dict[str, Kernel]:
+    """The catalogue by key."""
+
+def launch_counts() -> dict[str, int]:
+    """How often each key has been launched with at least one block since the module was loaded."""
+
+def mutations(key: str) -> list[str]:
+    """Places of this kernel's seeded mutations that runs have passed so far."""
+
+def run(
+    key: str,
+    arguments: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    thread_order: Order = "forward",
+    block_order: Order = "forward",
+    yield_probability: float = 0.0,
+    mutation: str | None = None,
+    offsets: Mapping[str, int] = {},
+) -> RunResult:
+    """Run a kernel of the catalogue in the emulator.
+
+    `offsets` moves named arrays by so many elements off their 256-byte alignment; `mutation` breaks the kernel at a named place. Raises KernelReport at the first
+    broken rule of the device.
+    """
