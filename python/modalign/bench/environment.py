@@ -1,0 +1,81 @@
+"""What a timing depends on and nothing that identifies the machine: no host name, no user, no path."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _load
+
+
+def last_cache_bytes() -> int:
+    """Size of the last-level cache; 32 MiB where the system does not say."""
+    largest = 0
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        size = (index / "size").read_text().strip()
+        largest = max(largest, int(size[:-1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[size[-1]] if size[-1].isalpha() else int(size))
+    return largest or 32 * 2**20
+
+
+def cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def all_threads() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def blas() -> str:
+    shown = torch.__config__.show()
+    name = re.search(r"BLAS_INFO=(\w+)", shown)
+    version = re.search(r"oneAPI Math Kernel Library Version ([\w.-]+)", shown)
+    return " ".join([name.group(1) if name else "unknown", *([version.group(1)] if version else [])])
+
+
+def public_command(arguments: list[str]) -> str:
+    """The command to repeat this, its paths relative to the working directory, or without their folder where they lie outside it."""
+    here = Path.cwd()
+
+    def shown(argument: str) -> str:
+        flag, equals, value = argument.rpartition("=")
+        path = Path(value)
+        if not path.is_absolute():
+            return argument
+        return flag + equals + (str(path.relative_to(here)) if path.is_relative_to(here) else path.name)
+
+    return "python " + shlex.join(shown(argument) for argument in arguments)
+
+
+def describe(device: torch.device, seed: int) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "cpu": {"model": cpu_model(), "cores": all_threads(), "last_cache_bytes": last_cache_bytes(), "instruction_set": _load.instruction_set(), "torch_uses": torch.backends.cpu.get_cpu_capability()},
+        "gpu": None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "blas": blas(),
+        "modalign": _load.build_info(),
+        "seed": seed,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = {
+            "model": properties.name, "memory_bytes": properties.total_memory, "capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda,
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+        }
+    return facts
+
+
+def arguments_of_this_process() -> list[str]:
+    return [Path(sys.argv[0]).as_posix(), *sys.argv[1:]]

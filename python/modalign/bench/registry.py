@@ -1,0 +1,188 @@
+"""What is measured: cases (a problem with sizes, formulas and a float64 reference) and providers (one way to solve it)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PASSES = ("fwd", "bwd", "fwd+bwd")
+KINDS = ("ours", "peer", "formula", "floor")
+
+Parameters = Mapping[str, Any]
+Cost = Callable[[Parameters, str, int], float]   # (parameters, pass, bytes of an element) -> FLOP or bytes
+
+
+@dataclass(frozen=True)
+class Target:
+    """A speed to reach: `provider` takes at most `ratio` of the floor's time in this pass, where the parameters agree with `where`."""
+
+    ratio: float
+    provider: str = "ours"
+    pass_: str = "fwd"
+    where: Parameters = field(default_factory=dict)
+
+    def applies(self, provider: str, pass_: str, parameters: Parameters) -> bool:
+        return provider == self.provider and pass_ == self.pass_ and all(parameters.get(key) == value for key, value in self.where.items())
+
+
+@dataclass(frozen=True)
+class Case:
+    """make(maker, **parameters) gives the inputs, a tuple of tensors or lists of tensors; every floating one is differentiated. reference takes them in float64 and is
+    differentiable. flops and bytes count what the problem needs, not what a provider does. tolerance scales the error that is allowed beyond the formula's own."""
+
+    name: str
+    make: Callable[..., tuple[Any, ...]]
+    grid: tuple[Parameters, ...]
+    reference: Callable[..., Tensor]
+    quick: tuple[Parameters, ...] = ()
+    flops: Cost | None = None
+    bytes: Cost | None = None
+    passes: tuple[str, ...] = PASSES
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    targets: tuple[Target, ...] = ()
+    file: str = ""
+
+    def cost(self, kind: str, parameters: Parameters, pass_: str, size: int) -> float | None:
+        formula = self.flops if kind == "flops" else self.bytes
+        if formula is None:
+            return None
+        if pass_ == "fwd+bwd":
+            return formula(parameters, "fwd", size) + formula(parameters, "bwd", size)
+        return formula(parameters, pass_, size)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """function(*inputs) gives the result, and its backward is autograd's. A floor instead has prepare(sets, parameters, dtype), which gives {"fwd": f, "bwd": f}: functions of
+    the number of the input set. unavailable() is None or the reason why it cannot run here; plan() says what runs, read inside `context`."""
+
+    name: str
+    function: Callable[..., Tensor] | None = None
+    prepare: Callable[..., dict[str, Callable[[int], Any]]] | None = None
+    kind: str = "peer"
+    unavailable: Callable[[], str | None] = lambda: None
+    plan: Callable[[], str] | None = None
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    compiled: bool = False   # the first call of a shape is expensive and does not count, in memory either
+
+
+_cases: dict[str, Case] = {}
+_providers: dict[str, dict[str, Provider]] = {}
+_loading: list[str] = []
+
+
+def case(*, grid: Sequence[Parameters], reference: Callable[..., Tensor], name: str | None = None, **options: Any) -> Callable[[Callable[..., tuple[Any, ...]]], Case]:
+    """Declare a case; the decorated function makes its inputs."""
+
+    def declare(make: Callable[..., tuple[Any, ...]]) -> Case:
+        settings = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+        unknown = set(settings.get("passes", ())) - set(PASSES)
+        if unknown:
+            raise ValueError(f"case: passes must be out of {PASSES}, got {sorted(unknown)}")
+        made = Case(name=name or make.__name__, make=make, grid=tuple(grid), reference=reference, file=_loading[-1] if _loading else "", **settings)
+        _cases[made.name] = made
+        _providers.setdefault(made.name, {})
+        return made
+
+    return declare
+
+
+def provider(*of: Case | str, name: str | None = None, kind: str = "peer", **options: Any) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Declare a way to solve one or more cases."""
+    if kind not in KINDS:
+        raise ValueError(f"provider: kind must be one of {KINDS}, got {kind!r}")
+
+    def declare(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        _add(Provider(name=name or function.__name__, function=function, kind=kind, **options), of)
+        return function
+
+    return declare
+
+
+def _add(made: Provider, of: Sequence[Case | str]) -> None:
+    for one in of:
+        key = one.name if isinstance(one, Case) else one
+        if key not in _cases:
+            raise ValueError(f"provider: case must be one of {sorted(_cases)}, got {key!r}")
+        _providers[key][made.name] = made
+
+
+def matmul_floor(*of: Case, name: str = "floor") -> Callable[[Callable[..., list[tuple[int, int, int]]]], Any]:
+    """Declare the floor of compute-bound cases: products of the same FLOPs by torch.mm into preallocated outputs. The decorated function gives, for (parameters, pass), the
+    sizes (rows, depth, columns) of the products; their number and shapes are those of the algorithm. float32 on the CPU (float64 for float64), the input dtype on CUDA."""
+
+    def declare(shapes: Callable[..., list[tuple[int, int, int]]]) -> Any:
+        def prepare(sets: int, parameters: Parameters, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[int], Any]]:
+            real = dtype if device.type == "cuda" or dtype is torch.float64 else torch.float32
+            generator = torch.Generator().manual_seed(0)
+
+            def products(pass_: str) -> Callable[[int], Any]:
+                operands = []
+                for rows, depth, columns in shapes(parameters, pass_):
+                    left = [torch.randn(rows, depth, generator=generator).to(device, real) for _ in range(sets)]
+                    right = [torch.randn(columns, depth, generator=generator).to(device, real).mT for _ in range(sets)]   # as in a linear layer
+                    operands.append((left, right, torch.empty(rows, columns, dtype=real, device=device)))
+
+                def call(index: int) -> None:
+                    for left, right, out in operands:
+                        torch.mm(left[index], right[index], out=out)
+
+                return call
+
+            return {"fwd": products("fwd"), "bwd": products("bwd")}
+
+        _add(Provider(name=name, prepare=prepare, kind="floor"), of)
+        return shapes
+
+    return declare
+
+
+def copy_floor(*of: Case, name: str = "floor") -> Callable[[Cost], Cost]:
+    """Declare the floor of memory-bound cases: one copy that moves as many bytes (reads and writes together) as the decorated function counts."""
+
+    def declare(moved: Cost) -> Cost:
+        def prepare(sets: int, parameters: Parameters, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[int], Any]]:
+            def copies(pass_: str) -> Callable[[int], Any]:
+                count = max(1, round(moved(parameters, pass_, dtype.itemsize) / 8))   # float32, read once and written once
+                source = [torch.ones(count, device=device) for _ in range(sets)]
+                target = torch.empty(count, device=device)
+                return lambda index: target.copy_(source[index])
+
+            return {"fwd": copies("fwd"), "bwd": copies("bwd")}
+
+        _add(Provider(name=name, prepare=prepare, kind="floor"), of)
+        return moved
+
+    return declare
+
+
+def cases() -> dict[str, Case]:
+    return dict(_cases)
+
+
+def providers_of(of: Case | str) -> dict[str, Provider]:
+    return dict(_providers[of.name if isinstance(of, Case) else of])
+
+
+def load_cases(path: str | Path) -> list[Case]:
+    """The cases that a file declares. Loading it again replaces them."""
+    path = Path(path).resolve()
+    specification = importlib.util.spec_from_file_location(f"modalign_bench_cases_{path.stem}", path)
+    if not path.is_file() or specification is None or specification.loader is None:
+        raise FileNotFoundError(f"load_cases: path must be a Python file, got {path}")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    _loading.append(str(path))
+    try:
+        specification.loader.exec_module(module)
+    finally:
+        _loading.pop()
+    return [declared for declared in _cases.values() if declared.file == str(path)]

@@ -1,0 +1,215 @@
+"""Tables from the JSON, for the screen and for Markdown. Figures in README and docs are never typed:
+
+    <!-- bench benchmarks/results/gram_volume.json rows="case=gram_volume pass=fwd threads=1" columns="k provider time rate floor error" -->
+    (whatever is here is replaced)
+    <!-- /bench -->
+
+`python -m modalign.bench.tables README.md docs/*.md` fills every such block; with --check it changes nothing and fails where a block is stale.
+Paths are relative to the working directory. `rows` keeps rows whose fields (case, pass, dtype, threads, provider, status or a parameter) have one of the values given,
+as in provider=ours,formula. `columns` are parameters or names from COLUMNS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .results import read_results
+
+Row = dict[str, Any]
+DASH = "–"
+
+
+def _duration(seconds: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def _time(row: Row) -> str:
+    if row["status"] != "ok":
+        return row["status"]
+    times = row["seconds"]
+    return f"{_duration(times['median'])} ({_duration(times['q20'])} … {_duration(times['q80'])})"
+
+
+def _rate(row: Row) -> str:
+    return f"{row['flop_per_second'] / 1e9:.3g} GFLOP/s" if row.get("flop_per_second") else DASH
+
+
+def _bandwidth(row: Row) -> str:
+    return f"{row['byte_per_second'] / 1e9:.3g} GB/s" if row.get("byte_per_second") else DASH
+
+
+def _ratio(row: Row) -> str:
+    ratio = row.get("ratio_to_floor")
+    if not ratio:
+        return DASH
+    return f"{ratio['median']:.2f} ({ratio['q20']:.2f} … {ratio['q80']:.2f})" if row["kind"] != "floor" else "1"
+
+
+def _error(which: str) -> Callable[[Row], str]:
+    def shown(row: Row) -> str:
+        error = (row.get("error") or {}).get(which)
+        if not error:
+            return DASH
+        return "not finite" if error["relative"] is None else f"{error['relative']:.1e}"
+
+    return shown
+
+
+def _target(row: Row) -> str:
+    target = row.get("target")
+    return f"≤ {target['ratio']:g}: {'met' if target['met'] else 'missed'}" if target else DASH
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
+    "case": ("case", lambda row: row["case"]),
+    "dtype": ("dtype", lambda row: row["dtype"]),
+    "pass": ("pass", lambda row: row["pass"]),
+    "threads": ("threads", lambda row: str(row["threads"])),
+    "provider": ("provider", lambda row: row["provider"]),
+    "time": ("median (q20 … q80)", _time),
+    "rate": ("rate", _rate),
+    "bandwidth": ("bandwidth", _bandwidth),
+    "floor": ("time / floor", _ratio),
+    "percent": ("% of floor", lambda row: f"{row['percent_of_floor']:.0f} %" if row.get("percent_of_floor") else DASH),
+    "memory": ("peak memory", lambda row: _bytes(row["peak_memory_bytes"]) if row.get("peak_memory_bytes") is not None else DASH),
+    "error": ("error / RMS", _error("forward")),
+    "gradient": ("gradient error / RMS", _error("backward")),
+    "target": ("target", _target),
+    "plan": ("runs on", lambda row: row.get("plan") or DASH),
+    "reason": ("reason", lambda row: row["reason"] or DASH),
+    "rounds": ("rounds", lambda row: str(row.get("rounds", DASH))),
+}
+
+
+def cell(row: Row, column: str) -> str:
+    if column in COLUMNS:
+        return COLUMNS[column][1](row)
+    if column in row["parameters"]:
+        return str(row["parameters"][column])
+    return DASH
+
+
+def matches(row: Row, wanted: dict[str, tuple[str, ...]]) -> bool:
+    return all(str(row[key] if key in row else row["parameters"].get(key)) in values for key, values in wanted.items())
+
+
+def parse_filter(text: str) -> dict[str, tuple[str, ...]]:
+    wanted = {}
+    for item in text.split():
+        key, equals, values = item.partition("=")
+        if not equals:
+            raise ValueError(f"bench tables: rows must be written as field=value, got {item!r}")
+        wanted[key] = tuple(values.split(","))
+    return wanted
+
+
+def caption(results: dict[str, Any], source: str) -> str:
+    facts = results["environment"]
+    where = facts["gpu"]["model"] if facts["gpu"] else f"{facts['cpu']['model']}, {facts['cpu']['cores']} cores, {facts['cpu']['instruction_set']}"
+    note = f" {results['note'].rstrip('.')}." if results["note"] else ""
+    return f"*{where}; torch {facts['torch']}, {facts['blas']}; {results['created'][:10]}; seed {results['seed']}; `{results['command']}` → `{source}`.{note}*"
+
+
+def markdown(source: str, rows: str, columns: str) -> str:
+    results = read_results(source)
+    wanted, names = parse_filter(rows), columns.split()
+    kept = [row for row in results["rows"] if matches(row, wanted)]
+    if not kept:
+        raise ValueError(f"bench tables: rows must keep at least one row of {source}, got {rows!r}")
+    for name in names:
+        if name not in COLUMNS and not any(name in row["parameters"] for row in kept):
+            raise ValueError(f"bench tables: columns must be out of {sorted(COLUMNS)} or a parameter, got {name!r}")
+    heads = [COLUMNS[name][0] if name in COLUMNS else name for name in names]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines += ["| " + " | ".join(cell(row, name).replace("|", "\\|") for name in names) + " |" for row in kept]
+    if any(row.get("noisy") for row in kept):
+        lines.append("")
+        lines.append("The floor spread by more than 10 % in some rows: something else was running.")
+    return "\n".join([*lines, "", caption(results, source)])
+
+
+_BLOCK = re.compile(r"(?P<open><!-- bench (?P<arguments>[^\n]*?) -->\n)(?P<body>.*?)(?P<close><!-- /bench -->)", re.DOTALL)
+
+
+def render(text: str) -> str:
+    """`text` with every block filled from its JSON."""
+
+    def fill(block: re.Match[str]) -> str:
+        source, *options = shlex.split(block["arguments"])
+        given = dict(option.partition("=")[::2] for option in options)
+        unknown = set(given) - {"rows", "columns"}
+        if unknown:
+            raise ValueError(f"bench tables: a block takes rows and columns, got {sorted(unknown)}")
+        return block["open"] + markdown(source, given.get("rows", ""), given.get("columns", "case provider pass threads time floor")) + "\n" + block["close"]
+
+    opened, closed = text.count("<!-- bench "), text.count("<!-- /bench -->")
+    if opened != closed or opened != len(_BLOCK.findall(text)):
+        raise ValueError(f"bench tables: every <!-- bench ... --> must be closed by <!-- /bench -->, got {opened} and {closed}")
+    return _BLOCK.sub(fill, text)
+
+
+def screen(results: dict[str, Any]) -> Any:
+    """The results as rich tables, one per case."""
+    from rich.console import Group
+    from rich.table import Table
+
+    parts: list[Any] = []
+    for case in dict.fromkeys(row["case"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["case"] == case]
+        parameters = list(rows[0]["parameters"])
+        columns = [*parameters, "threads", "pass", "provider", "time", "rate" if rows[0].get("flops") else "bandwidth", "floor", "percent", "memory", "error", "gradient", "target", "plan"]
+        table = Table(title=case, title_justify="left", header_style="bold")
+        for name in columns:
+            table.add_column(COLUMNS[name][0] if name in COLUMNS else name, justify="left" if name in ("provider", "plan", "pass") else "right", no_wrap=name not in ("plan",))
+        previous = None
+        for row in rows:
+            key = (tuple(row["parameters"].values()), row["threads"], row["pass"])
+            if previous not in (None, key):
+                table.add_section()
+            previous = key
+            style = {"ours": "bold green", "floor": "dim"}.get(row["kind"], "")
+            table.add_row(*(cell(row, name) for name in columns), style="red" if row["status"] == "mismatch" else style)
+        parts.append(table)
+        for reason in dict.fromkeys(f"{row['provider']}: {row['status']}: {row['reason']}" for row in rows if row["reason"]):
+            parts.append(f"  {reason}")
+    if any(row.get("noisy") for row in results["rows"]):
+        parts.append("[yellow]noisy: the floor spread by more than 10 % in some rows; something else was running[/yellow]")
+    return Group(*parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m modalign.bench.tables", description="Fill the benchmark tables of Markdown files from their JSON.")
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where a table is not what its JSON says")
+    options = parser.parse_args(arguments)
+    stale = []
+    for file in options.files:
+        text = file.read_text()
+        filled = render(text)
+        if filled != text:
+            stale.append(str(file))
+            if not options.check:
+                file.write_text(filled)
+    if stale:
+        print(("stale: " if options.check else "filled: ") + ", ".join(stale))
+    return 1 if stale and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
