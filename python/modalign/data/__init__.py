@@ -1,0 +1,18 @@
+"""Paired data: what comes with the package, your own feature matrices, splits by caption, and the frozen encoders behind the features."""
+
+from .basis import FeatureBasis
+from .dataset import FeatureStatistics, PairedDataset, Split, available, from_features, load
+from .encoders import EfficientNetLiteImageEncoder, EncoderUnavailable, MiniLMTextEncoder
+
+__all__ = [
+    "EfficientNetLiteImageEncoder",
+    "EncoderUnavailable",
+    "FeatureBasis",
+    "FeatureStatistics",
+    "MiniLMTextEncoder",
+    "PairedDataset",
+    "Split",
+    "available",
+    "from_features",
+    "load",
+]
