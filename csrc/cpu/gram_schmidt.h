@@ -4,6 +4,8 @@
 
 #include <limits>
 
+#include <limits>
+
 #include "common/vec.h"
 
 namespace modalign::cpu {
