@@ -18,7 +18,7 @@
 ///         }
 ///     };
 ///
-/// A host function `plan(problem)` returns a LaunchPlan. `launch(kernel, plan, stream)` runs it on a GPU (nvcc builds); `Emulator::run(kernel, plan)` in
+/// A host function `plan(problem)` returns a LaunchPlan. `launch(kernel, plan, stream)` runs it on a GPU (nvcc builds); `emulator.run(kernel, plan, options)` in
 /// csrc/host/simt_host.h runs the same struct with the same plan on the CPU, one fiber per thread, and reports races, bad addresses, reads of memory that nobody
 /// wrote, divergent barriers and missing lanes. All memory goes through `Shared<T>` and `Global<T>`: raw pointers inside them on the device, checked on the host.
 ///

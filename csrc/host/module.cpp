@@ -2,11 +2,11 @@
 /// @brief `_host`: what was built, the kernel catalogue, and the kernels run by the emulator on numpy arrays.
 #include <pybind11/stl.h>
 
+#include "host/fiber.h"
 #include "host/registry.h"
 
 namespace modalign::host {
 
-using simt::Emulator;
 using simt::LaunchPlan;
 using simt::LaunchRecord;
 using simt::Mutation;
@@ -76,7 +76,7 @@ py::dict Run::outputs() const {
         for (std::size_t g = 0; g < array.shadow.size(); ++g)
             if (array.shadow[g].state == simt::Shadow::uninitialised) {
                 const std::string address = array.address(g << array.granule_shift);
-                throw Report("unwritten_output", key_, 0, 0, 0, 0, address, "the run is over and " + address + " has not been written by any block");
+                throw Report("unwritten_output", key_, {0, 0, 0}, 0, address, "the run is over and " + address + " has not been written by any block");
             }
         py::array copy(output.dtype, output.shape);
         std::memcpy(copy.mutable_data(), array.data, array.bytes);
@@ -144,7 +144,7 @@ RunResult run(const std::string& key, py::dict arguments, std::uint64_t seed, co
 
 std::vector<std::string> mutations(const std::string& key) {
     if (catalogue().count(key) == 0) throw py::key_error("mutations: no kernel is called '" + key + "'");
-    const auto& passed = Emulator::instance().passed_mutations();
+    const auto& passed = simt::emulator.passed_mutations();
     const auto found = passed.find(key);
     if (found == passed.end()) return {};
     return {found->second.begin(), found->second.end()};

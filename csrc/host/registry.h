@@ -80,7 +80,7 @@ public:
     template <class Kernel>
     void launch(const Kernel& kernel, const simt::LaunchPlan& plan) {
         announce(plan);
-        finished(simt::Emulator::instance().run(kernel, plan, options_));
+        finished(simt::emulator.run(kernel, plan, options_));
     }
 
     // --------------------------------------------------------------------------------------------------- used by module.cpp
