@@ -176,4 +176,4 @@ def _plan(provider: Provider, subject: measure.Subject) -> str:
     with provider.context():
         if provider.plan:
             return provider.plan()
-        return _load.instruction_set() if provider.kind == "ours" else f"torch {torch.backends.cpu.get_cpu_capability()}, {environment.blas()}"
+        return _load.instruction_set() if provider.kind == "ours" else f"torch {torch.backends.cpu.get_cpu_capability()}"
