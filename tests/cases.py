@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+
 from modalign import ops
 from modalign.ops.gram_volume import formula_gram_volume, reference_gram_volume
 from modalign.ops.paired_gram_volume import formula_paired_gram_volume, reference_paired_gram_volume
@@ -18,7 +19,7 @@ def finite_zoo(make: Maker, count: int = 3) -> dict[str, list[torch.Tensor]]:
     return {name: vectors for name, vectors in degenerate_zoo(make, count).items() if name not in NOT_FINITE}
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------ gram_volume
+# -------------------------------------------------------------------------------------------------------------------------------------- gram_volume
 
 
 def gram_volume_samples(make: Maker) -> list[Sample]:
@@ -62,14 +63,22 @@ def gram_volume_degenerate(make: Maker) -> list[Sample]:
         for k, count in ((KERNEL, 3), (WIDE, 9))
         for name, vectors in finite_zoo(make, count).items()
         for squared in (False, True)
-        if not (name in ("huge", "tiny") and count == 9)   # their ninth power is out of range
+        if not (name in ("huge", "tiny") and count == 9)  # their ninth power is out of range
     ]
-    found += [Sample(f"{name}, {option}", (vectors[0], vectors[1:]), {"normalize": option}) for name, vectors in finite_zoo(make).items() for option in (True, "root")]
+    found += [
+        Sample(f"{name}, {option}", (vectors[0], vectors[1:]), {"normalize": option})
+        for name, vectors in finite_zoo(make).items()
+        for option in (True, "root")
+    ]
     found += [
         Sample("more vectors than dimensions", (make.randn(4, 2), [make.randn(5, 2), make.randn(5, 2)])),
         Sample("more vectors than dimensions, plain torch", (make.randn(4, 6), [make.randn(5, 6) for _ in range(9)])),
         Sample("as many vectors as dimensions", (make.unit(4, 3), [make.unit(5, 3), make.unit(5, 3)])),
-        Sample("nothing present", (make.randn(3, 8), [make.randn(4, 8), make.randn(4, 8)]), {"present": torch.zeros(4, 2, dtype=torch.bool, device=make.device)}),
+        Sample(
+            "nothing present",
+            (make.randn(3, 8), [make.randn(4, 8), make.randn(4, 8)]),
+            {"present": torch.zeros(4, 2, dtype=torch.bool, device=make.device)},
+        ),
         Sample("eps=0", (make.unit(3, 8), [make.unit(3, 8)]), {"eps": 0.0}),
     ]
     return found
@@ -117,11 +126,30 @@ def gram_volume_bad_inputs(make: Maker) -> list[BadInput]:
         bad("others holds a number", TypeError, r"others\[1\] must be a tensor .* got float 2.0", a, [r, 2.0]),
         bad("mixed dtypes", TypeError, r"others\[0\] must have anchor's dtype torch.float32, got torch.float64", a, [r.double()]),
         bad("mixed devices", ValueError, r"others\[0\] must be on anchor's device .*, got meta", a, [r.to("meta")]),
-        bad("mixed widths", ValueError, r"others\[1\] must have anchor's width D = 8, got a float32 tensor of shape \(5, 7\)", a, [r, make.randn(5, 7)]),
+        bad(
+            "mixed widths",
+            ValueError,
+            r"others\[1\] must have anchor's width D = 8, got a float32 tensor of shape \(5, 7\)",
+            a,
+            [r, make.randn(5, 7)],
+        ),
         bad("mixed candidates", ValueError, r"others\[1\] must have as many candidates C as others\[0\] = 5, got", a, [r, make.randn(6, 8)]),
-        bad("leading dimensions", ValueError, r"leading dimensions must broadcast .* anchor \[2\], others\[0\] \[3\]", make.randn(2, 4, 8), [make.randn(3, 5, 8)]),
+        bad(
+            "leading dimensions",
+            ValueError,
+            r"leading dimensions must broadcast .* anchor \[2\], others\[0\] \[3\]",
+            make.randn(2, 4, 8),
+            [make.randn(3, 5, 8)],
+        ),
         bad("present of floats", TypeError, "present must be a bool tensor", a, [r], present=make.randn(5, 1)),
-        bad("present of the wrong shape", ValueError, r"present must have shape \[\.\.\., C, m\] = \[\.\.\., 5, 1\], got a bool tensor of shape \(5, 2\)", a, [r], present=make.mask(5, 2)),
+        bad(
+            "present of the wrong shape",
+            ValueError,
+            r"present must have shape \[\.\.\., C, m\] = \[\.\.\., 5, 1\], got a bool tensor of shape \(5, 2\)",
+            a,
+            [r],
+            present=make.mask(5, 2),
+        ),
         bad("present is a list", TypeError, "present must be None or a bool tensor", a, [r], present=[True]),
         bad("present on another device", ValueError, "present must be on anchor's device", a, [r], present=make.mask(5, 1).to("meta")),
         bad("squared is a number", TypeError, "squared must be True or False, got int 1", a, [r], squared=1),
@@ -144,11 +172,20 @@ GRAM_VOLUME = OpCase(
     empty=gram_volume_empty,
     raw=gram_volume_raw,
     bad_inputs=gram_volume_bad_inputs,
-    double_backward=False, func_grad=True, vmap=True, jvp=False, autocast=torch.float32, compile=True, export=True, checkpoint=True, strided=True, deterministic=True,
+    double_backward=False,
+    func_grad=True,
+    vmap=True,
+    jvp=False,
+    autocast=torch.float32,
+    compile=True,
+    export=True,
+    checkpoint=True,
+    strided=True,
+    deterministic=True,
 )
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------- paired_gram_volume
+# ------------------------------------------------------------------------------------------------------------------------------- paired_gram_volume
 
 
 def paired_samples(make: Maker) -> list[Sample]:
@@ -161,7 +198,7 @@ def paired_samples(make: Maker) -> list[Sample]:
         call("k=3, ragged", 3, 67, 37),
         call("k=5, squared, present", 5, 33, 21, squared=True, present=make.mask(21, 5)),
         call("k=8", 8, 50, 19),
-        replace(call("k=3, normalize", 3, 20, 7, normalize=True), slack=2),   # see gram_volume
+        replace(call("k=3, normalize", 3, 20, 7, normalize=True), slack=2),  # see gram_volume
         call("k=4, root, present", 4, 20, 7, normalize="root", present=make.mask(7, 4)),
         call("k=3, batched", 3, 18, 2, 3, 2),
         Sample("one tensor", (make.unit(3, 5, 4, 18),), {"present": make.mask(5, 4)}),
@@ -193,12 +230,16 @@ def paired_degenerate(make: Maker) -> list[Sample]:
         for squared in (False, True)
         if not (name in ("huge", "tiny") and count == 9)
     ]
-    found += [Sample(f"{name}, {option}", (vectors,), {"normalize": option}) for name, vectors in finite_zoo(make).items() for option in (True, "root")]
+    found += [
+        Sample(f"{name}, {option}", (vectors,), {"normalize": option}) for name, vectors in finite_zoo(make).items() for option in (True, "root")
+    ]
     found += [
         Sample("more vectors than dimensions", (make.randn(4, 3, 2),)),
         Sample("more vectors than dimensions, plain torch", (make.randn(4, 10, 6),)),
         Sample("nothing present", (make.randn(4, 3, 8),), {"present": torch.zeros(4, 3, dtype=torch.bool, device=make.device)}),
-        Sample("nothing present, root", (make.randn(4, 3, 8),), {"present": torch.zeros(4, 3, dtype=torch.bool, device=make.device), "normalize": "root"}),
+        Sample(
+            "nothing present, root", (make.randn(4, 3, 8),), {"present": torch.zeros(4, 3, dtype=torch.bool, device=make.device), "normalize": "root"}
+        ),
     ]
     return found
 
@@ -239,7 +280,13 @@ def paired_bad_inputs(make: Maker) -> list[BadInput]:
         bad("mixed devices", ValueError, r"vectors\[1\] must be on vectors\[0\]'s device .*, got meta", [a, a.to("meta")]),
         bad("mixed widths", ValueError, r"vectors\[1\] must have vectors\[0\]'s width D = 8", [a, a[:, :7]]),
         bad("leading dimensions", ValueError, r"leading dimensions must broadcast .* vectors\[0\] \[4\], vectors\[1\] \[3\]", [a, a[:3]]),
-        bad("present of the wrong shape", ValueError, r"present must have shape \[\.\.\., k\] = \[\.\.\., 2\], got a bool tensor of shape \(4, 3\)", [a, a], present=make.mask(4, 3)),
+        bad(
+            "present of the wrong shape",
+            ValueError,
+            r"present must have shape \[\.\.\., k\] = \[\.\.\., 2\], got a bool tensor of shape \(4, 3\)",
+            [a, a],
+            present=make.mask(4, 3),
+        ),
         bad("present of floats", TypeError, "present must be a bool tensor", [a, a], present=make.randn(4, 2)),
         bad("squared", TypeError, "squared must be True or False", [a, a], squared=None),
         bad("root of the square", ValueError, 'normalize must not be "root" together with squared', [a, a], normalize="root", squared=True),
@@ -259,11 +306,20 @@ PAIRED_GRAM_VOLUME = OpCase(
     empty=paired_empty,
     raw=paired_raw,
     bad_inputs=paired_bad_inputs,
-    double_backward=False, func_grad=True, vmap=True, jvp=False, autocast=torch.float32, compile=True, export=True, checkpoint=True, strided=True, deterministic=True,
+    double_backward=False,
+    func_grad=True,
+    vmap=True,
+    jvp=False,
+    autocast=torch.float32,
+    compile=True,
+    export=True,
+    checkpoint=True,
+    strided=True,
+    deterministic=True,
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------- triangle_area
+# ------------------------------------------------------------------------------------------------------------------------------------ triangle_area
 
 
 def triangle_samples(make: Maker) -> list[Sample]:
@@ -292,9 +348,17 @@ def triangle_sized(make: Maker, n: int) -> Sample:
 
 
 def triangle_degenerate(make: Maker) -> list[Sample]:
-    found = [Sample(f"{name}{', squared' * squared}", tuple(vectors), {"squared": squared}) for name, vectors in finite_zoo(make).items() for squared in (False, True)]
+    found = [
+        Sample(f"{name}{', squared' * squared}", tuple(vectors), {"squared": squared})
+        for name, vectors in finite_zoo(make).items()
+        for squared in (False, True)
+    ]
     a, u = make.unit(4, 8), make.unit(5, 8)
-    return found + [Sample("u = v", (a, u, u.clone())), Sample("on a line", (a, 2 * a, -a)), Sample("a line", (make.randn(3, 1), make.randn(4, 1), make.randn(4, 1)))]
+    return found + [
+        Sample("u = v", (a, u, u.clone())),
+        Sample("on a line", (a, 2 * a, -a)),
+        Sample("a line", (make.randn(3, 1), make.randn(4, 1), make.randn(4, 1))),
+    ]
 
 
 def triangle_empty(make: Maker) -> list[tuple[Sample, tuple[int, ...]]]:
@@ -350,7 +414,44 @@ TRIANGLE_AREA = OpCase(
     empty=triangle_empty,
     raw=triangle_raw,
     bad_inputs=triangle_bad_inputs,
-    double_backward=False, func_grad=True, vmap=True, jvp=False, autocast=torch.float32, compile=True, export=True, checkpoint=True, strided=True, deterministic=True,
+    double_backward=False,
+    func_grad=True,
+    vmap=True,
+    jvp=False,
+    autocast=torch.float32,
+    compile=True,
+    export=True,
+    checkpoint=True,
+    strided=True,
+    deterministic=True,
 )
 
-CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA]
+# The same promises for more vectors than a kernel takes.
+WIDE = [
+    replace(
+        GRAM_VOLUME,
+        label="gram_volume_wide",
+        samples=lambda make: [s for s in gram_volume_samples(make) if "plain torch" in s.name or "k=10" in s.name],
+        sized=lambda make, n: Sample(
+            f"n={n}", (make.randn(n, n + 9), [make.randn(n + 2, n + 9) for _ in range(8)]), {"present": make.mask(n + 2, 8)}
+        ),
+        tiny=lambda make: gram_volume_tiny(make)[-1:],
+        degenerate=None,
+        empty=None,
+        raw=None,
+        bad_inputs=None,
+    ),
+    replace(
+        PAIRED_GRAM_VOLUME,
+        label="paired_gram_volume_wide",
+        samples=lambda make: [s for s in paired_samples(make) if "plain torch" in s.name or "k=10" in s.name],
+        sized=lambda make, n: Sample(f"n={n}", ([make.randn(n, n + 9) for _ in range(9)],), {"present": make.mask(n, 9)}),
+        tiny=lambda make: paired_tiny(make)[-1:],
+        degenerate=None,
+        empty=None,
+        raw=None,
+        bad_inputs=None,
+    ),
+]
+
+CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from modalign.compat import gram
 from modalign.ops import triangle_area
 
@@ -70,8 +71,8 @@ def test_trains_as_a_loss():
     target = torch.arange(16)
     losses = []
     for _ in range(40):
-        l, v, a = (torch.nn.functional.normalize(x, dim=-1) for x in (language, video, audio))
-        volume = gram.volume_computation3(l, v, a)
+        language_unit, video_unit, audio_unit = (torch.nn.functional.normalize(x, dim=-1) for x in (language, video, audio))
+        volume = gram.volume_computation3(language_unit, video_unit, audio_unit)
         loss = (torch.nn.functional.cross_entropy(-volume / 0.07, target) + torch.nn.functional.cross_entropy(-volume.T / 0.07, target)) / 2
         optimizer.zero_grad()
         loss.backward()

@@ -2,8 +2,20 @@
 
 import pytest
 import torch
+
 from modalign.testing import (
-    BadInput, Maker, OpCase, Sample, assert_bitwise_deterministic, battery, compare_gradients, compare_values, degenerate_zoo, gradient_report, peak_memory, run_battery,
+    BadInput,
+    Maker,
+    OpCase,
+    Sample,
+    assert_bitwise_deterministic,
+    battery,
+    compare_gradients,
+    compare_values,
+    degenerate_zoo,
+    gradient_report,
+    peak_memory,
+    run_battery,
     tolerance_of,
 )
 
@@ -14,7 +26,7 @@ def noise(scale):
     return scale * torch.randn(10_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------- gradient comparison
+# ------------------------------------------------------------------------------------------------------------------------------ gradient comparison
 
 
 def test_rounding_passes():
@@ -25,7 +37,7 @@ def test_rounding_passes():
 @pytest.mark.parametrize(
     "wrong, complaint",
     [
-        (EXPECTED * 1.01, "signed bias"),                                  # 1 % too large everywhere: each element is well within bfloat16's tolerance
+        (EXPECTED * 1.01, "signed bias"),  # 1 % too large everywhere: each element is well within bfloat16's tolerance
         (EXPECTED + noise(0.05), "relative L2"),
         (torch.where(torch.arange(10_000) == 17, EXPECTED + 1, EXPECTED), r"0.01% of the elements are off"),
         (-EXPECTED, "cosine"),
@@ -67,14 +79,14 @@ def test_values_are_measured_against_the_formula():
     with pytest.raises(AssertionError, match="maximum error 0.001"):
         compare_values(expected.float() + 1e-3, expected)
     compare_values(expected.float() + 1e-3, expected, yardstick=expected.float() - 1e-3)
-    with pytest.raises(AssertionError):   # a formula that fails altogether allows nothing
+    with pytest.raises(AssertionError):  # a formula that fails altogether allows nothing
         compare_values(expected.float() + 1e-3, expected, yardstick=torch.full((4,), torch.nan))
     with pytest.raises(AssertionError, match="maximum error inf"):
         compare_values(torch.full((4,), torch.nan), expected)
     compare_values(torch.tensor([torch.nan, torch.inf]), torch.tensor([torch.nan, torch.inf], dtype=torch.float64))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------- zoo
+# ---------------------------------------------------------------------------------------------------------------------------------------------- zoo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -89,7 +101,7 @@ def test_zoo_is_what_it_says(dtype):
     assert 0 < (collinear[0] - collinear[1]).norm(dim=-1).max() < 0.3
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------- determinism
+# -------------------------------------------------------------------------------------------------------------------------------------- determinism
 
 
 def test_determinism_check_sees_one_bit():
@@ -102,11 +114,11 @@ def test_determinism_check_sees_one_bit():
         assert_bitwise_deterministic(lambda: torch.tensor([torch.get_num_threads() == 3]))
     before = torch.get_num_threads()
     with pytest.raises(AssertionError, match="differ"):
-        assert_bitwise_deterministic(lambda: torch.tensor([0.0, -0.0][torch.get_num_threads() == 2]))   # equal as numbers, not as bits
+        assert_bitwise_deterministic(lambda: torch.tensor([0.0, -0.0][torch.get_num_threads() == 2]))  # equal as numbers, not as bits
     assert torch.get_num_threads() == before
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------------------------------------------------------- memory
 
 
 def allocate(megabytes, temporary):
@@ -151,7 +163,7 @@ def test_memory_probe_reports_failures():
         peak_memory("test_testing:allocate", wrong=1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------------------- battery
+# ------------------------------------------------------------------------------------------------------------------------------------------ battery
 
 
 def product(x, y):
@@ -167,10 +179,23 @@ def sized(make, n):
 
 def toy(**changes):
     described = dict(
-        name="product", call=product, reference=product, samples=lambda make: [sized(make, 5)], tiny=lambda make: [sized(make, 2)], sized=sized,
+        name="product",
+        call=product,
+        reference=product,
+        samples=lambda make: [sized(make, 5)],
+        tiny=lambda make: [sized(make, 2)],
+        sized=sized,
         empty=lambda make: [(Sample("no rows", (make.randn(0, 4), make.randn(3, 4))), (0, 3))],
-        bad_inputs=lambda make: [BadInput(Sample("width", (make.randn(2, 3), make.randn(2, 4))), ValueError, "^product: y must have x's width 3, got 4$")],
-        dtypes=(torch.float32, torch.float64), double_backward=True, func_grad=True, vmap=True, jvp=True, autocast=torch.bfloat16, deterministic=False,
+        bad_inputs=lambda make: [
+            BadInput(Sample("width", (make.randn(2, 3), make.randn(2, 4))), ValueError, "^product: y must have x's width 3, got 4$")
+        ],
+        dtypes=(torch.float32, torch.float64),
+        double_backward=True,
+        func_grad=True,
+        vmap=True,
+        jvp=True,
+        autocast=torch.bfloat16,
+        deterministic=False,
     )
     return OpCase(**{**described, **changes})
 
@@ -185,7 +210,11 @@ def failures(case):
 
 def test_true_declarations_pass():
     # A plain matrix product is bit-equal from run to run but promises nothing across thread counts: only the check of that promise is left out.
-    names = [name for name, check in battery([toy(autocast=torch.bfloat16)], on=["cpu"]) if "determinism" not in name and "autocast" not in name and not check()]
+    names = [
+        name
+        for name, check in battery([toy(autocast=torch.bfloat16)], on=["cpu"])
+        if "determinism" not in name and "autocast" not in name and not check()
+    ]
     assert len(names) == 20
 
 
@@ -221,7 +250,7 @@ def test_wrong_values_and_unchecked_inputs_are_caught():
     found = failures(toy(call=lambda x, y: (x @ y.mT) * (1 + 1e-4), empty=None))
     assert {"values-float32", "values-float64", "bad_inputs"} <= found
     assert "strided" in failures(toy(call=lambda x, y: x @ y.mT * (1 if x.is_contiguous() else 1.001)))
-    assert "strided" in failures(toy(call=lambda x, y: product(x.detach().add_(0.5).sub(0.5) + 0 * x, y)))   # changes its input
+    assert "strided" in failures(toy(call=lambda x, y: product(x.detach().add_(0.5).sub(0.5) + 0 * x, y)))  # changes its input
 
 
 def test_many_graphs_are_caught():

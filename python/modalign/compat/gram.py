@@ -5,9 +5,10 @@
 >>> volume_computation(torch.eye(3)[:1], torch.eye(3)[1:2], torch.eye(3)[2:])
 tensor([[1.]])
 
-What differs from the released code, all of it on purpose: nearly collinear vectors keep their digits (a determinant in float32 loses them all), a zero volume is 0 and
-not the root of a rounding error, its gradient is 0 and not NaN, there are no B x B x k x k and B x B x D intermediates, and half-precision inputs give the result in
-their own dtype after accumulating in float32. Rows are the first argument, columns the others: [B1, B2]. Small means similar.
+What differs from the released code, all of it on purpose: nearly collinear vectors keep their digits (a determinant in float32 loses them all), a
+zero volume is 0 and not the root of a rounding error, its gradient is 0 and not NaN, there are no B x B x k x k and B x B x D intermediates, and
+half-precision inputs give the result in their own dtype after accumulating in float32. Rows are the first argument, columns the others: [B1, B2].
+Small means similar.
 """
 
 from __future__ import annotations
@@ -42,5 +43,6 @@ def volume_computation5(language: Tensor, video: Tensor, audio: Tensor, subtitle
 def area_computation(language: Tensor, video: Tensor, audio: Tensor) -> Tensor:
     """(|p|^2 |q|^2 - (p . q)^2) / 2 with p = language i - video j and q = language i - audio j: [B1, B2].
 
-    That is 2 Area^2: the released training code leaves out the square root that the paper has. For the paper's area use `modalign.ops.triangle_area`."""
+    That is 2 Area^2: the released training code leaves out the square root that the paper has. For the paper's area use
+    `modalign.ops.triangle_area`."""
     return 2 * triangle_area(language, video, audio, squared=True)

@@ -2,7 +2,7 @@
 
 from .._load import load_library
 
-load_library()   # the files below tell torch about the raw ops, so these have to be there first
+load_library()  # the files below tell torch about the raw ops, so these have to be there first
 
 from .gram_volume import gram_volume  # noqa: E402
 from .paired_gram_volume import paired_gram_volume  # noqa: E402

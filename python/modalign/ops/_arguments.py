@@ -1,4 +1,5 @@
-"""Checks of argument metadata that the ops share: rank, size, dtype, device, Python numbers. Values are never looked at, so nothing here synchronises a device."""
+"""Checks of argument metadata that the ops share: rank, size, dtype, device, Python numbers. Values are never looked at, so nothing here
+synchronises a device."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def check_presence(op: str, value: object, like_name: str, like: Tensor, shape: 
         raise TypeError(f"{op}: present must be a bool tensor {shape}, True where the vector is there, got {describe(value)}")
     if value.device != like.device:
         raise ValueError(f"{op}: present must be on {like_name}'s device {like.device}, got {value.device}")
-    if value.dim() < len(sizes) or tuple(value.shape[value.dim() - len(sizes):]) != sizes:
+    if value.dim() < len(sizes) or tuple(value.shape[value.dim() - len(sizes) :]) != sizes:
         wanted = ", ".join(str(size) for size in sizes)
         raise ValueError(f"{op}: present must have shape {shape} = [..., {wanted}], got {describe(value)}")
     return value
@@ -105,6 +106,7 @@ def leading_shape(op: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...
 
 
 def fold_leading(tensor: Tensor, leading: tuple[int, ...], kept: int) -> Tensor:
-    """`tensor` [..., kept dimensions] as [N, kept dimensions]. A view unless two or more leading dimensions with strides that do not collapse are folded into one."""
-    sizes = tuple(tensor.shape[tensor.dim() - kept:])
+    """`tensor` [..., kept dimensions] as [N, kept dimensions]. A view unless two or more leading dimensions with strides that do not collapse are
+    folded into one."""
+    sizes = tuple(tensor.shape[tensor.dim() - kept :])
     return tensor.expand(leading + sizes).reshape((math.prod(leading),) + sizes)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DEPENDENT = 16.0   # a vector whose residual is at most this many eps_m of its own length is dependent on those before it
-NOISE = 8.0        # an anchor's residual of at most this many eps_m of its length is rounding noise
+DEPENDENT = 16.0  # a vector whose residual is at most this many eps_m of its own length is dependent on those before it
+NOISE = 8.0  # an anchor's residual of at most this many eps_m of its length is rounding noise
 
 
 def squared_length(vectors: Tensor) -> Tensor:
@@ -26,8 +26,8 @@ def negligible(square: Tensor, bound: Tensor) -> Tensor:
 def orthonormalize(vectors: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
     """Q [..., m, D] with orthonormal rows and L [..., m, m] lower triangular with vectors = L Q, for vectors [..., m, D]; present is bool [..., m].
 
-    An absent vector leaves a zero row in Q and a row of the identity in L, and its content is never read into anything. A dependent one leaves zeros on
-    its row of Q and on the diagonal of L. A NaN stays NaN. Everything is made of differentiable steps, none in place."""
+    An absent vector leaves a zero row in Q and a row of the identity in L, and its content is never read into anything. A dependent one leaves
+    zeros on its row of Q and on the diagonal of L. A NaN stays NaN. Everything is made of differentiable steps, none in place."""
     m = vectors.shape[-2]
     eps_m = torch.finfo(vectors.dtype).eps
     rows: list[Tensor] = []

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 DEVICES_WITH_AUTOCAST = ("cpu", "cuda")
 
-_autograd_of: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {}   # raw op -> its setup_context and backward
+_autograd_of: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {}  # raw op -> its setup_context and backward
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,12 +57,13 @@ def to_autocast(tensor: Tensor) -> Tensor:
 
 
 def refuse_forward_mode(op: str, tensors: Iterable[Tensor]) -> None:
-    """The dispatcher runs an op without a forward-mode formula on dual tensors as if they were constants; this raises instead of losing the tangent."""
-    if torch.compiler.is_compiling():
+    """The dispatcher runs an op without a forward-mode formula on dual tensors as if they were constants; this raises instead of losing the
+    tangent."""
+    if forward_ad._current_level < 0:
         return
-    for tensor in tensors:
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{op}: forward-mode differentiation is not supported")
+    # While torch.compile traces, tangents cannot be looked at; raising sends it back to eager mode, where they can.
+    if torch.compiler.is_compiling() or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(f"{op}: forward-mode differentiation is not supported")
 
 
 def functorch_is_active() -> bool:
@@ -71,7 +72,8 @@ def functorch_is_active() -> bool:
 
 
 class _Transformable(torch.autograd.Function):
-    """An op pair as torch.func wants it. What torch.library.register_autograd builds has no separate setup_context, and torch.func.grad refuses it."""
+    """An op pair as torch.func wants it. What torch.library.register_autograd builds has no separate setup_context, and torch.func.grad refuses
+    it."""
 
     generate_vmap_rule = True
 
@@ -117,7 +119,8 @@ def call(name: str, *values: Any) -> Any:
 
 
 def fold_batch(tensor: Tensor, dimension: int | None, batch_size: int) -> Tensor:
-    """[N, ...] with a vmapped dimension somewhere, or without one, as [batch_size * N, ...]. Without one, and with N = 1, this is a view with stride 0."""
+    """[N, ...] with a vmapped dimension somewhere, or without one, as [batch_size * N, ...]. Without one, and with N = 1, this is a view with
+    stride 0."""
     tensor = tensor.unsqueeze(0).expand(batch_size, *tensor.shape) if dimension is None else tensor.movedim(dimension, 0)
     return tensor.reshape(tensor.shape[0] * tensor.shape[1], *tensor.shape[2:])
 
@@ -136,12 +139,12 @@ def register_folding_vmap(qualified_name: str, contiguous: tuple[int, ...] = ())
             return fold_batch(value, dimension, batch_size)
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
             dimensions = dimension if isinstance(dimension, (list, tuple)) else [None] * len(value)
-            return [fold_batch(entry, where, batch_size) for entry, where in zip(value, dimensions)]
+            return [fold_batch(entry, where, batch_size) for entry, where in zip(value, dimensions, strict=True)]
         return value
 
     def batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         size = info.batch_size
-        folded = [fold(value, dimension, size) for value, dimension in zip(arguments, in_dims)]
+        folded = [fold(value, dimension, size) for value, dimension in zip(arguments, in_dims, strict=True)]
         for position in contiguous:
             folded[position] = folded[position].contiguous()
         result = op(*folded)
@@ -162,7 +165,8 @@ def register_pair(
     backward: Callable[..., Any],
     saved: tuple[int, ...] = (),
 ) -> None:
-    """Everything Python adds to the raw ops `modalign::<name>` and `modalign::<name>_bwd`; `op` is the public name that messages use, `saved` the positions of the
+    """Everything Python adds to the raw ops `modalign::<name>` and `modalign::<name>_bwd`; `op` is the public name that messages use, `saved` the
+    positions of the
     arguments of `<name>_bwd` that come from the forward and are taken contiguous only."""
     forward_name, backward_name = f"modalign::{name}", f"modalign::{name}_bwd"
     torch.library.register_fake(forward_name, fake)
@@ -171,5 +175,6 @@ def register_pair(
     _autograd_of[name] = (setup_context, backward)
     refuse_double_backward(backward_name, op)
     register_float32_autocast(forward_name)
+    register_float32_autocast(backward_name)  # backward() may be called inside the region, too
     register_folding_vmap(forward_name)
     register_folding_vmap(backward_name, saved)

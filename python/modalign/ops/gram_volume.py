@@ -1,7 +1,8 @@
 """All-pairs Gramian volume: how far the vectors of a tuple are from lying in one direction. [GRAM, ICLR 2025, section 3]
 
-The file holds the public function, what torch needs to know about the raw ops (fake, autograd, vmap, autocast), the path for more than 8 modalities, and two
-plain-torch formulas: `reference_gram_volume` (accurate; the oracle of the tests) and `formula_gram_volume` (the determinant, as in most people's code).
+The file holds the public function, what torch needs to know about the raw ops (fake, autograd, vmap, autocast), the path for more than 8
+modalities, and two plain-torch formulas: `reference_gram_volume` (accurate; the oracle of the tests) and `formula_gram_volume` (the determinant, as
+in most people's code).
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ def gram_volume(
 
         V[i, j] = sqrt(det G_ij) = d_j * |a_i - Q_j^T Q_j a_i|        R_j = L_j Q_j,  d_j = prod_p L_j[p, p]
 
-    The second form is what is computed: candidates are factored once (Gram-Schmidt run twice), a tile of products ``a_i . Q_jp`` is squared and summed, and pairs
-    that lose digits that way (residual below 1 % of ``|a|^2``; half types 2 %) are recomputed from the vectors inside their tile, forward and backward.
+    The second form is what is computed: candidates are factored once (Gram-Schmidt run twice), a tile of products ``a_i . Q_jp`` is squared and
+    summed, and pairs that lose digits that way (residual below 1 % of ``|a|^2``; half types 2 %) are recomputed from the vectors inside their tile,
+    forward and backward.
 
     >>> import torch
     >>> gram_volume(torch.eye(3)[:2], [torch.eye(3)[1:]])
@@ -54,13 +56,14 @@ def gram_volume(
     others : sequence of m >= 1 tensors [..., C, D]
         Row j of all of them belongs to candidate j. Leading dimensions broadcast against each other (a single broadcast one is not copied).
     present : bool Tensor [..., C, m], optional
-        True where candidate j has modality p. An absent vector is left out of the determinant; its content, even NaN, never matters and it gets gradient 0.
-        No modality present gives ``|a_i|``. Volumes over different numbers of vectors are not comparable as they are, see ``normalize``.
+        True where candidate j has modality p. An absent vector is left out of the determinant; its content, even NaN, never matters and it gets
+        gradient 0. No modality present gives ``|a_i|``. Volumes over different numbers of vectors are not comparable as they are, see
+        ``normalize``.
     squared : bool
         ``det G`` in place of its root: smooth everywhere.
     normalize : False, True or "root"
-        True: all vectors are made unit length first (a zero vector stays zero with zero gradient). "root": ``V ** (1 / n_j)``, n_j the number of vectors present
-        in the tuple with the anchor; vectors are taken as they are, and it cannot be combined with ``squared``.
+        True: all vectors are made unit length first (a zero vector stays zero with zero gradient). "root": ``V ** (1 / n_j)``, n_j the number of
+        vectors present in the tuple with the anchor; vectors are taken as they are, and it cannot be combined with ``squared``.
     eps : float, optional
         The gradient divides by ``max(sqrt(r), sqrt(eps) |a_i|)``, r the squared residual. Default 1e-12, for float64 1e-24.
 
@@ -70,14 +73,15 @@ def gram_volume(
 
     Gradient
     --------
-    Closed form, in ``anchor`` and ``others``; bounded by the product of the other lengths. Where V is 0 (identical, antiparallel, duplicated or zero vectors,
-    more vectors than dimensions) the gradient is 0 and neighbours are untouched. Nearly collinear tuples keep their digits. Double backward, forward mode and
-    gradients of ``present`` are not supported; the first two raise.
+    Closed form, in ``anchor`` and ``others``; bounded by the product of the other lengths. Where V is 0 (identical, antiparallel, duplicated or
+    zero vectors, more vectors than dimensions) the gradient is 0 and neighbours are untouched. Nearly collinear tuples keep their digits. Double
+    backward, forward mode and gradients of ``present`` are not supported; the first two raise.
 
     Edges
     -----
-    k > D: 0 everywhere (warns once). Empty N, B or C: an empty result with a ``grad_fn``. A NaN or Inf in row i or in candidate j stays in that row or column.
-    More than 8 vectors: same results and contracts from a path in plain torch, on every device, slower (O(B C m D), row blocks of 64 MiB).
+    k > D: 0 everywhere (warns once). Empty N, B or C: an empty result with a ``grad_fn``. A NaN or Inf in row i or in candidate j stays in that row
+    or column. More than 8 vectors: same results and contracts from a path in plain torch, on every device, slower (O(B C m D), row blocks of 64
+    MiB).
 
     Raises
     ------
@@ -86,10 +90,11 @@ def gram_volume(
 
     Complexity
     ----------
-    2 B C m D FLOP and O(C m^2 D) for the factors; the backward is about twice that. Beyond inputs and the B x C result: the factors, C m D + C m^2 numbers.
+    2 B C m D FLOP and O(C m^2 D) for the factors; the backward is about twice that. Beyond inputs and the B x C result: the factors, C m D + C m^2
+    numbers.
 
-    Paper: Cicchetti et al., "Gramian Multimodal Representation Learning and Alignment", ICLR 2025, section 3. The released code takes ``sqrt(abs(det))`` in float32, which
-    turns rounding into volume and has NaN gradients at 0; ``modalign.compat.gram`` has its call signatures.
+    Paper: Cicchetti et al., "Gramian Multimodal Representation Learning and Alignment", ICLR 2025, section 3. The released code takes
+    ``sqrt(abs(det))`` in float32, which turns rounding into volume and has NaN gradients at 0; ``modalign.compat.gram`` has its call signatures.
     """
     op = "gram_volume"
     anchor, others, present, leading = _checked(op, anchor, others, present)
@@ -110,7 +115,9 @@ def _checked(op: str, anchor: object, others: object, present: object) -> tuple[
         # Under autocast everything but float64 becomes float32, so dtypes may differ there as they do after autocast's own linear layers.
         arguments.check_alike(op, f"others[{index}]", to_autocast(other) if mixed else other, "anchor", to_autocast(anchor) if mixed else anchor)
         if other.shape[-2] != vectors[0].shape[-2]:
-            raise ValueError(f"{op}: others[{index}] must have as many candidates C as others[0] = {vectors[0].shape[-2]}, got {arguments.describe(other)}")
+            raise ValueError(
+                f"{op}: others[{index}] must have as many candidates C as others[0] = {vectors[0].shape[-2]}, got {arguments.describe(other)}"
+            )
     sizes = (vectors[0].shape[-2], len(vectors))
     mask = arguments.check_presence(op, present, "anchor", anchor, "[..., C, m]", sizes)
     shapes = {"anchor": tuple(anchor.shape[:-2]), **{f"others[{index}]": tuple(other.shape[:-2]) for index, other in enumerate(vectors)}}
@@ -133,7 +140,7 @@ def _volume(
     B, C, D, m = anchor.shape[-2], others[0].shape[-2], anchor.shape[-1], len(others)
     warn_more_vectors_than_dimensions("gram_volume", m + 1, D)
     if normalize is True:
-        if present is not None:   # an absent NaN would come back through the gradient of the division
+        if present is not None:  # an absent NaN would come back through the gradient of the division
             others = [torch.where(present[..., p, None], other, 0) for p, other in enumerate(others)]
         anchor, others = unit(anchor), [unit(other) for other in others]
     folded = arguments.fold_leading(anchor, leading, 2), [arguments.fold_leading(other, leading, 2) for other in others]
@@ -146,7 +153,7 @@ def _volume(
     return volume
 
 
-# --------------------------------------------------------------------------------------------------------------------------------- what torch needs to know
+# ------------------------------------------------------------------------------------------------------------------------- what torch needs to know
 
 
 def _fake(anchor: Tensor, others: list[Tensor], present: Tensor | None, squared: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,23 +199,29 @@ def _backward_with(name: str) -> Any:
 
 
 register_pair(
-    "gram_volume", op="gram_volume", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context,
-    backward=_backward_with("gram_volume_bwd"), saved=(2, 3),
+    "gram_volume",
+    op="gram_volume",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward_with("gram_volume_bwd"),
+    saved=(2, 3),
 )
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------ more than 8 modalities
+# --------------------------------------------------------------------------------------------------------------------------- more than 8 modalities
 # The same pair of ops in plain torch: the residual is formed for every pair, a block of anchors at a time, so no cancellation has to be looked for.
 
 _library = torch.library.Library("modalign", "FRAGMENT")
 _library.define("gram_volume_wide(Tensor anchor, Tensor[] others, Tensor? present, bool squared, float eps) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    "gram_volume_wide_bwd(Tensor grad, Tensor anchor, Tensor basis, Tensor factor, bool squared, float eps, bool need_anchor, bool need_others) -> (Tensor, Tensor)"
+    "gram_volume_wide_bwd(Tensor grad, Tensor anchor, Tensor basis, Tensor factor, bool squared, float eps, bool need_anchor, bool need_others)"
+    " -> (Tensor, Tensor)"
 )
 
 
 def _row_blocks(B: int, C: int, D: int, N: int, element_size: int) -> Iterator[slice]:
-    step = max(1, WIDE_BLOCK_BYTES // max(1, 3 * N * C * D * element_size))   # about three [N, rows, C, D] tensors live at a time
+    step = max(1, WIDE_BLOCK_BYTES // max(1, 3 * N * C * D * element_size))  # about three [N, rows, C, D] tensors live at a time
     for start in range(0, B, step):
         yield slice(start, min(start + step, B))
 
@@ -230,7 +243,7 @@ def wide_forward(anchor: Tensor, others: list[Tensor], present: Tensor | None, s
     basis, factor = orthonormalize(torch.stack([other.to(real) for other in others], 2), present)
     scale = factor.diagonal(dim1=-2, dim2=-1).prod(-1)
     count = len(others) if present is None else present.sum(-1)
-    scale = scale * torch.as_tensor(count, device=anchor.device).lt(D).to(real)   # with the anchor more vectors than dimensions: 0, not rounding noise
+    scale = scale * torch.as_tensor(count, device=anchor.device).lt(D).to(real)  # with the anchor more vectors than dimensions: 0, not rounding noise
     volume = anchor.new_empty((N, B, others[0].shape[1]))
     for rows in _row_blocks(B, others[0].shape[1], D, N, real.itemsize):
         _, _, square = _residuals(anchor[:, rows].to(real), basis)
@@ -273,12 +286,17 @@ def wide_backward(
 _library.impl("gram_volume_wide", wide_forward, "CompositeExplicitAutograd")
 _library.impl("gram_volume_wide_bwd", wide_backward, "CompositeExplicitAutograd")
 register_pair(
-    "gram_volume_wide", op="gram_volume", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context,
-    backward=_backward_with("gram_volume_wide_bwd"), saved=(2, 3),
+    "gram_volume_wide",
+    op="gram_volume",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward_with("gram_volume_wide_bwd"),
+    saved=(2, 3),
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------- plain-torch formulas
+# ----------------------------------------------------------------------------------------------------------------------------- plain-torch formulas
 
 
 def reference_gram_volume(
@@ -290,8 +308,8 @@ def reference_gram_volume(
     normalize: bool | str = False,
     eps: float | None = None,
 ) -> Tensor:
-    """`gram_volume` in a few lines of differentiable torch, as accurate as the dtype allows, [..., B, C, D] of memory. Its gradient comes from autograd, not from our
-    closed form; at zero volume it is 0 by the same rules. One derivative only where the `eps` floor acts."""
+    """`gram_volume` in a few lines of differentiable torch, as accurate as the dtype allows, [..., B, C, D] of memory. Its gradient comes from
+    autograd, not from our closed form; at zero volume it is 0 by the same rules. One derivative only where the `eps` floor acts."""
     op = "reference_gram_volume"
     anchor, others, present, leading = _checked(op, anchor, others, present)
     eps = arguments.check_eps(op, eps, anchor.dtype)
@@ -328,8 +346,8 @@ def formula_gram_volume(
     present: Tensor | None = None,
     squared: bool = False,
 ) -> Tensor:
-    """The determinant formula of most people's code, k x k per pair: build every Gram matrix, take det, abs, sqrt. For comparisons; loses its digits for nearly
-    collinear vectors and has NaN gradients at 0. half types are raised to float32 for the determinant, as torch has no other."""
+    """The determinant formula of most people's code, k x k per pair: build every Gram matrix, take det, abs, sqrt. For comparisons; loses its
+    digits for nearly collinear vectors and has NaN gradients at 0. half types are raised to float32 for the determinant, as torch has no other."""
     vectors = [anchor, *others]
     k, m = len(vectors), len(others)
     one = torch.ones((), dtype=torch.bool, device=anchor.device)

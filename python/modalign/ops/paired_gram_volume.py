@@ -41,8 +41,8 @@ def paired_gram_volume(
     vectors : sequence of k >= 1 tensors [..., D], or one tensor [..., k, D]
         Leading dimensions broadcast against each other.
     present : bool Tensor [..., k], optional
-        True where the sample has the vector. Absent vectors are left out of the determinant; their content, even NaN, never matters and they get gradient 0.
-        A sample with none has volume 1, the empty determinant.
+        True where the sample has the vector. Absent vectors are left out of the determinant; their content, even NaN, never matters and they get
+        gradient 0. A sample with none has volume 1, the empty determinant.
     squared : bool
         ``det G`` in place of its root.
     normalize : False, True or "root"
@@ -56,7 +56,8 @@ def paired_gram_volume(
 
     Gradient
     --------
-    Closed form ``V L^-T Q``, 0 where V is 0. A vector whose residual is at most 16 eps_m of its length is dependent: V = 0. Double backward and forward mode raise.
+    Closed form ``V L^-T Q``, 0 where V is 0. A vector whose residual is at most 16 eps_m of its length is dependent: V = 0. Double backward and
+    forward mode raise.
 
     Edges
     -----
@@ -111,7 +112,7 @@ def _volume(
     k, D = len(entries), entries[0].shape[-1]
     warn_more_vectors_than_dimensions("paired_gram_volume", k, D)
     if normalize is True:
-        if present is not None:   # an absent NaN would come back through the gradient of the division
+        if present is not None:  # an absent NaN would come back through the gradient of the division
             entries = [torch.where(present[..., p, None], entry, 0) for p, entry in enumerate(entries)]
         entries = [unit(entry) for entry in entries]
     folded = [arguments.fold_leading(entry, leading, 1) for entry in entries]
@@ -121,7 +122,7 @@ def _volume(
     return root_of_volume(volume, k if present is None else present.sum(-1)) if normalize == "root" else volume
 
 
-# --------------------------------------------------------------------------------------------------------------------------------- what torch needs to know
+# ------------------------------------------------------------------------------------------------------------------------- what torch needs to know
 
 
 def _fake(vectors: list[Tensor], present: Tensor | None, squared: bool, eps: float) -> Tensor:
@@ -149,12 +150,16 @@ def _backward_with(name: str) -> Any:
 
 
 register_pair(
-    "paired_gram_volume", op="paired_gram_volume", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context,
+    "paired_gram_volume",
+    op="paired_gram_volume",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
     backward=_backward_with("paired_gram_volume_bwd"),
 )
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------ more than 8 modalities
+# --------------------------------------------------------------------------------------------------------------------------- more than 8 modalities
 
 _library = torch.library.Library("modalign", "FRAGMENT")
 _library.define("paired_gram_volume_wide(Tensor[] vectors, Tensor? present, bool squared, float eps) -> Tensor")
@@ -185,12 +190,16 @@ def wide_backward(grad: Tensor, vectors: list[Tensor], present: Tensor | None, s
 _library.impl("paired_gram_volume_wide", wide_forward, "CompositeExplicitAutograd")
 _library.impl("paired_gram_volume_wide_bwd", wide_backward, "CompositeExplicitAutograd")
 register_pair(
-    "paired_gram_volume_wide", op="paired_gram_volume", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context,
+    "paired_gram_volume_wide",
+    op="paired_gram_volume",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
     backward=_backward_with("paired_gram_volume_wide_bwd"),
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------- plain-torch formulas
+# ----------------------------------------------------------------------------------------------------------------------------- plain-torch formulas
 
 
 def reference_paired_gram_volume(
@@ -201,7 +210,8 @@ def reference_paired_gram_volume(
     normalize: bool | str = False,
     eps: float | None = None,
 ) -> Tensor:
-    """`paired_gram_volume` in a few lines of differentiable torch; its gradient comes from autograd through Gram-Schmidt. `eps` is taken and not needed."""
+    """`paired_gram_volume` in a few lines of differentiable torch; its gradient comes from autograd through Gram-Schmidt. `eps` is taken and not
+    needed."""
     op = "reference_paired_gram_volume"
     entries, present, leading = _checked(op, vectors, present)
     stacked = torch.stack([entry.expand(leading + entry.shape[-1:]) for entry in entries], -2)

@@ -24,8 +24,8 @@ def triangle_area(anchor: Tensor, u: Tensor, v: Tensor, *, squared: bool = False
     so two matrix products replace the two B x C x D tensors of the usual code.
 
     >>> import torch
-    >>> triangle_area(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 1.0], [2.0, 2.0]]))
-    tensor([[1., 0.]])
+    >>> triangle_area(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0], [1.0, 1.0]]), torch.tensor([[2.0, 3.0], [2.0, 2.0]]))
+    tensor([[3., 0.]])
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def _checked(op: str, anchor: object, u: object, v: object) -> tuple[Tensor, Ten
     return anchor, points[0], points[1], arguments.leading_shape(op, shapes)
 
 
-# --------------------------------------------------------------------------------------------------------------------------------- what torch needs to know
+# ------------------------------------------------------------------------------------------------------------------------- what torch needs to know
 
 
 def _fake(anchor: Tensor, u: Tensor, v: Tensor, squared: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,11 +135,12 @@ register_pair(
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------- plain-torch formulas
+# ----------------------------------------------------------------------------------------------------------------------------- plain-torch formulas
 
 
 def reference_triangle_area(anchor: Tensor, u: Tensor, v: Tensor, *, squared: bool = False, eps: float | None = None) -> Tensor:
-    """`triangle_area` in a few lines of differentiable torch, as accurate as the dtype allows, [..., B, C, D] of memory; its gradient comes from autograd."""
+    """`triangle_area` in a few lines of differentiable torch, as accurate as the dtype allows, [..., B, C, D] of memory; its gradient comes from
+    autograd."""
     op = "reference_triangle_area"
     anchor, u, v, _ = _checked(op, anchor, u, v)
     eps = arguments.check_eps(op, eps, anchor.dtype)
@@ -163,7 +164,8 @@ def reference_triangle_area(anchor: Tensor, u: Tensor, v: Tensor, *, squared: bo
 
 
 def formula_triangle_area(anchor: Tensor, u: Tensor, v: Tensor, *, squared: bool = False) -> Tensor:
-    """The usual formula over two [..., B, C, D] tensors: sqrt(|p|^2 |q|^2 - (p . q)^2) / 2 with p = a - v, q = a - u, clamped at 0. For comparisons."""
+    """The usual formula over two [..., B, C, D] tensors: sqrt(|p|^2 |q|^2 - (p . q)^2) / 2 with p = a - v, q = a - u, clamped at 0. For
+    comparisons."""
     p, q = anchor.unsqueeze(-2) - v.unsqueeze(-3), anchor.unsqueeze(-2) - u.unsqueeze(-3)
     doubled_squared = (squared_length(p) * squared_length(q) - (p * q).sum(-1) ** 2).clamp(min=0)
     return doubled_squared / 4 if squared else doubled_squared.sqrt() / 2

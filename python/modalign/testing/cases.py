@@ -62,7 +62,8 @@ class Sample:
 
 
 class Maker:
-    """Draws sample tensors: always the same numbers for a seed, drawn in float64 on the CPU and then rounded, so that dtypes and devices see the same problem."""
+    """Draws sample tensors: always the same numbers for a seed, drawn in float64 on the CPU and then rounded, so that dtypes and devices see the
+    same problem."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0) -> None:
         self.dtype, self.device = dtype, torch.device(device)
@@ -107,7 +108,8 @@ class BadInput:
 class OpCase:
     """One op and everything that is promised about it. The battery tests the yes and the no of every declaration.
 
-    call        the public function; reference: the same signature in plain differentiable torch, trusted in float64; formula: the plain-torch formula people use,
+    call        the public function; reference: the same signature in plain differentiable torch, trusted in float64; formula: the plain-torch
+    formula people use,
                 run in the tested dtype, whose error is the yardstick (None: the reference itself)
     samples     representative calls: ragged sizes, options, masks
     tiny        calls small enough for finite differences in float64
@@ -117,7 +119,7 @@ class OpCase:
     raw         (op overload, arguments) pairs for torch.library.opcheck
     """
 
-    name: str
+    name: str  # as in the op's messages
     call: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     samples: Callable[[Maker], Sequence[Sample]]
@@ -128,15 +130,16 @@ class OpCase:
     empty: Callable[[Maker], Sequence[tuple[Sample, tuple[int, ...]]]] | None = None
     raw: Callable[[Maker], Sequence[tuple[Any, tuple[Any, ...]]]] | None = None
     bad_inputs: Callable[[Maker], Sequence[BadInput]] | None = None
+    label: str = ""  # what tests are called; the name unless several cases describe one op
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-    tolerances: dict[torch.dtype, Tolerance] = field(default_factory=dict)   # in place of the table's; a comment beside an entry says why
+    tolerances: dict[torch.dtype, Tolerance] = field(default_factory=dict)  # in place of the table's; a comment beside an entry says why
 
     # declared, each tested either way
     double_backward: bool = False
     func_grad: bool = True
     vmap: bool = True
     jvp: bool = False
-    autocast: torch.dtype | None = torch.float32   # the result's dtype under autocast; None: autocast leaves the op alone
+    autocast: torch.dtype | None = torch.float32  # the result's dtype under autocast; None: autocast leaves the op alone
     compile: bool = True
     export: bool = True
     checkpoint: bool = True

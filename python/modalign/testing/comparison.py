@@ -12,8 +12,9 @@ from .tolerances import Tolerance, tolerance_of
 
 @dataclass(frozen=True)
 class GradientReport:
-    """element: largest error over the RMS of the expected gradient; outliers: share of elements whose error exceeds the element bound; relative_l2: |error| / |expected|;
-    cosine: 1 - cos(actual, expected); bias: |sum error * sign(expected)| / sum |expected|, the part of the error that has the gradient's own sign."""
+    """element: largest error over the RMS of the expected gradient; outliers: share of elements whose error exceeds the element bound; relative_l2:
+    |error| / |expected|; cosine: 1 - cos(actual, expected); bias: |sum error * sign(expected)| / sum |expected|, the part of the error that has the
+    gradient's own sign."""
 
     element: float
     outliers: float
@@ -27,7 +28,10 @@ class GradientReport:
         bias_bound = bounds.bias + 4 * bounds.relative_l2 / self.count**0.5
         found = []
         if self.outliers > bounds.outliers:
-            found.append(f"{self.outliers:.2%} of the elements are off by more than {bounds.element:g} RMS (largest {self.element:.3g}), allowed {bounds.outliers:.2%}")
+            found.append(
+                f"{self.outliers:.2%} of the elements are off by more than {bounds.element:g} RMS (largest {self.element:.3g}), "
+                f"allowed {bounds.outliers:.2%}"
+            )
         if not self.relative_l2 <= bounds.relative_l2:
             found.append(f"relative L2 error {self.relative_l2:.3g} > {bounds.relative_l2:g}")
         if not self.cosine <= bounds.cosine:
@@ -61,9 +65,11 @@ def gradient_report(actual: Tensor, expected: Tensor, element_bound: float) -> G
     )
 
 
-def compare_gradients(actual: Tensor | None, expected: Tensor, *, dtype: torch.dtype | None = None, tolerance: Tolerance | None = None, what: str = "gradient") -> GradientReport:
-    """Raise AssertionError unless `actual` agrees with `expected` (float64) in every element (up to an outlier budget), in norm, in direction and in bias.
-    An expected gradient that is all zero must come out exactly zero."""
+def compare_gradients(
+    actual: Tensor | None, expected: Tensor, *, dtype: torch.dtype | None = None, tolerance: Tolerance | None = None, what: str = "gradient"
+) -> GradientReport:
+    """Raise AssertionError unless `actual` agrees with `expected` (float64) in every element (up to an outlier budget), in norm, in direction and
+    in bias. An expected gradient that is all zero must come out exactly zero."""
     if actual is None:
         raise AssertionError(f"{what}: there is none")
     bounds = tolerance or tolerance_of(dtype or actual.dtype)
@@ -81,16 +87,22 @@ def maximum_error(actual: Tensor, expected: Tensor) -> float:
         raise AssertionError(f"result has shape {tuple(a.shape)}, expected {tuple(e.shape)}")
     if a.numel() == 0:
         return 0.0
-    difference = torch.where(a == e, 0, (a - e).abs())   # equal infinities
+    difference = torch.where(a == e, 0, (a - e).abs())  # equal infinities
     difference = torch.where(a.isnan() & e.isnan(), 0, difference)
     return torch.where(difference.isnan(), torch.inf, difference).max().item()
 
 
 def compare_values(
-    actual: Tensor, expected: Tensor, yardstick: Tensor | None = None, *, dtype: torch.dtype | None = None, tolerance: Tolerance | None = None, what: str = "value"
+    actual: Tensor,
+    expected: Tensor,
+    yardstick: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    tolerance: Tolerance | None = None,
+    what: str = "value",
 ) -> float:
-    """Raise unless max |actual - expected| <= max |yardstick - expected| + tolerance x RMS(expected). `expected` is the float64 reference on the same (rounded) inputs,
-    `yardstick` the plain-torch formula in the tested dtype; one that fails altogether (NaN, Inf) allows nothing."""
+    """Raise unless max |actual - expected| <= max |yardstick - expected| + tolerance x RMS(expected). `expected` is the float64 reference on the
+    same (rounded) inputs, `yardstick` the plain-torch formula in the tested dtype; one that fails altogether (NaN, Inf) allows nothing."""
     bounds = tolerance or tolerance_of(dtype or actual.dtype)
     finite = expected[torch.isfinite(expected)].double()
     rms = finite.square().mean().sqrt().item() if finite.numel() else 0.0

@@ -11,7 +11,11 @@ from torch.utils import _pytree as pytree
 
 
 def _bits(result: Any) -> list[bytes]:
-    return [leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    return [
+        leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for leaf in pytree.tree_leaves(result)
+        if isinstance(leaf, Tensor)
+    ]
 
 
 def assert_bitwise_deterministic(function: Callable[[], Any], *, runs: int = 2, threads: Sequence[int] = (1, 2, 3)) -> None:
@@ -25,7 +29,7 @@ def assert_bitwise_deterministic(function: Callable[[], Any], *, runs: int = 2, 
                 bits = _bits(function())
                 if expected is None:
                     expected = bits
-                differing = [index for index, (ours, theirs) in enumerate(zip(bits, expected)) if ours != theirs]
+                differing = [index for index, (ours, theirs) in enumerate(zip(bits, expected, strict=False)) if ours != theirs]
                 if len(bits) != len(expected) or differing:
                     raise AssertionError(f"results {differing} differ in run {run + 1} with {count} threads from the first run with {threads[0]}")
     finally:

@@ -33,11 +33,12 @@ class PeakMemory:
 def peak_memory(target: str, *, threads: int | None = None, timeout: float = 120, **arguments: Any) -> PeakMemory:
     """Measure a call in a process of its own.
 
-    `target` is "package.module:function". `function(**arguments)` makes the inputs and returns (call, warm_up): two functions without arguments, `call` the measured one and
-    `warm_up` a small one that loads the code, or None. Arguments have to survive JSON.
+    `target` is "package.module:function". `function(**arguments)` makes the inputs and returns (call, warm_up): two functions without arguments,
+    `call` the measured one and `warm_up` a small one that loads the code, or None. Arguments have to survive JSON.
 
-    On the CPU this is the process's peak resident memory (so also what kernels and libraries allocate for themselves, which no torch hook sees), on CUDA, when the result lives
-    there, torch's allocator statistics. Pages count when they are touched: measure calls of some tens of megabytes, not of some kilobytes."""
+    On the CPU this is the process's peak resident memory (so also what kernels and libraries allocate for themselves, which no torch hook sees), on
+    CUDA, when the result lives there, torch's allocator statistics. Pages count when they are touched: measure calls of some tens of megabytes, not
+    of some kilobytes."""
     environment = dict(os.environ, MALLOC_TRIM_THRESHOLD_="65536", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
     if threads is not None:
         environment.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
@@ -75,7 +76,7 @@ def _measure_here(target: str, arguments: dict[str, Any]) -> dict[str, int]:
         measured = {"peak": torch.cuda.max_memory_allocated() - before, "kept": torch.cuda.memory_allocated() - before}
     else:
         with open("/proc/self/clear_refs", "w") as reset:
-            reset.write("5")   # sets the peak back to the present
+            reset.write("5")  # sets the peak back to the present
         before = _status("VmRSS")
         result = call()
         measured = {"peak": _status("VmHWM") - before, "kept": _status("VmRSS") - before}

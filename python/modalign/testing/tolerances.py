@@ -22,7 +22,12 @@ class Tolerance:
     def times(self, factor: float) -> Tolerance:
         """All bounds but the outlier budget, loosened by `factor`."""
         return replace(
-            self, value=factor * self.value, element=factor * self.element, relative_l2=factor * self.relative_l2, cosine=factor**2 * self.cosine, bias=factor * self.bias
+            self,
+            value=factor * self.value,
+            element=factor * self.element,
+            relative_l2=factor * self.relative_l2,
+            cosine=factor**2 * self.cosine,
+            bias=factor * self.bias,
         )
 
 

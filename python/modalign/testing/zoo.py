@@ -12,8 +12,8 @@ NOT_FINITE = ("nan", "inf")
 
 
 def degenerate_zoo(maker: Maker, count: int = 3, rows: int = 5, width: int = 16) -> dict[str, list[Tensor]]:
-    """name -> `count` (2 or more) matrices [rows, width]; row i of all of them is one tuple. Entries named in ZERO_VOLUME are exactly dependent in every row; entries in NOT_FINITE
-    hold their bad value in row 1 of the last matrix alone."""
+    """name -> `count` (2 or more) matrices [rows, width]; row i of all of them is one tuple. Entries named in ZERO_VOLUME are exactly dependent in
+    every row; entries in NOT_FINITE hold their bad value in row 1 of the last matrix alone."""
     plain = [maker.unit(rows, width) for _ in range(count)]
 
     def changed(index: int, value: Tensor) -> list[Tensor]:
@@ -33,7 +33,7 @@ def degenerate_zoo(maker: Maker, count: int = 3, rows: int = 5, width: int = 16)
         "identical": [plain[0].clone() for _ in range(count)],
         "antiparallel": changed(-1, -plain[0]),
         "duplicated": changed(-1, plain[0].clone()),
-        "scaled_copy": changed(-1, 4 * plain[0]),   # a power of two, so that the copy is exact in every dtype
+        "scaled_copy": changed(-1, 4 * plain[0]),  # a power of two, so that the copy is exact in every dtype
         "nearly_collinear": maker.nearly_collinear(count, rows, width, 0.1 if half else 1e-3),
         "huge": [large * vectors for vectors in plain],
         "tiny": [small * vectors for vectors in plain],

@@ -1,5 +1,6 @@
-"""The generic battery: every promise an `OpCase` makes, tested. Each check is a function `check(case, device)` or, per dtype, `check(case, device, dtype)`."""
+"""The generic battery: every promise an `OpCase` makes, tested. A check is a function `check(case, device)`, for some also of a dtype."""
 
+# ruff: noqa: B023  (the functions made inside loops are called before the loop goes on)
 from __future__ import annotations
 
 import re
@@ -18,7 +19,7 @@ from .tolerances import tolerance_of
 THREE_SIZES = (7, 10, 13)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------------------------------------------------------ helpers
 
 
 def _gradients(function: Callable[..., Tensor], sample: Sample, weight: Tensor | None = None) -> tuple[Tensor, list[Tensor | None]]:
@@ -68,7 +69,7 @@ def _same(actual: Sequence[Any], expected: Sequence[Any], what: str, dtype: torc
         compare_values(ours, theirs, dtype=dtype, what=f"{what} [{index}]")
 
 
-# -------------------------------------------------------------------------------------------------------------------------------------------------- checks
+# ------------------------------------------------------------------------------------------------------------------------------------------- checks
 
 
 def check_values(case: OpCase, device: str, dtype: torch.dtype) -> None:
@@ -79,7 +80,9 @@ def check_values(case: OpCase, device: str, dtype: torch.dtype) -> None:
             raise AssertionError(f"{case.name}/{sample.name}: result is {result.dtype}, inputs are {dtype}")
         expected = sample.to(torch.float64).call(case.reference)
         formula = None if case.formula is None else _optional(sample, case.formula)
-        compare_values(result, expected, formula, tolerance=tolerance_of(dtype, case.tolerances).times(sample.slack), what=f"{case.name}/{sample.name}")
+        compare_values(
+            result, expected, formula, tolerance=tolerance_of(dtype, case.tolerances).times(sample.slack), what=f"{case.name}/{sample.name}"
+        )
 
 
 def _optional(sample: Sample, formula: Callable[..., Tensor]) -> Tensor | None:
@@ -95,9 +98,12 @@ def check_gradients(case: OpCase, device: str, dtype: torch.dtype) -> None:
         result, actual = _gradients(case.call, sample)
         # The reference gets the upstream gradient as the op got it, rounded to the result's dtype.
         _, expected = _gradients(case.reference, sample.to(torch.float64), upstream(result).double())
-        for index, (ours, theirs) in enumerate(zip(actual, expected)):
+        for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
             compare_gradients(
-                ours, theirs, tolerance=tolerance_of(dtype, case.tolerances).times(sample.slack), what=f"{case.name}/{sample.name}, gradient of floating tensor {index}"
+                ours,
+                theirs,
+                tolerance=tolerance_of(dtype, case.tolerances).times(sample.slack),
+                what=f"{case.name}/{sample.name}, gradient of floating tensor {index}",
             )
             if ours.dtype != dtype:
                 raise AssertionError(f"{case.name}/{sample.name}: gradient {index} is {ours.dtype}, its input {dtype}")
@@ -141,7 +147,7 @@ def check_strided(case: OpCase, device: str) -> None:
     layouts: dict[str, Callable[[Tensor], Tensor]] = {
         "every second element": lambda t: torch.stack([t, t + 1], -1).flatten(-2)[..., ::2] if t.dim() else t,
         "transposed storage": lambda t: t.mT.contiguous().mT if t.dim() >= 2 else t,
-        "an offset": lambda t: torch.cat([t, t])[t.shape[0]:] if t.dim() else t,
+        "an offset": lambda t: torch.cat([t, t])[t.shape[0] :] if t.dim() else t,
     }
     for sample in case.samples(Maker(torch.float32, device)):
         expected, expected_gradients = _gradients(case.call, sample)
@@ -155,7 +161,7 @@ def check_strided(case: OpCase, device: str) -> None:
             # requiring_grad() detaches, which keeps strides
             result, gradients = _gradients(case.call, strided, upstream(expected))
             _same([result, *gradients], [expected, *expected_gradients], what, torch.float32)
-            for old, new in zip(before, strided.tensors()):
+            for old, new in zip(before, strided.tensors(), strict=True):
                 if not torch.equal(old, new):
                     raise AssertionError(f"{what}: an input was changed")
 
@@ -183,7 +189,7 @@ def check_empty(case: OpCase, device: str) -> None:
             raise AssertionError(f"{what}: result has shape {tuple(result.shape)}, expected {shape}")
         if result.grad_fn is None:
             raise AssertionError(f"{what}: result has no grad_fn")
-        for leaf, gradient in zip(fresh.differentiable(), torch.autograd.grad(result.sum(), fresh.differentiable(), allow_unused=True)):
+        for leaf, gradient in zip(fresh.differentiable(), torch.autograd.grad(result.sum(), fresh.differentiable(), allow_unused=True), strict=True):
             if gradient is None or gradient.shape != leaf.shape or gradient.count_nonzero():
                 raise AssertionError(f"{what}: the gradient of an empty result must be zeros of the input's shape")
 
@@ -228,7 +234,7 @@ def check_autocast(case: OpCase, device: str) -> None:
             raise AssertionError(f"{what}: result is {result.dtype}, declared {wanted}")
         plain, expected = _gradients(case.call, given.to(wanted))
         _same([result], [plain], what, wanted)
-        for index, (leaf, ours, theirs) in enumerate(zip(given.differentiable(), gradients, expected)):
+        for index, (leaf, ours, theirs) in enumerate(zip(given.differentiable(), gradients, expected, strict=True)):
             if ours.dtype != leaf.dtype:
                 raise AssertionError(f"{what}: gradient {index} is {ours.dtype}, its input {leaf.dtype}")
             compare_gradients(ours, theirs, dtype=leaf.dtype, what=f"{what}, gradient {index}")
@@ -242,7 +248,9 @@ def check_vmap(case: OpCase, device: str) -> None:
     def function(*tensors: Tensor) -> Tensor:
         return template.with_tensors(tensors).call(case.call)
 
-    stacked = [torch.stack(group, 1) for group in zip(*(sample.tensors() for sample in samples))]   # a batch dimension that is not the first
+    stacked = [
+        torch.stack(group, 1) for group in zip(*(sample.tensors() for sample in samples), strict=True)
+    ]  # a batch dimension that is not the first
     if not case.vmap:
         _refuses(lambda: torch.vmap(function, in_dims=1)(*stacked), f"{case.name}: vmap")
         return
@@ -256,7 +264,7 @@ def check_vmap(case: OpCase, device: str) -> None:
         positions = tuple(index for index, tensor in enumerate(template.tensors()) if tensor.is_floating_point())
         weight = upstream(template.call(case.call))
         per_sample = torch.vmap(torch.func.grad(lambda *tensors: (function(*tensors) * weight).sum(), argnums=positions), in_dims=1)(*stacked)
-        expected_gradients = [torch.stack(group) for group in zip(*(_gradients(case.call, sample, weight)[1] for sample in samples))]
+        expected_gradients = [torch.stack(group) for group in zip(*(_gradients(case.call, sample, weight)[1] for sample in samples), strict=True)]
         _same(per_sample, expected_gradients, f"{case.name}: per-sample gradients by vmap(grad)", torch.float32)
 
 
@@ -272,11 +280,18 @@ def check_func_grad(case: OpCase, device: str) -> None:
     if not case.func_grad:
         _refuses(lambda: torch.func.grad(loss, argnums=positions)(*tensors), f"{case.name}: torch.func.grad")
         return
-    _same(torch.func.grad(loss, argnums=positions)(*tensors), _gradients(case.call, sample, weight)[1], f"{case.name}: torch.func.grad", torch.float32)
+    _same(
+        torch.func.grad(loss, argnums=positions)(*tensors), _gradients(case.call, sample, weight)[1], f"{case.name}: torch.func.grad", torch.float32
+    )
     if not case.double_backward:
         for position in positions:
             twice = torch.func.grad(lambda *given: torch.func.grad(loss, argnums=position)(*given).sum(), argnums=position)
-            _raises(lambda: twice(*tensors), RuntimeError, f"{case.name}: double backward is not supported", f"{case.name}: func.grad of func.grad of tensor {position}")
+            _raises(
+                lambda: twice(*tensors),
+                RuntimeError,
+                f"{case.name}: double backward is not supported",
+                f"{case.name}: func.grad of func.grad of tensor {position}",
+            )
 
 
 def check_forward_mode(case: OpCase, device: str) -> None:
@@ -285,7 +300,10 @@ def check_forward_mode(case: OpCase, device: str) -> None:
     tensors = sample.tensors()
     if case.jvp:
         torch.autograd.gradcheck(
-            lambda *given: sample.with_tensors(given).call(case.call), sample.requiring_grad().tensors(), check_forward_ad=True, check_backward_ad=False
+            lambda *given: sample.with_tensors(given).call(case.call),
+            sample.requiring_grad().tensors(),
+            check_forward_ad=True,
+            check_backward_ad=False,
         )
         return
     for position, tensor in enumerate(tensors):
@@ -298,11 +316,25 @@ def check_forward_mode(case: OpCase, device: str) -> None:
                 given[position] = forward_ad.make_dual(tensor, torch.ones_like(tensor))
                 return sample.with_tensors(given).call(case.call)
 
+        def compiled() -> Tensor:
+            torch._dynamo.reset()
+            with forward_ad.dual_level():
+                given = list(tensors)
+                given[position] = forward_ad.make_dual(tensor, torch.ones_like(tensor))
+                template = sample.with_tensors(given)
+                return template.call(torch.compile(case.call, backend="aot_eager"))
+
         def by_jvp() -> Any:
-            return torch.func.jvp(lambda moved: sample.with_tensors([*tensors[:position], moved, *tensors[position + 1:]]).call(case.call), (tensor,), (torch.ones_like(tensor),))
+            return torch.func.jvp(
+                lambda moved: sample.with_tensors([*tensors[:position], moved, *tensors[position + 1 :]]).call(case.call),
+                (tensor,),
+                (torch.ones_like(tensor),),
+            )
 
         _raises(with_dual, RuntimeError, f"{case.name}: forward-mode differentiation is not supported", f"{case.name}: dual tensor {position}")
         _raises(by_jvp, RuntimeError, f"{case.name}: forward-mode differentiation is not supported", f"{case.name}: func.jvp of tensor {position}")
+        if case.compile and position == 0:
+            _raises(compiled, RuntimeError, "forward-mode differentiation is not supported", f"{case.name}: compiled, dual tensor {position}")
 
 
 def check_double_backward(case: OpCase, device: str) -> None:
@@ -317,7 +349,9 @@ def check_double_backward(case: OpCase, device: str) -> None:
             leaf = fresh.differentiable()[position]
             (first,) = torch.autograd.grad(fresh.call(case.call).sum(), leaf, create_graph=True)
             _raises(
-                lambda: torch.autograd.grad(first.sum(), leaf, allow_unused=True), RuntimeError, f"{case.name}: double backward is not supported",
+                lambda: torch.autograd.grad(first.sum(), leaf, allow_unused=True),
+                RuntimeError,
+                f"{case.name}: double backward is not supported",
                 f"{case.name}/{sample.name}: second derivative by floating tensor {position}",
             )
         fresh = sample.requiring_grad()
@@ -326,7 +360,9 @@ def check_double_backward(case: OpCase, device: str) -> None:
         first_gradients = torch.autograd.grad(result, fresh.differentiable(), weight, create_graph=True)
         for first in first_gradients:
             _raises(
-                lambda: torch.autograd.grad(first.sum(), weight, retain_graph=True), RuntimeError, f"{case.name}: double backward is not supported",
+                lambda: torch.autograd.grad(first.sum(), weight, retain_graph=True),
+                RuntimeError,
+                f"{case.name}: double backward is not supported",
                 f"{case.name}/{sample.name}: derivative by the upstream gradient",
             )
 
@@ -390,13 +426,17 @@ def check_checkpoint(case: OpCase, device: str) -> None:
     if not case.checkpoint:
         _refuses(run, f"{case.name}: torch.utils.checkpoint")
         return
-    for index, (ours, theirs) in enumerate(zip(run(), [expected, *expected_gradients])):
+    for index, (ours, theirs) in enumerate(zip(run(), [expected, *expected_gradients], strict=True)):
         if case.deterministic and not torch.equal(ours, theirs):
             raise AssertionError(f"{case.name}: checkpointed result {index} differs in its bits from the plain one")
         compare_values(ours, theirs, dtype=torch.float32, what=f"{case.name}: checkpointed result {index}")
 
 
-PER_DTYPE: dict[str, Callable[[OpCase, str, torch.dtype], None]] = {"values": check_values, "gradients": check_gradients, "degenerate": check_degenerate}
+PER_DTYPE: dict[str, Callable[[OpCase, str, torch.dtype], None]] = {
+    "values": check_values,
+    "gradients": check_gradients,
+    "degenerate": check_degenerate,
+}
 CHECKS: dict[str, Callable[[OpCase, str], None]] = {
     "finite_differences": check_finite_differences,
     "partial_gradients": check_partial_gradients,
@@ -417,7 +457,7 @@ CHECKS: dict[str, Callable[[OpCase, str], None]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------------------------------------------------------ running
 
 
 def devices() -> tuple[str, ...]:
@@ -425,16 +465,17 @@ def devices() -> tuple[str, ...]:
 
 
 def battery(cases: Iterable[OpCase], on: Sequence[str] | None = None) -> list[tuple[str, Callable[[], None]]]:
-    """(name, check) of everything there is to check about `cases`; each check takes nothing and raises AssertionError (or what the op itself raises)."""
+    """(name, check) of everything there is to check about `cases`; each check takes nothing and raises AssertionError (or what the op itself
+    raises)."""
     listed: list[tuple[str, Callable[[], None]]] = []
     for case in cases:
         for device in on or devices():
             for name, check in PER_DTYPE.items():
                 for dtype in case.dtypes:
-                    label = f"{case.name}-{name}-{str(dtype).removeprefix('torch.')}-{device}"
+                    label = f"{case.label or case.name}-{name}-{str(dtype).removeprefix('torch.')}-{device}"
                     listed.append((label, lambda check=check, case=case, device=device, dtype=dtype: check(case, device, dtype)))
             for name, check in CHECKS.items():
-                listed.append((f"{case.name}-{name}-{device}", lambda check=check, case=case, device=device: check(case, device)))
+                listed.append((f"{case.label or case.name}-{name}-{device}", lambda check=check, case=case, device=device: check(case, device)))
     return listed
 
 
