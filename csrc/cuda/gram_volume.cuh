@@ -36,7 +36,8 @@
 
 namespace modalign::cuda {
 
-constexpr int kWarpKernelThreads = 256;
+constexpr int kWarpKernelThreads = 128;
+constexpr int kWarpKernelBlocks = 3;                                    // at most 168 registers
 constexpr int kWarpsPerBlock = kWarpKernelThreads / kWarpSize;
 constexpr int kStatisticsMax = 1 + kMaxOthers * (kMaxOthers + 1) / 2;   // alpha, then S_pq for p >= q
 constexpr std::int64_t kMaxBatches = 65535;                             // grid.z
@@ -351,6 +352,7 @@ template <class Geometry, class T>
 struct PrepareForward {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
+  static constexpr int kMinBlocks = kWarpKernelBlocks;
   std::int64_t B, C, D;
   int m;
   BatchedRows anchor, others[kMaxOthers];   // triangle: u, v
@@ -436,6 +438,7 @@ template <class Geometry, class T>
 struct PrepareBackward {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
+  static constexpr int kMinBlocks = kWarpKernelBlocks;
   std::int64_t B, C, D;
   int m;
   BatchedRows anchor;
@@ -516,6 +519,7 @@ struct PairForwardEpilogue {
   using Backend = PairBackend<T>;
   using Real = real_of<T>;
   static constexpr int kSharedBytes = Backend::kRows * int(sizeof(Real));
+  static constexpr int kMinBlocks = 2;
   struct State {};
   PairView<Geometry, T> view;
   T* value;                       // [batch, rows, C]
@@ -586,6 +590,7 @@ struct CoefficientEpilogue {
   static constexpr int kWords = Backend::kColumns / kWarpSize;
   static constexpr int kRowBytes = Backend::kRows * int(sizeof(Real));
   static constexpr int kSharedBytes = (1 + kWords) * kRowBytes + kTileWarps * 4;
+  static constexpr int kMinBlocks = 2;
   struct State {};
   PairView<Geometry, T> view;
   Upstream<T> grad;
@@ -709,6 +714,7 @@ template <class Geometry, class T>
 struct RowTerms {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
+  static constexpr int kMinBlocks = kWarpKernelBlocks;
   PairView<Geometry, T> view;
   Upstream<T> grad;
   NearPairs near_pairs;
@@ -752,6 +758,7 @@ template <class Geometry, class T>
 struct ColumnTerms {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
+  static constexpr int kMinBlocks = kWarpKernelBlocks;
   PairView<Geometry, T> view;
   Upstream<T> grad;
   NearPairs near_pairs;
@@ -806,6 +813,7 @@ template <class Geometry, class T>
 struct GradOthers {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
+  static constexpr int kMinBlocks = kWarpKernelBlocks;
   std::int64_t C, D;
   int m;
   bool nothing;               // there were no rows: the gradient is zero
@@ -881,6 +889,7 @@ template <class T>
 struct PairedForward {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
+  static constexpr int kMinBlocks = kWarpKernelBlocks;
   std::int64_t N, D;
   int k;
   bool squared;
@@ -912,6 +921,7 @@ template <class T>
 struct PairedBackward {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
+  static constexpr int kMinBlocks = kWarpKernelBlocks;
   PairedForward<T> forward;
   const T* grad;
   std::int64_t grad_stride;
@@ -1079,15 +1089,14 @@ inline Operand<T> anchor_operand(const PairProblem& p) {
 
 template <class Launch, class Kernel>
 inline int launch_kernel(const Launch& launch, const Kernel& kernel, std::int64_t batches) {
-  const LaunchPlan plan = kernel.plan(batches, KernelKey<Kernel>::value);
-  return plan.grid[0] == 0 || plan.grid[2] == 0 ? 0 : launch(kernel, plan);
+  return launch(kernel, kernel.plan(batches, KernelKey<Kernel>::value));   // an empty grid is a success that launches nothing
 }
 
 template <class Geometry, class T, class Launch>
 int run_pair_forward(const PairProblem& whole, const PairForward& output, const ForwardBuffers<T>& buffers, const Launch& launch) {
   using Real = real_of<T>;
   using Backend = PairBackend<T>;
-  for (std::int64_t first = 0; first < whole.N; first += kMaxBatches) {
+  for (std::int64_t first = 0; first == 0 || first < whole.N; first += kMaxBatches) {
     PairProblem p = whole;
     p.N = whole.N - first < kMaxBatches ? whole.N - first : kMaxBatches;
     p.anchor.data = shifted(p.anchor.data, first * p.anchor.batch_stride, sizeof(T));
@@ -1179,7 +1188,7 @@ inline BackwardPlan choose_backward(const PairProblem& p, std::int64_t bytes) {
   const std::int64_t most_rows = p.B < kMaxSlots * kRows ? p.B : kMaxSlots * kRows;
   const auto fits = [&](std::int64_t batches, std::int64_t rows) { return backward_bytes<Geometry, T>(p, {batches, rows}) <= bytes; };
   if (fits(1, most_rows)) {
-    std::int64_t low = 1, high = p.N < kMaxBatches ? p.N : kMaxBatches;
+    std::int64_t low = 1, high = p.N < 1 ? 1 : p.N < kMaxBatches ? p.N : kMaxBatches;
     if (most_rows < p.B) high = 1;
     while (low < high) {
       const std::int64_t middle = (low + high + 1) / 2;
@@ -1210,8 +1219,8 @@ int run_pair_backward(const PairProblem& whole, const PairBackward& request, con
   using Buffers = BackwardBuffers<Geometry, T>;
   using Coefficient = typename Arithmetic<T>::Coefficient;
   const bool need_anchor = request.grad_anchor != nullptr, need_others = request.grad_others != nullptr;
-  if (whole.D == 0 || (!need_anchor && !need_others)) return 0;
-  for (std::int64_t first = 0; first < whole.N; first += plan.batches) {
+  if (!need_anchor && !need_others) return 0;
+  for (std::int64_t first = 0; first == 0 || first < whole.N; first += plan.batches) {
     PairProblem p = whole;
     p.N = whole.N - first < plan.batches ? whole.N - first : plan.batches;
     p.anchor.data = shifted(p.anchor.data, first * p.anchor.batch_stride, sizeof(T));

@@ -15,6 +15,7 @@
 ///
 ///   struct Epilogue {
 ///     static constexpr int kSharedBytes;                     // its own shared memory, behind the tile
+///     static constexpr int kMinBlocks;                       // 2, or 1 where State holds many registers
 ///     struct State {};                                       // what a thread keeps in registers while it walks
 ///     void begin(State&, const TileRange&, batch, walk, shared_offset) const;               // a new row tile
 ///     void consume(State&, Shared<Real> tile, const TileRange&, batch, walk, shared_offset) const;   // tile[row * kPitch + column] is complete and visible
@@ -110,6 +111,7 @@ template <class T, Major RowMajor, Major ColumnMajor>
 struct FmaBackend {
   using Source = T;
   using Real = T;
+  static constexpr int kMinBlocks = 2;
   static constexpr int kVector = 16 / int(sizeof(T));
   static constexpr int kMicro = 2 * kVector;
   static constexpr int kRows = 16 * kMicro, kColumns = kRows, kDepth = 8;
@@ -132,50 +134,49 @@ struct FmaBackend {
     }
   }
 
+  // This thread's 16-byte piece of every slab of an operand; moves on by one slab with each fetch.
   template <Major major>
-  static MODALIGN_DEVICE void position(int& line, int& k) {
-    const int t = thread_index();
-    if constexpr (major == Major::depth) {
-      constexpr int kPieces = kDepth / kVector;
-      line = t / kPieces;
-      k = t % kPieces * kVector;
-    } else {
-      constexpr int kPieces = kRows / kVector;
-      line = t % kPieces * kVector;
-      k = t / kPieces;
-    }
-  }
+  struct Cursor {
+    static constexpr int kPieces = major == Major::depth ? kDepth / kVector : kRows / kVector;
+    std::int64_t at, left;   // element of the next piece; steps of K from it to the edge
+    int lines;               // of the piece that exist
 
-  // This thread's piece of the slab that begins at depth k_begin; zeros beyond the edges.
-  template <Major major>
-  static MODALIGN_DEVICE Pack<T, kVector> fetch(const Operand<T>& operand, Global<const T> data, std::int64_t line_begin, int lines, std::int64_t k_begin, std::int64_t depth) {
-    int line, k;
-    position<major>(line, k);
-    Pack<T, kVector> pack;
-    MODALIGN_UNROLL
-    for (int v = 0; v < kVector; ++v) pack[v] = 0;
-    const std::int64_t left = (MODALIGN_MUTATION("tile: one step beyond the depth") ? depth + 1 : depth) - (k_begin + k);
-    const int exist = major == Major::depth ? (line < lines ? (left < kVector ? int(left) : kVector) : 0) : (left > 0 ? minimum(lines - line, kVector) : 0);
-    const std::int64_t first = (line_begin + line) * operand.line_stride + (k_begin + k) * operand.depth_stride;
-    if (operand.vectors && exist == kVector) return load_pack<kVector>(data, first);
-    const std::int64_t step = major == Major::depth ? operand.depth_stride : operand.line_stride;
-    MODALIGN_UNROLL
-    for (int v = 0; v < kVector; ++v)
-      if (v < exist) pack[v] = data[first + v * step];
-    return pack;
-  }
+    static MODALIGN_DEVICE int line() { return major == Major::depth ? thread_index() / kPieces : thread_index() % kPieces * kVector; }
+    static MODALIGN_DEVICE int k() { return major == Major::depth ? thread_index() % kPieces * kVector : thread_index() / kPieces; }
 
-  template <Major major>
-  static MODALIGN_DEVICE void store(Shared<T> slab, const Pack<T, kVector>& pack) {
-    int line, k;
-    position<major>(line, k);
-    if constexpr (major == Major::depth) {
+    MODALIGN_DEVICE Cursor(const Operand<T>& operand, std::int64_t line_begin, int line_count, std::int64_t depth)
+        : at((line_begin + line()) * operand.line_stride + k() * operand.depth_stride),
+          left((MODALIGN_MUTATION("tile: one step beyond the depth") ? depth + 1 : depth) - k()),
+          lines(line_count - line()) {}
+
+    // Zeros beyond the edges.
+    MODALIGN_DEVICE Pack<T, kVector> fetch(const Operand<T>& operand, Global<const T> data) {
+      Pack<T, kVector> pack;
       MODALIGN_UNROLL
-      for (int v = 0; v < kVector; ++v) slab[(k + v) * kLinePitch + line] = pack[v];
-    } else {
-      store_pack(slab, k * kLinePitch + line, pack);
+      for (int v = 0; v < kVector; ++v) pack[v] = 0;
+      const int exist = lines <= 0 || left <= 0 ? 0 : major == Major::depth ? (left < kVector ? int(left) : kVector) : minimum(lines, kVector);
+      if (operand.vectors && exist == kVector) {
+        pack = load_pack<kVector>(data, at);
+      } else {
+        const std::int64_t step = major == Major::depth ? operand.depth_stride : operand.line_stride;
+        MODALIGN_UNROLL
+        for (int v = 0; v < kVector; ++v)
+          if (v < exist) pack[v] = data[at + v * step];
+      }
+      at += kDepth * operand.depth_stride;
+      left -= kDepth;
+      return pack;
     }
-  }
+
+    static MODALIGN_DEVICE void store(Shared<T> slab, const Pack<T, kVector>& pack) {
+      if constexpr (major == Major::depth) {
+        MODALIGN_UNROLL
+        for (int v = 0; v < kVector; ++v) slab[(k() + v) * kLinePitch + line()] = pack[v];
+      } else {
+        store_pack(slab, k() * kLinePitch + line(), pack);
+      }
+    }
+  };
 
   static MODALIGN_DEVICE int micro_row(int i) { return thread_index() / 16 * kVector + i % kVector + i / kVector * (kRows / 2); }
   static MODALIGN_DEVICE int micro_column(int j) { return thread_index() % 16 * kVector + j % kVector + j / kVector * (kColumns / 2); }
@@ -199,22 +200,24 @@ struct FmaBackend {
 
   static MODALIGN_DEVICE void multiply(Accumulators& sum, const Operand<T>& row_operand, Global<const T> row_data, const Operand<T>& column_operand, Global<const T> column_data,
                                        const TileRange& range, std::int64_t depth) {
-    const Shared<T> buffers = shared<T>(0, 4 * kSlab);
+    const Shared<T> buffers = shared<T>(0, 4 * kSlab);   // two slabs of rows, two of columns
     const int row_first = thread_index() / 16 * kVector, column_first = thread_index() % 16 * kVector;
-    const std::int64_t slabs = ceil_divide<std::int64_t>(depth, kDepth);
+    const int slabs = int(ceil_divide<std::int64_t>(depth, kDepth));
+    Cursor<RowMajor> row_cursor(row_operand, range.row_begin, range.rows, depth);
+    Cursor<ColumnMajor> column_cursor(column_operand, range.column_begin, range.columns, depth);
     if (slabs > 0) {
-      store<RowMajor>(buffers, fetch<RowMajor>(row_operand, row_data, range.row_begin, range.rows, 0, depth));
-      store<ColumnMajor>(buffers.at(2 * kSlab), fetch<ColumnMajor>(column_operand, column_data, range.column_begin, range.columns, 0, depth));
+      row_cursor.store(buffers, row_cursor.fetch(row_operand, row_data));
+      column_cursor.store(buffers.at(2 * kSlab), column_cursor.fetch(column_operand, column_data));
       if (!MODALIGN_MUTATION("fma: drop the barrier after the first slab")) barrier();
     }
     MODALIGN_NO_UNROLL
-    for (std::int64_t slab = 0; slab < slabs; ++slab) {
-      const int now = int(slab & 1), next = now ^ 1;
+    for (int slab = 0; slab < slabs; ++slab) {
+      const int now = slab & 1, next = now ^ 1;
       Pack<T, kVector> row_pack, column_pack;
       const bool more = slab + 1 < slabs;
       if (more) {
-        row_pack = fetch<RowMajor>(row_operand, row_data, range.row_begin, range.rows, (slab + 1) * kDepth, depth);
-        column_pack = fetch<ColumnMajor>(column_operand, column_data, range.column_begin, range.columns, (slab + 1) * kDepth, depth);
+        row_pack = row_cursor.fetch(row_operand, row_data);
+        column_pack = column_cursor.fetch(column_operand, column_data);
       }
       MODALIGN_UNROLL
       for (int k = 0; k < kDepth; ++k) {
@@ -224,8 +227,8 @@ struct FmaBackend {
         outer(sum, a, b);
       }
       if (more) {
-        store<RowMajor>(buffers.at(next * kSlab), row_pack);
-        store<ColumnMajor>(buffers.at((2 + next) * kSlab), column_pack);
+        row_cursor.store(buffers.at(next * kSlab), row_pack);
+        column_cursor.store(buffers.at((2 + next) * kSlab), column_pack);
       }
       if (!MODALIGN_MUTATION("fma: drop the barrier between slabs")) barrier();
     }
@@ -260,10 +263,11 @@ struct FmaBackend {
     const Shared<T> buffers = shared<T>(shared_offset, 2 * kSlab);
     const int row_first = thread_index() / 16 * kVector, column_first = thread_index() % 16 * kVector;
     const Global<const T> base = data.at(first_value * values.depth_stride);
+    Cursor<Major::line> cursor(values, line_begin, lines, count);
     MODALIGN_NO_UNROLL
     for (int k_begin = 0; k_begin < count; k_begin += kDepth) {
       const Shared<T> slab = buffers.at(k_begin / kDepth % 2 * kSlab);
-      store<Major::line>(slab, fetch<Major::line>(values, base, line_begin, lines, k_begin, count));
+      cursor.store(slab, cursor.fetch(values, base));
       if (!MODALIGN_MUTATION("fma: drop the barrier after a value slab")) barrier();   // also: all have left the slab before last
       MODALIGN_UNROLL
       for (int k = 0; k < kDepth; ++k) {
@@ -284,6 +288,7 @@ template <class Half, int Parts, Major RowMajor, Major ColumnMajor>
 struct MmaBackend {
   using Source = Half;
   using Real = float;
+  static constexpr int kMinBlocks = Parts == 1 ? 2 : 1;         // two planes of fragments do not fit into 128 registers
   static constexpr int kRows = 128, kColumns = 128, kDepth = 32;
   static constexpr int kPitch = kRows + 8;
   static constexpr int kStages = Parts == 1 ? 4 : 2;
@@ -292,7 +297,8 @@ struct MmaBackend {
   static constexpr int kTileBytes = kRows * kPitch * int(sizeof(float));
   static constexpr int kPipelineBytes = kStages * kStage * 2;
   static constexpr int kSharedBytes = larger(kTileBytes, kPipelineBytes);
-  static constexpr int kValueBytes = 2 * Parts * kPlane * 2;
+  static constexpr int kValueStages = Parts == 1 ? 2 : 1;       // what fits behind the tile in 99 KB
+  static constexpr int kValueBytes = kValueStages * Parts * kPlane * 2;
   static_assert(Parts == 1 || Parts == 2, "one plane or two");
 
   struct Accumulators { float value[4][4][4]; };
@@ -314,34 +320,53 @@ struct MmaBackend {
     else return k * kRows + ((line / 8) ^ (k % 8)) * 8 + line % 8;
   }
 
-  // Starts the copies of one plane; two pieces of 16 bytes per thread.
+  // This thread's two 16-byte pieces of every slab of an operand; moves on by one slab with each start.
   template <Major major>
-  static MODALIGN_DEVICE void fill(Shared<Half> plane, const Operand<Half>& operand, Global<const Half> data, std::int64_t line_begin, int lines, std::int64_t k_begin, std::int64_t depth) {
-    MODALIGN_UNROLL
-    for (int piece = 0; piece < kPlane / 8 / kTileThreads; ++piece) {
-      const int index = thread_index() + piece * kTileThreads;
-      const int line = major == Major::depth ? index / (kDepth / 8) : index % (kRows / 8) * 8;
-      const int k = major == Major::depth ? index % (kDepth / 8) * 8 : index / (kRows / 8);
-      const std::int64_t left = (MODALIGN_MUTATION("tile: one step beyond the depth") ? depth + 1 : depth) - (k_begin + k);
-      int exist;
-      if constexpr (major == Major::depth) exist = line < lines && left > 0 ? (left < 8 ? int(left) : 8) : 0;
-      else exist = left > 0 && line < lines ? minimum(lines - line, 8) : 0;
-      const std::int64_t first = exist > 0 ? (line_begin + line) * operand.line_stride + (k_begin + k) * operand.depth_stride : 0;
-      const int target = place<major>(line, k);
-      if (operand.vectors) {
-        copy_async_16(plane, target, data, first, exist * 2);
-      } else {
-        const std::int64_t step = major == Major::depth ? operand.depth_stride : operand.line_stride;
-        Pack<Half, 8> pack;
+  struct Cursor {
+    static constexpr int kPieces = major == Major::depth ? kDepth / 8 : kRows / 8;
+    static constexpr int kApart = kTileThreads / kPieces;   // lines (depth-major) or steps of K (line-major) from the first piece to the second
+    std::int64_t at, left;
+    int lines, target;
+
+    static MODALIGN_DEVICE int line() { return major == Major::depth ? thread_index() / kPieces : thread_index() % kPieces * 8; }
+    static MODALIGN_DEVICE int k() { return major == Major::depth ? thread_index() % kPieces * 8 : thread_index() / kPieces; }
+
+    MODALIGN_DEVICE Cursor(const Operand<Half>& operand, std::int64_t line_begin, int line_count, std::int64_t depth)
+        : at((line_begin + line()) * operand.line_stride + k() * operand.depth_stride),
+          left((MODALIGN_MUTATION("tile: one step beyond the depth") ? depth + 1 : depth) - k()),
+          lines(line_count - line()),
+          target(place<major>(line(), k())) {}
+
+    // Starts the copies into the planes of a stage; zeros beyond the edges.
+    MODALIGN_DEVICE void start(Shared<Half> planes, const Operand<Half>& operand, Global<const Half> data) {
+      MODALIGN_UNROLL
+      for (int part = 0; part < Parts; ++part) {
         MODALIGN_UNROLL
-        for (int v = 0; v < 8; ++v) {
-          pack[v] = from_float<Half>(0.0f);
-          if (v < exist) pack[v] = data[first + v * step];
+        for (int piece = 0; piece < 2; ++piece) {
+          const std::int64_t beyond = left - (major == Major::line ? piece * kApart : 0);
+          const int here = lines - (major == Major::depth ? piece * kApart : 0);
+          const int exist = here <= 0 || beyond <= 0 ? 0 : major == Major::depth ? (beyond < 8 ? int(beyond) : 8) : minimum(here, 8);
+          const std::int64_t first = at + part * operand.plane_stride + piece * kApart * (major == Major::depth ? operand.line_stride : operand.depth_stride);
+          const int to = part * kPlane + target + piece * kApart * (major == Major::depth ? kDepth : kRows);
+          if (operand.vectors) {
+            copy_async_16(planes, to, data, exist > 0 ? first : 0, exist * 2);
+          } else {
+            const std::int64_t step = major == Major::depth ? operand.depth_stride : operand.line_stride;
+            Pack<Half, 8> pack;
+            MODALIGN_UNROLL
+            for (int v = 0; v < 8; ++v) {
+              pack[v] = from_float<Half>(0.0f);
+              if (v < exist) pack[v] = data[first + v * step];
+            }
+            store_pack(planes, to, pack);
+          }
         }
-        store_pack(plane, target, pack);
       }
+      at += kDepth * operand.depth_stride;
+      left -= kDepth;
     }
-  }
+  };
+  static_assert(kPlane / 8 == 2 * kTileThreads, "two 16-byte pieces of each plane per thread and slab");
 
   // Rows (or columns) first ... first + 15 and depths k ... k + 15 of a plane as the registers of an mma operand.
   template <Major major>
@@ -387,14 +412,13 @@ struct MmaBackend {
   static MODALIGN_DEVICE void multiply(Accumulators& sum, const Operand<Half>& row_operand, Global<const Half> row_data, const Operand<Half>& column_operand, Global<const Half> column_data,
                                        const TileRange& range, std::int64_t depth) {
     const Shared<Half> ring = shared<Half>(0, kStages * kStage);
-    const std::int64_t slabs = ceil_divide<std::int64_t>(depth, kDepth);
-    const auto start = [&](std::int64_t slab) {
-      const Shared<Half> stage = ring.at(int(slab % kStages) * kStage);
-      MODALIGN_UNROLL
-      for (int part = 0; part < Parts; ++part) {
-        fill<RowMajor>(stage.at(part * kPlane), row_operand, row_data.at(part * row_operand.plane_stride), range.row_begin, range.rows, slab * kDepth, depth);
-        fill<ColumnMajor>(stage.at((Parts + part) * kPlane), column_operand, column_data.at(part * column_operand.plane_stride), range.column_begin, range.columns, slab * kDepth, depth);
-      }
+    const int slabs = int(ceil_divide<std::int64_t>(depth, kDepth));
+    Cursor<RowMajor> row_cursor(row_operand, range.row_begin, range.rows, depth);
+    Cursor<ColumnMajor> column_cursor(column_operand, range.column_begin, range.columns, depth);
+    const auto start = [&](int slab) {
+      const Shared<Half> stage = ring.at(slab % kStages * kStage);
+      row_cursor.start(stage, row_operand, row_data);
+      column_cursor.start(stage.at(Parts * kPlane), column_operand, column_data);
     };
     MODALIGN_NO_UNROLL
     for (int slab = 0; slab < kStages - 1; ++slab) {
@@ -402,12 +426,12 @@ struct MmaBackend {
       copy_async_commit();
     }
     MODALIGN_NO_UNROLL
-    for (std::int64_t slab = 0; slab < slabs; ++slab) {
+    for (int slab = 0; slab < slabs; ++slab) {
       if (!MODALIGN_MUTATION("mma: drop the wait for a slab")) copy_async_wait<kStages - 2>();
       if (!MODALIGN_MUTATION("mma: drop the barrier of a slab")) barrier();   // the slab is there, and the stage before it is free again
       if (slab + kStages - 1 < slabs) start(slab + kStages - 1);
       copy_async_commit();
-      const Shared<Half> stage = ring.at(int(slab % kStages) * kStage);
+      const Shared<Half> stage = ring.at(slab % kStages * kStage);
       MODALIGN_UNROLL
       for (int k = 0; k < kDepth; k += 16) {
         Columns b;
@@ -459,23 +483,25 @@ struct MmaBackend {
   // The fp32 tile becomes row fragments: rounded to Half (Parts = 1) or split into two (Parts = 2).
   static MODALIGN_DEVICE void multiply_values(Accumulators& sum, Shared<float> tile, int count, const Operand<Half>& values, Global<const Half> data, std::int64_t first_value,
                                               std::int64_t line_begin, int lines, int shared_offset) {
-    const Shared<Half> buffers = shared<Half>(shared_offset, 2 * Parts * kPlane);
+    const Shared<Half> buffers = shared<Half>(shared_offset, kValueStages * Parts * kPlane);
     const Global<const Half> base = data.at(first_value * values.depth_stride);
     const int slabs = ceil_divide(count, kDepth);
-    const auto start = [&](int slab) {
-      MODALIGN_UNROLL
-      for (int part = 0; part < Parts; ++part)
-        fill<Major::line>(buffers.at((slab % 2 * Parts + part) * kPlane), values, base.at(part * values.plane_stride), line_begin, lines, slab * kDepth, count);
-    };
-    if (slabs > 0) start(0);
+    Cursor<Major::line> cursor(values, line_begin, lines, count);
+    const auto start = [&](int slab) { cursor.start(buffers.at(slab % kValueStages * Parts * kPlane), values, base); };
+    if (kValueStages == 2 && slabs > 0) start(0);
     copy_async_commit();
     MODALIGN_NO_UNROLL
     for (int slab = 0; slab < slabs; ++slab) {
+      if constexpr (kValueStages == 1) {
+        if (slab > 0) barrier();   // all have read the slab before
+        start(slab);
+        copy_async_commit();
+      }
       if (!MODALIGN_MUTATION("mma: drop the wait for a value slab")) copy_async_wait<0>();
-      barrier();
-      if (slab + 1 < slabs) start(slab + 1);
+      if (!MODALIGN_MUTATION("mma: drop the barrier of a value slab")) barrier();
+      if (kValueStages == 2 && slab + 1 < slabs) start(slab + 1);
       copy_async_commit();
-      const Shared<Half> planes = buffers.at(slab % 2 * Parts * kPlane);
+      const Shared<Half> planes = buffers.at(slab % kValueStages * Parts * kPlane);
       MODALIGN_UNROLL
       for (int k = 0; k < kDepth; k += 16) {
         Columns b;
@@ -531,6 +557,8 @@ struct TileWalk {
   using Source = typename Backend::Source;
   using Real = typename Backend::Real;
   static constexpr int kThreads = kTileThreads;
+  // 2: at most 128 registers; while one block is in its epilogue the other multiplies
+  static constexpr int kMinBlocks = Backend::kMinBlocks < Epilogue::kMinBlocks ? Backend::kMinBlocks : Epilogue::kMinBlocks;
   static constexpr int kSharedBytes = Backend::kSharedBytes + Epilogue::kSharedBytes;
   static_assert(kSharedBytes <= 99 * 1024, "sm_86 and sm_89 give a block 99 KB");
 
@@ -594,6 +622,7 @@ template <class Backend, class Out>
 struct StoreTile {
   using Real = typename Backend::Real;
   static constexpr int kSharedBytes = 0;
+  static constexpr int kMinBlocks = 2;
   struct State {};
   Out* out;
   const Real* addend;
@@ -639,6 +668,7 @@ struct LogSumExpTile {
   using Real = typename Backend::Real;
   static constexpr int kGroups = kTileThreads / Backend::kColumns;             // threads per column
   static constexpr int kSharedBytes = (2 * Backend::kRows + 2 * kTileThreads) * int(sizeof(Real));
+  static constexpr int kMinBlocks = 2;
   struct State {};
   Real scale;
   Pack<Real, 2>* row_slots;
@@ -740,6 +770,7 @@ struct ValueProductTile {
   using Source = typename Backend::Source;
   using Real = typename Backend::Real;
   static constexpr int kSharedBytes = Backend::kValueBytes;
+  static constexpr int kMinBlocks = 1;   // the output rows stay in registers along the walk
   struct State { typename Backend::Accumulators sum; };
   Real scale;
   Operand<Source> values;       // Major::line: line = d, depth = column
