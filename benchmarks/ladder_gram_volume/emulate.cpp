@@ -25,7 +25,7 @@ float* reserve(DeviceMemory& memory, const char* name, std::int64_t count) {
 int main() try {
   double worst[3] = {};
   const char* names[3] = {"naive", "tiled", "fused"};
-  for (const auto& [B, C, D, m] : {std::tuple{70, 37, 21, 2}, std::tuple{33, 50, 16, 3}, std::tuple{1, 1, 3, 1}, std::tuple{65, 20, 5, 5}})
+  for (const auto& [B, C, D, m] : {std::tuple{70, 37, 21, 2}, std::tuple{33, 50, 16, 3}, std::tuple{1, 1, 3, 1}, std::tuple{65, 20, 19, 5}})
     for (int order = 0; order < 2; ++order) {
       const ladder::HostProblem host(B, C, D, m, 7);
       Options options;

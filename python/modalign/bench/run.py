@@ -19,7 +19,7 @@ from .results import SCHEMA
 
 @dataclass(frozen=True)
 class Options:
-    """threads: CPU threads of each run. where: keep grid points that agree with it. set: override sizes. quick: the case's small grid and few rounds."""
+    """threads: CPU threads of each run. dtypes: in place of the case's. where: keep grid points that agree with it. set: override sizes. quick: the case's small grid."""
 
     threads: tuple[int, ...] = (1,)
     passes: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ def run_cases(cases: Sequence[Case], options: Options, command: str, listen: Cal
             if options.cases and case.name not in options.cases:
                 continue
             for parameters in _grid(case, options):
-                for dtype in [d for d in case.dtypes if not options.dtypes or d in options.dtypes]:
+                for dtype in options.dtypes or case.dtypes:
                     rows.extend(_run_point(case, parameters, dtype, options, listen))
     finally:
         torch.set_num_threads(before)
@@ -107,7 +107,7 @@ def _run_point(case: Case, parameters: dict[str, Any], dtype: torch.dtype, optio
         if one.kind == "formula":
             formula_errors = errors[name]
     for name in chosen:
-        if name in errors and (problem := check.verdict(errors[name], formula_errors)):
+        if name in errors and (problem := check.verdict(chosen[name], errors[name], formula_errors)):
             status[name], reasons[name] = "mismatch", problem
     del check
 
