@@ -163,11 +163,10 @@ py::dict kernels() {
 }
 
 py::dict build_info() {
-    py::dict info;
-#if defined(__clang__)
-    info["compiler"] = "clang " __clang_version__;
+#if defined(MODALIGN_BUILD_INFO)
+    py::dict info = py::module_::import("json").attr("loads")(MODALIGN_BUILD_INFO);   // the facts that the build also leaves in _build.json
 #else
-    info["compiler"] = "gcc " __VERSION__;
+    py::dict info;
 #endif
     info["cplusplus"] = __cplusplus;
     info["pybind11"] = std::to_string(PYBIND11_VERSION_MAJOR) + "." + std::to_string(PYBIND11_VERSION_MINOR);
@@ -176,22 +175,6 @@ py::dict build_info() {
     info["address_sanitizer"] = true;
 #else
     info["address_sanitizer"] = false;
-#endif
-    // The build passes these when it has them; a build without nvcc has no CUDA facts.
-#if defined(MODALIGN_VERSION)
-    info["version"] = MODALIGN_VERSION;
-#else
-    info["version"] = py::none();
-#endif
-#if defined(MODALIGN_CUDA_VERSION)
-    info["cuda_version"] = MODALIGN_CUDA_VERSION;
-#else
-    info["cuda_version"] = py::none();
-#endif
-#if defined(MODALIGN_CUDA_TARGETS)
-    info["cuda_targets"] = MODALIGN_CUDA_TARGETS;
-#else
-    info["cuda_targets"] = py::none();
 #endif
     return info;
 }

@@ -446,10 +446,14 @@ public:
     std::size_t offset(std::int64_t i, std::size_t bytes) const { return emulator.offset_in(array_, pointer_, shift_bytes(i), bytes); }
     Value load(std::int64_t i) const {
         Value value;
-        emulator.read(*array_, offset(i, sizeof(T)), sizeof(T), &value);
+        const std::size_t at = offset(i, sizeof(T));   // fails before the array is touched, if there is none
+        emulator.read(*array_, at, sizeof(T), &value);
         return value;
     }
-    void store(std::int64_t i, T value) const { emulator.write(*array_, offset(i, sizeof(T)), sizeof(T), &value); }
+    void store(std::int64_t i, T value) const {
+        const std::size_t at = offset(i, sizeof(T));
+        emulator.write(*array_, at, sizeof(T), &value);
+    }
 
 private:
     T* pointer_;
@@ -466,7 +470,7 @@ Pack<T, N> load_pack(Shared<T> view, int i) {
 template <int N, class T>
 Pack<std::remove_const_t<T>, N> load_pack(Global<T> view, std::int64_t i) {
     Pack<std::remove_const_t<T>, N> pack;
-    const std::size_t offset = view.offset(i, sizeof(pack));   // fails before the array is touched, if there is none
+    const std::size_t offset = view.offset(i, sizeof(pack));
     emulator.read(*view.array(), offset, sizeof(pack), &pack);
     return pack;
 }

@@ -41,14 +41,20 @@ class Kernel(TypedDict):
     tags: dict[str, str]
 
 class BuildInfo(TypedDict):
+    """The facts of `_build.json`, and what holds for this module alone."""
+
+    version: str
+    torch_built: str
+    torch_minimum: str
     compiler: str
+    cuda: str | None
+    cuda_targets: list[str]
+    instruction_sets: list[str]
+    build_type: str
     cplusplus: int
     pybind11: str
     context_switch: Literal["x86-64", "ucontext"]
     address_sanitizer: bool
-    version: str | None
-    cuda_version: str | None
-    cuda_targets: str | None
 
 class RunResult:
     @property
@@ -88,3 +94,16 @@ def run(
     `offsets` moves named arrays by so many elements off their 256-byte alignment; `mutation` breaks the kernel at a named place. Raises KernelReport at the first
     broken rule of the device.
     """
+
+# The forms of the CPU tile engine on one thread; a and b are both float32 or both float64.
+def tile_product(a: np.ndarray, b: np.ndarray, instruction_set: str = "auto") -> np.ndarray:
+    """Form a: a b^t."""
+
+def tile_square_sum(a: np.ndarray, b: np.ndarray, group: int, instruction_set: str = "auto") -> np.ndarray:
+    """Form b: sums of squares of neighbouring products."""
+
+def tile_log_sum_exp(a: np.ndarray, b: np.ndarray, scale: float, instruction_set: str = "auto") -> tuple[np.ndarray, np.ndarray]:
+    """Form c: log-sum-exp of the rows and of the columns of scale a b^t."""
+
+def tile_weighted_values(a: np.ndarray, b: np.ndarray, values: np.ndarray, instruction_set: str = "auto") -> np.ndarray:
+    """Form d: (a b^t) values."""
