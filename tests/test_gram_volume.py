@@ -439,6 +439,33 @@ def test_nearly_collinear_gradients_keep_their_digits(delta, bound, shared, devi
         assert ((a - b).norm(dim=-1) / b.norm(dim=-1)).max() < bound
 
 
+@on_each_device
+@pytest.mark.parametrize("k, delta, bound", [(5, 0.01, 1e-3), (8, 0.03, 1e-3), (9, 0.03, 1e-3), (12, 0.1, 1e-3)])
+def test_many_nearly_collinear_vectors_keep_their_digits(k, delta, bound, device):
+    """What a single Gram-Schmidt pass would lose. k > 8 is the plain-torch path."""
+    vectors = [v.requires_grad_() for v in Maker(device=device, seed=k).nearly_collinear(k, 32, 256, delta)]
+    exact = [v.detach().double().requires_grad_() for v in vectors]
+    expected = reference_paired_gram_volume(exact)
+    for value in both_forms(vectors):
+        assert ((value - expected).abs() / expected).max() < bound
+        for a, b in zip(gradients(value, vectors), gradients(expected, exact), strict=True):
+            assert ((a - b).norm(dim=-1) / b.norm(dim=-1)).max() < 2 * bound
+        expected = reference_paired_gram_volume(exact)
+
+
+@on_each_device
+@pytest.mark.parametrize("op, m", [("gram_volume", 3), ("gram_volume", 7), ("gram_volume_wide", 9)])
+def test_basis_is_orthonormal_however_close_the_candidates(op, m, device):
+    """Gram-Schmidt run once leaves Q Q^T - I of about eps / delta, 1e-3 here; run twice, a few eps. The factor gives the candidates back."""
+    vectors = Maker(device=device).nearly_collinear(m, 20, 256, 1e-4)
+    _, basis, factor = getattr(torch.ops.modalign, op)(vectors[0][None], [v[None] for v in vectors], None, False, 1e-12)
+    basis, factor = basis[0].double(), factor[0].double()
+    identity = torch.eye(m, dtype=F64, device=device)
+    assert (basis @ basis.mT - identity).abs().max() < 2e-6
+    assert (factor @ basis - torch.stack(vectors, 1)).abs().max() < 2e-6
+    assert not factor.triu(1).count_nonzero()
+
+
 def test_float64_keeps_its_digits_too():
     vectors = collinear(1e-5, dtype=F64)
     ours, paired = gram_volume(vectors[0], vectors[1:]).diagonal(), paired_gram_volume(vectors)
