@@ -8,16 +8,17 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 SWITCH=${SWITCH:-}
 BUILD=${BUILD:-build/asan$SWITCH}
-flags="-g1 -fno-omit-frame-pointer -fsanitize=address -Wno-maybe-uninitialized"   # the warning misreads instrumented pybind11 headers
+flags="-O1 -g1 -fno-omit-frame-pointer -fsanitize=address -Wno-maybe-uninitialized"   # the warning misreads instrumented pybind11 headers
 if [ "$SWITCH" = ucontext ]; then flags="$flags -DMODALIGN_EMULATOR_UCONTEXT"; fi
 
-cmake -G Ninja -S . -B "$BUILD" -DMODALIGN_CUDA=OFF -DMODALIGN_SANITIZE=address -DCMAKE_CXX_FLAGS="$flags" -DPython_EXECUTABLE="$(command -v "$PYTHON")" \
+cmake -G Ninja -S . -B "$BUILD" -DCMAKE_BUILD_TYPE=None -DMODALIGN_CUDA=OFF -DMODALIGN_SANITIZE=address -DCMAKE_CXX_FLAGS="$flags" -DPython_EXECUTABLE="$(command -v "$PYTHON")" \
     -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)" -DMODALIGN_TORCH_DIR="$("$PYTHON" -c 'import os, torch; print(os.path.dirname(torch.__file__))')" >/dev/null
 cmake --build "$BUILD" --target _host
 
 if [ $# -eq 0 ]; then set -- -q tests/test_emulator.py tests/test_kernels_host.py tests/test_tile_cpu.py; fi
-# Python itself is not instrumented, so the runtime must come first, and what it leaks at exit is not ours.
-export LD_PRELOAD="$("${CXX:-c++}" -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0:abort_on_error=1
+# Python is not instrumented: the sanitizer's runtime must come before it, with the C++ library whose `throw` it watches. What Python leaks at exit is not ours.
+export PYTHONPATH="$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
+export LD_PRELOAD="$("${CXX:-c++}" -print-file-name=libasan.so) $("${CXX:-c++}" -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:abort_on_error=1
 exec "$PYTHON" - "$BUILD" "$@" <<'RUN'
 import importlib.util, pathlib, sys
 
@@ -30,5 +31,6 @@ sys.modules["modalign._host"] = module   # `from modalign import _host` now find
 
 import pytest
 
-sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[2:]]))
+# The sanitizer writes to the file descriptor and stops the process: pytest must neither swallow the one nor report the other.
+sys.exit(pytest.main(["-p", "no:cacheprovider", "-p", "no:faulthandler", "--capture=sys", *sys.argv[2:]]))
 RUN

@@ -76,12 +76,10 @@ std::string Allocation::address(std::size_t offset) const {
 }
 
 Allocation& DeviceMemory::allocate(std::string name, std::size_t bytes, int element_bytes, std::size_t offset_bytes) {
-    constexpr std::size_t kAlignment = 256;
     Allocation& array = arrays_.emplace_back();
     array.name = std::move(name);
-    array.storage.reset(new std::byte[kAlignment + offset_bytes + bytes]);
-    const auto start = reinterpret_cast<std::uintptr_t>(array.storage.get());
-    array.data = array.storage.get() + ((start + kAlignment - 1) / kAlignment * kAlignment - start) + offset_bytes;
+    array.storage.reset(new (kArrayAlignment) std::byte[offset_bytes + bytes]);
+    array.data = array.storage.get() + offset_bytes;
     array.bytes = bytes;
     array.element_bytes = element_bytes;
     while (array.granule_shift < 2 && (2 << array.granule_shift) <= element_bytes) ++array.granule_shift;
@@ -466,7 +464,7 @@ void Emulator::prepare(const LaunchPlan& plan) {
     }
     warps_.resize(plan.threads / kWarpSize);
     shared_.bytes = plan.shared_bytes;
-    shared_.storage.reset(new std::byte[plan.shared_bytes]);
+    shared_.storage.reset(new (kArrayAlignment) std::byte[plan.shared_bytes]);
     shared_.data = shared_.storage.get();
 }
 

@@ -23,6 +23,7 @@
 #include <exception>
 #include <map>
 #include <memory>
+#include <new>
 #include <set>
 #include <source_location>
 #include <stdexcept>
@@ -155,6 +156,12 @@ struct Shadow {
     State state = uninitialised;
 };
 
+/// Device arrays begin at multiples of this, and end where their storage ends, so that AddressSanitizer sees what goes past the views.
+inline constexpr std::align_val_t kArrayAlignment{256};
+struct FreeArray {
+    void operator()(std::byte* storage) const { ::operator delete[](storage, kArrayAlignment); }
+};
+
 /// One array of global memory, or the shared memory of the running block.
 struct Allocation {
     std::string name;
@@ -164,7 +171,7 @@ struct Allocation {
     int granule_shift = 0;   ///< a granule is 2^shift bytes: the element, at most 4 bytes
     bool is_shared = false;
     std::vector<Shadow> shadow;
-    std::unique_ptr<std::byte[]> storage;
+    std::unique_ptr<std::byte[], FreeArray> storage;
 
     std::size_t granules() const { return (bytes + (std::size_t{1} << granule_shift) - 1) >> granule_shift; }
     std::string address(std::size_t offset) const;   ///< for reports
