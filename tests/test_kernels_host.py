@@ -15,9 +15,10 @@ _host = pytest.importorskip("modalign._host", reason="the optional module _host 
 
 DTYPES = ["f32", "f64", "f16", "bf16"]
 EPSILON = {"f32": 1.2e-7, "f64": 2.3e-16, "f16": 1.2e-7, "bf16": 1.2e-7}   # of the arithmetic, not of the storage
-# Largest deviation allowed, in units of the root mean square of the reference: what the operands' and the result's rounding can do with these sizes.
-FORWARD = {"f32": 5e-6, "f64": 2e-14, "f16": 5e-3, "bf16": 4e-2}
-BACKWARD = {"f32": 2e-5, "f64": 2e-13, "f16": 1e-2, "bf16": 8e-2}
+# Largest deviation allowed, in units of the root mean square of the reference: what the operands' and the result's rounding can do with these sizes and with candidates
+# of condition 200.
+FORWARD = {"f32": 5e-6, "f64": 1e-13, "f16": 5e-3, "bf16": 4e-2}
+BACKWARD = {"f32": 1e-4, "f64": 5e-12, "f16": 1e-2, "bf16": 8e-2}
 SCHEDULES = {
     "forward": {},
     "reverse": {"thread_order": "reverse", "block_order": "reverse", "seed": 1},
@@ -74,13 +75,16 @@ def volume_reference(anchor, others, present, squared, upstream=None):
 
 
 def triangle_reference(anchor, others, present, squared, upstream=None):
-    p, q = anchor[:, :, None] - others[:, None, :, 0], (others[:, :, 0] - others[:, :, 1])[:, None]
-    pp, qq, pq = (p * p).sum(-1), (q * q).sum(-1), (p * q).sum(-1)
-    square = (pp * qq - pq**2) / 4
+    """Half the volume of (a - u, u - v) and its chain rule: QR here too, for the usual difference of products loses digits."""
+    n, b, d = anchor.shape
+    c = others.shape[1]
+    p, q = np.broadcast_to(anchor[:, :, None] - others[:, None, :, 0], (n, b, c, d)), np.broadcast_to((others[:, :, 0] - others[:, :, 1])[:, None], (n, b, c, d))
+    q_factor, r = np.linalg.qr(np.stack([q, p], -1))
+    area = np.abs(np.prod(np.diagonal(r, axis1=-2, axis2=-1), -1)) / 2
     if upstream is None:
-        return square if squared else np.sqrt(square)
-    w = (upstream if squared else upstream / (2 * np.sqrt(square)))[..., None] / 2
-    dp, dq = w * (qq[..., None] * p - pq[..., None] * q), w * (pp[..., None] * q - pq[..., None] * p)
+        return area**2 if squared else area
+    gradient = np.linalg.solve(r, q_factor.swapaxes(-1, -2)) * (upstream * (2 * area**2 if squared else area))[..., None, None]
+    dq, dp = gradient[..., 0, :], gradient[..., 1, :]
     return dp.sum(2), np.stack([(dq - dp).sum(1), -dq.sum(1)], 2)
 
 
@@ -88,6 +92,15 @@ REFERENCE = {"gram_volume": volume_reference, "triangle_area": triangle_referenc
 
 
 # -------------------------------------------------------------------------------------------------------------------------------------------------- pairs
+
+
+def nearly_dependent(vectors, rng):
+    """[..., m, D]: vector 1 becomes vector 0 and a small part on coordinates where vector 0 is zero, so that rounding to a short dtype keeps the small angle."""
+    vectors = vectors.copy()
+    vectors[..., 0, ::2] = 0
+    vectors[..., 1, :] = vectors[..., 0, :]
+    vectors[..., 1, ::2] = 0.005 * rng.standard_normal(vectors[..., 1, ::2].shape)
+    return vectors
 
 
 class Pairs:
@@ -102,10 +115,10 @@ class Pairs:
             small = 0.005 if dtype == "f64" else 0.05
             for i in range(0, min(B, C), 3):
                 anchor[:, i] = others[:, i] .sum(1) + small * rng.standard_normal((N, D)) if op == "gram_volume" else others[:, i, 0] * 2 - others[:, i, 1] + small * rng.standard_normal((N, D))
-            for j in range(1, C, 5):
-                if op == "gram_volume" and m > 1:
-                    others[:, j, 1] = others[:, j, 0] + 0.02 * rng.standard_normal((N, D))
-        self.anchor, self.others = rounded(dtype, anchor), rounded(dtype, others)
+            if op == "gram_volume" and m > 1:
+                others[:, 1::5] = nearly_dependent(others[:, 1::5], rng)
+        scale = 1.3 / np.sqrt(max(D, 1))
+        self.anchor, self.others = rounded(dtype, scale * anchor), rounded(dtype, scale * others)
         self.present = rng.random((N, C, m)) < 0.6 if absent else np.ones((N, C, m), bool)
         self.masked = absent
         self.upstream = rounded(dtype, rng.standard_normal((N, B, C)))
@@ -144,9 +157,9 @@ class Pairs:
             q = outputs["basis"].astype(np.float64)
             gram = q @ q.swapaxes(-1, -2)
             unit = np.eye(self.m) * self.present[..., None]
-            worst = max(worst, float(np.abs(gram - unit).max(initial=0)) / (64 * EPSILON[self.dtype]))
+            worst = max(worst, float(np.abs(gram - unit).max(initial=0)) / (24 * EPSILON[self.dtype]))
             rebuilt = outputs["factor"].astype(np.float64) @ q
-            worst = max(worst, float(np.abs(rebuilt - self.others * self.present[..., None]).max(initial=0)) / (64 * EPSILON[self.dtype]))
+            worst = max(worst, float(np.abs(rebuilt - self.others * self.present[..., None]).max(initial=0)) / (24 * EPSILON[self.dtype]))
         return worst
 
     def backward_deviation(self, outputs):
@@ -259,7 +272,7 @@ def test_empty_sizes(op, dtype, empty):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_column_tiles_share_slots(dtype):
     """More column tiles than slots: a walk meets several tiles. The result is as for any other size."""
-    pairs = Pairs("gram_volume", dtype, B=3, C=(66 * (64 if dtype == "f64" else 128)) // 7 + 5, D=9, m=7)
+    pairs = Pairs("gram_volume", dtype, B=3, C=(66 * (64 if dtype == "f64" else 128)) // 7 + 5, D=24, m=7)
     forward = pairs.forward()
     assert pairs.forward_deviation(forward.outputs) <= 1
     backward = pairs.backward(forward.outputs)
@@ -360,9 +373,9 @@ class Paired:
     def __init__(self, dtype, N=7, D=10, k=3, squared=False, absent=False, seed=0):
         rng = np.random.default_rng([seed, N, D, k])
         self.dtype, self.N, self.D, self.k, self.squared = dtype, N, D, k, squared
-        vectors = rng.standard_normal((N, k, D))
+        vectors = 1.3 / np.sqrt(max(D, 1)) * rng.standard_normal((N, k, D))
         if k > 1:
-            vectors[::3, 1] = vectors[::3, 0] + 0.02 * vectors[::3, 1]
+            vectors[::3] = nearly_dependent(vectors[::3], rng)
         self.vectors = rounded(dtype, vectors)
         self.present = rng.random((N, k)) < 0.6 if absent else np.ones((N, k), bool)
         self.masked = absent
@@ -479,7 +492,7 @@ class Form:
             self.arguments["values"], v = planes(self.precision, v)
             self.want = {"out": np.exp(0.3 * self.z) @ v}
             magnitude = np.exp(0.3 * self.z) @ np.abs(v)
-            self.allowed = {"out": {"f32": 1e-5, "f64": 1e-13, "bf16": 1e-2, "bf16x2": 2e-4}[self.precision] * magnitude}
+            self.allowed = {"out": {"f32": 1e-5, "f64": 1e-13, "bf16": 1e-2, "bf16x2": 2e-4}[self.precision] * magnitude + 1e-30}
         elif "log_sum_exp" in key:
             z = 0.3 * self.z
             self.want = {"row": np.log(np.exp(z).sum(2)), "column": np.log(np.exp(z).sum(1))}
@@ -577,19 +590,29 @@ def test_every_instance_has_run(shape):
 # ---------------------------------------------------------------------------------------------------------------------------------------------- mutations
 
 
+# Not a multiple of the slab (8, 32), yet of the widest load, so that the fast loaders meet the edge.
+RAGGED_DEPTH = {"f32": 44, "f64": 44, "f16": 40, "bf16": 40, "bf16x2": 40}
+# Places whose breaking changes nothing that a kernel promises, and why.
+HARMLESS = {
+    ("coefficients", "tile: drop the barrier after the epilogue"),   # reached by walks of several tiles alone: the test below
+    ("log_sum_exp", "tile: drop the barrier after the epilogue"),   # this epilogue has left the tile before a barrier of its own
+    ("paired_gram_volume", "gram-schmidt: one pass only"),   # the second pass moves the volume by rounding only; `prepare` returns the basis, where it shows
+}
+
+
 @functools.cache
 def breakable(key):
     """A case that passes every marked place of the kernel, and how far its result is from right (units of what is allowed)."""
     family, kernel, dtype = key.split(".")
     if family == "tile":
-        form = Form(key, batches=1, rows=141, columns=203, depth=45, max_walks=1)
+        form = Form(key, batches=1, rows=144, columns=200, depth=RAGGED_DEPTH[dtype], max_walks=1, width=24)
         return form.run, form.deviation
     if family == "paired_gram_volume":
         paired = Paired(dtype, N=11, D=45, k=4)
         good = {which: _host.run(f"paired_gram_volume.{which}.{dtype}", paired.arguments()).outputs for which in ("forward", "backward")}
         return functools.partial(_host.run, key, paired.arguments()), lambda outputs: paired.deviation(**dict(good, **{kernel: outputs}))
     op = "gram_volume" if family == "pair_product" else family
-    pairs = Pairs(op, dtype, B=141, C=53, D=45, m=3)
+    pairs = Pairs(op, dtype, B=141, C=53, D=RAGGED_DEPTH[dtype], m=3)
     if kernel in ("prepare", "forward"):
         return functools.partial(pairs.forward, key=key), pairs.forward_deviation
     saved = pairs.forward().outputs
@@ -601,6 +624,8 @@ def test_seeded_mutations_are_caught(key):
     run, deviation_of = breakable(key)
     assert deviation_of(run().outputs) <= 1
     for name in _host.mutations(key):
+        if any(part in key.split(".") and name == place for part, place in HARMLESS):
+            continue
         caught = None
         for options in SCHEDULES.values():
             try:
@@ -613,6 +638,15 @@ def test_seeded_mutations_are_caught(key):
                 caught = "wrong result"
                 break
         assert caught, f"{key}: nothing noticed '{name}'"
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16"])
+def test_mutation_between_the_tiles_of_a_walk(dtype):
+    """Only a walk of several tiles (more than 64 along the columns) needs the barrier behind an epilogue."""
+    pairs = Pairs("gram_volume", dtype, B=3, C=(66 * (64 if dtype == "f64" else 128)) // 7 + 5, D=9, m=7, near=False)
+    saved = pairs.forward().outputs
+    with pytest.raises(_host.KernelReport, match="race_shared"):
+        pairs.backward(saved, mutation="tile: drop the barrier after the epilogue")
 
 
 def test_every_kernel_that_synchronises_can_be_broken():

@@ -257,7 +257,8 @@ struct FmaBackend {
     }
   }
 
-  // sum[row, d] += sum_k tile[row, k] values[k, d] for the `count` first columns k of the tile; values has Major::line (d is the line).
+  // sum[row, d] += sum_k tile[row, k] values[k, d] for the `count` first columns k of the tile; values has Major::line (d is the line). Passes a barrier before it reads
+  // the tile.
   static MODALIGN_DEVICE void multiply_values(Accumulators& sum, Shared<T> tile, int count, const Operand<T>& values, Global<const T> data, std::int64_t first_value,
                                               std::int64_t line_begin, int lines, int shared_offset) {
     const Shared<T> buffers = shared<T>(shared_offset, 2 * kSlab);
@@ -609,7 +610,8 @@ struct TileWalk {
         }
         if (!MODALIGN_MUTATION("tile: drop the barrier before the epilogue")) barrier();
         epilogue.consume(state, tile, range, batch, walk, Backend::kSharedBytes);
-        if (!MODALIGN_MUTATION("tile: drop the barrier after the epilogue")) barrier();
+        const bool more = range.column_tile + 1 < column_stop || range.row_tile + 1 < row_stop;
+        if (!(more && MODALIGN_MUTATION("tile: drop the barrier after the epilogue"))) barrier();   // the next tile will lie where this one was
       }
       epilogue.end(state, range, batch, walk, Backend::kSharedBytes);
     }
@@ -785,7 +787,7 @@ struct ValueProductTile {
       const Real z = tile[row * Backend::kPitch + column];
       tile[row * Backend::kPitch + column] = row < range.rows && column < range.columns ? exponential(scale * z) : Real(0);
     }
-    if (!MODALIGN_MUTATION("value product: drop the barrier after the map")) barrier();
+    // multiply_values begins with a barrier
     Backend::multiply_values(state.sum, tile, range.columns, values, Global<const Source>(values.data).at(batch * values.batch_stride), range.column_begin, 0, width, shared_offset);
   }
   MODALIGN_DEVICE void end(State& state, const TileRange& range, std::int64_t batch, const WalkPosition&, int) const {

@@ -68,7 +68,9 @@ template <class Kernel>
 inline Kernel value_product_form(const Operand<typename Kernel::Source>& rows, const Operand<typename Kernel::Source>& columns, const Operand<typename Kernel::Source>& values,
                                  std::int64_t row_count, std::int64_t column_count, std::int64_t depth, int width, typename Kernel::Real scale, typename Kernel::Real* out) {
   using Backend = typename Kernel::Backend;
-  return {rows, columns, make_grid(row_count, column_count, depth, Backend::kRows, Backend::kColumns, 0, 1), {scale, values, width, out, row_count}};
+  TileGrid grid = make_grid(row_count, column_count, depth, Backend::kRows, Backend::kColumns, 0, 1);
+  grid.column_walks = 1;   // also where there are no columns: the sum over nothing is written
+  return {rows, columns, grid, {scale, values, width, out, row_count}};
 }
 
 }  // namespace modalign::cuda
