@@ -1,7 +1,7 @@
 """What device.sh runs on a GPU, in whatever Python is there: needs torch and the staged package alone, no _host, no pytest, no rich.
 
-    python benchmarks/device.py battery --out battery.json [--small]
-    python benchmarks/device.py bench gram_volume --out gram_volume.json --dtypes float32,bfloat16 [--quick]
+python benchmarks/device.py battery --out battery.json [--small]
+python benchmarks/device.py bench gram_volume --out gram_volume.json --dtypes float32,bfloat16 [--quick]
 """
 
 import argparse
@@ -20,7 +20,8 @@ HERE = Path(__file__).parent
 
 
 def battery(options: argparse.Namespace) -> bool:
-    """Every check of tests/cases.py on the GPU; --small keeps values and gradients in float32 and bfloat16, which reach every kernel in little time under a sanitizer."""
+    """Every check of tests/cases.py on the GPU; --small keeps values and gradients in float32 and bfloat16, which reach every kernel in little time
+    under a sanitizer."""
     sys.path.insert(0, str(HERE.parent / "tests"))
     from cases import CASES
 
@@ -39,15 +40,26 @@ def battery(options: argparse.Namespace) -> bool:
     print(f"{len(results) - failed} of {len(results)} checks passed on {options.device}")
     if options.out:
         environment_now = environment.describe(torch.device(options.device), 0)
-        Path(options.out).write_text(json.dumps({"schema": "modalign.device_battery/1", "environment": environment_now, "checks": results}, indent=1) + "\n")
+        Path(options.out).write_text(
+            json.dumps({"schema": "modalign.device_battery/1", "environment": environment_now, "checks": results}, indent=1) + "\n"
+        )
     return bool(results) and not failed
 
 
 def run_bench(options: argparse.Namespace) -> bool:
     chosen = bench.Options(
-        device=torch.device(options.device), dtypes=tuple(getattr(torch, name) for name in options.dtypes.split(",")), quick=options.quick, rounds=options.rounds, threads=(1,)
+        device=torch.device(options.device),
+        dtypes=tuple(getattr(torch, name) for name in options.dtypes.split(",")),
+        quick=options.quick,
+        rounds=options.rounds,
+        threads=(1,),
     )
-    results = bench.run_file(HERE / "cases" / f"{options.name}.py", chosen, environment.public_command(environment.arguments_of_this_process()), lambda text: print(text, flush=True))
+    results = bench.run_file(
+        HERE / "cases" / f"{options.name}.py",
+        chosen,
+        environment.public_command(environment.arguments_of_this_process()),
+        lambda text: print(text, flush=True),
+    )
     bench.write_results(options.out, results)
     return not any(row["status"] == "mismatch" and row["kind"] == "ours" for row in results["rows"])
 

@@ -65,7 +65,8 @@ case $capability in 90) target=90a ;; *) target=$capability ;; esac
 # The package in a folder of its own, without any _host: the checkout may hold one for another Python.
 stage=$root/build/device/stage
 # shellcheck disable=SC2016  # the inner shell expands its own arguments
-step stage bash -c 'rm -rf "$2" && mkdir -p "$2/modalign" && cd "$1/python/modalign" && tar --exclude="*.so" --exclude=include --exclude=__pycache__ -cf - . | tar -xf - -C "$2/modalign"' _ "$root" "$stage" || finish
+step stage bash -c 'rm -rf "$2" && mkdir -p "$2/modalign" && cd "$1/python/modalign" &&
+  tar --exclude="*.so" --exclude=include --exclude=__pycache__ -cf - . | tar -xf - -C "$2/modalign"' _ "$root" "$stage" || finish
 if [ -n "$binary" ]; then
   step binary cp "$binary" "$stage/modalign/_C.so" || finish
 else

@@ -32,8 +32,13 @@ def registry():
 
 
 def declare_square(wrong=False, floor=True):
-    @bench.case(grid=[dict(N=64, D=32)], reference=lambda x: x.square(), flops=lambda p, pass_, size: p["N"] * p["D"], bytes=lambda p, pass_, size: 2 * size * p["N"] * p["D"],
-                targets=[bench.Target(1e9, provider="mine"), bench.Target(0.0, provider="other")])
+    @bench.case(
+        grid=[dict(N=64, D=32)],
+        reference=lambda x: x.square(),
+        flops=lambda p, pass_, size: p["N"] * p["D"],
+        bytes=lambda p, pass_, size: 2 * size * p["N"] * p["D"],
+        targets=[bench.Target(1e9, provider="mine"), bench.Target(0.0, provider="other")],
+    )
     def square(maker, N, D):
         return (maker.randn(N, D),)
 
@@ -45,7 +50,7 @@ def declare_square(wrong=False, floor=True):
     return square
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------------------- runs
+# ----------------------------------------------------------------------------------------------------------------------------------------------- runs
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,7 @@ def test_every_row_of_gram_volume_matches_and_is_complete(gram_results, tmp_path
             assert row["plan"] == _load.instruction_set()
     bench.write_results(tmp_path / "results.json", gram_results)
     assert bench.read_results(tmp_path / "results.json") == json.loads((tmp_path / "results.json").read_text())
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]   # no temporary file stays
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]  # no temporary file stays
 
 
 def test_backward_counts_three_products_and_the_whole_four(gram_results):
@@ -201,7 +206,7 @@ def test_unknown_case_is_named(registry):
         bench.run_cases([declare_square()], bench.Options(cases=("cube",)), "test")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------------ measuring
+# ------------------------------------------------------------------------------------------------------------------------------------------ measuring
 
 
 def test_quantiles():
@@ -235,22 +240,44 @@ def test_rounds_interleave_and_slow_providers_take_part_in_three(registry):
     order.clear()
     timings = measure.time_interleaved(subjects, ("fwd",), torch.device("cpu"), 7)
     timed = order[6:]
-    assert [name for name in timed if name != "slow"][:6] == ["a", "b", "b", "a", "a", "b"]   # the order shifts from round to round
+    assert [name for name in timed if name != "slow"][:6] == ["a", "b", "b", "a", "a", "b"]  # the order shifts from round to round
     assert len(timings["a"].samples["fwd"]) == 7 and list(timings["slow"].samples["fwd"]) == [0, 2, 4]
     assert timings["slow"].ratio_to(timings["a"], "fwd")["median"] > 20
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------------------------------------- files
 
 
 def small_results(**changes):
     row = {
-        "case": "op", "parameters": {"k": 3}, "dtype": "float32", "pass": "fwd", "threads": 1, "provider": "ours", "kind": "ours", "status": "ok", "reason": "",
-        "seconds": {"median": 0.0123, "q20": 0.012, "q80": 0.013}, "rounds": 7, "flop_per_second": 9.87e10, "ratio_to_floor": {"median": 0.9, "q20": 0.88, "q80": 0.93},
-        "percent_of_floor": 111.1, "noisy": False, "target": {"ratio": 0.95, "met": True}, "error": {"seed": 1, "forward": {"maximum": 1e-6, "relative": 2e-7}, "backward": None},
+        "case": "op",
+        "parameters": {"k": 3},
+        "dtype": "float32",
+        "pass": "fwd",
+        "threads": 1,
+        "provider": "ours",
+        "kind": "ours",
+        "status": "ok",
+        "reason": "",
+        "seconds": {"median": 0.0123, "q20": 0.012, "q80": 0.013},
+        "rounds": 7,
+        "flop_per_second": 9.87e10,
+        "ratio_to_floor": {"median": 0.9, "q20": 0.88, "q80": 0.93},
+        "percent_of_floor": 111.1,
+        "noisy": False,
+        "target": {"ratio": 0.95, "met": True},
+        "error": {"seed": 1, "forward": {"maximum": 1e-6, "relative": 2e-7}, "backward": None},
     }
     facts = {"gpu": None, "cpu": {"model": "Processor", "cores": 2, "instruction_set": "avx2"}, "torch": "2.13.0", "blas": "mkl 1"}
-    results = {"schema": bench.SCHEMA, "created": "2026-01-02T03:04:05+00:00", "command": "python run.py op", "seed": 0, "note": "", "environment": facts, "rows": [row]}
+    results = {
+        "schema": bench.SCHEMA,
+        "created": "2026-01-02T03:04:05+00:00",
+        "command": "python run.py op",
+        "seed": 0,
+        "note": "",
+        "environment": facts,
+        "rows": [row],
+    }
     row.update(changes.pop("row", {}))
     return {**results, **changes}
 
@@ -296,7 +323,13 @@ def test_environment_names_no_machine(gram_results):
     assert len(host) < 4 or host not in text
     assert f'"{getpass.getuser()}"' not in text
     facts = gram_results["environment"]
-    assert facts["device"] == "cpu" and facts["cpu"]["model"] and facts["blas"] and facts["torch"] == torch.__version__ and facts["cpu"]["instruction_set"] == _load.instruction_set()
+    assert (
+        facts["device"] == "cpu"
+        and facts["cpu"]["model"]
+        and facts["blas"]
+        and facts["torch"] == torch.__version__
+        and facts["cpu"]["instruction_set"] == _load.instruction_set()
+    )
 
 
 def test_command_shows_paths_without_folders(monkeypatch, tmp_path):
@@ -305,14 +338,16 @@ def test_command_shows_paths_without_folders(monkeypatch, tmp_path):
     assert shown == "python run.py op --out x.json '--config=c d.toml'"
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------------------------------------------------- tables
 
 
 def test_markdown_is_rendered_from_json_and_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     bench.write_results("x.json", small_results())
     page = Path("page.md")
-    page.write_text('# Speed\n\n<!-- bench x.json rows="case=op k=3,4" columns="k provider time rate floor error target" -->\nold\n<!-- /bench -->\nend\n')
+    page.write_text(
+        '# Speed\n\n<!-- bench x.json rows="case=op k=3,4" columns="k provider time rate floor error target" -->\nold\n<!-- /bench -->\nend\n'
+    )
     assert tables.main(["page.md", "--check"]) == 1 and "old" in page.read_text()
     assert tables.main(["page.md"]) == 0
     assert tables.main(["page.md", "--check"]) == 0
@@ -332,7 +367,7 @@ def test_markdown_is_rendered_from_json_and_checked(tmp_path, monkeypatch, capsy
         ('<!-- bench x.json rows="k=9" -->\n<!-- /bench -->', "rows must keep at least one row"),
         ('<!-- bench x.json columns="speed" -->\n<!-- /bench -->', "columns must be out of"),
         ('<!-- bench x.json width="9" -->\n<!-- /bench -->', "a block takes rows and columns"),
-        ('<!-- bench x.json -->\n', "must be closed"),
+        ("<!-- bench x.json -->\n", "must be closed"),
         ('<!-- bench x.json rows="k" -->\n<!-- /bench -->', "rows must be written as field=value"),
     ],
 )
@@ -350,7 +385,7 @@ def test_tables_of_this_repository_are_fresh(monkeypatch):
     assert tables.main([*map(str, pages), "--check"]) == 0
 
 
-# -------------------------------------------------------------------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------------------------------------------------------------------------------- commands
 
 
 def run(*arguments, **options):
@@ -360,12 +395,40 @@ def run(*arguments, **options):
 
 def test_run_command(tmp_path):
     out = tmp_path / "gram.json"
-    finished = run(sys.executable, "benchmarks/run.py", "gram_volume", "--quick", "--threads", "1", "--rounds", "1", "--case", "gram_volume", "--where", "k=2", "--passes", "fwd",
-                   "--providers", "ours,eager", "--set", "B=64", "--note", "smoke", "--out", out)
+    finished = run(
+        sys.executable,
+        "benchmarks/run.py",
+        "gram_volume",
+        "--quick",
+        "--threads",
+        "1",
+        "--rounds",
+        "1",
+        "--case",
+        "gram_volume",
+        "--where",
+        "k=2",
+        "--passes",
+        "fwd",
+        "--providers",
+        "ours,eager",
+        "--set",
+        "B=64",
+        "--note",
+        "smoke",
+        "--out",
+        out,
+    )
     assert finished.returncode == 0, finished.stderr
     results = bench.read_results(out)
-    assert {(row["provider"], row["parameters"]["B"], row["pass"]) for row in results["rows"]} == {(name, 64, "fwd") for name in ("ours", "eager", "floor")}
-    assert results["command"].startswith("python benchmarks/run.py gram_volume --quick") and results["command"].endswith("--out gram.json") and results["note"] == "smoke"
+    assert {(row["provider"], row["parameters"]["B"], row["pass"]) for row in results["rows"]} == {
+        (name, 64, "fwd") for name in ("ours", "eager", "floor")
+    }
+    assert (
+        results["command"].startswith("python benchmarks/run.py gram_volume --quick")
+        and results["command"].endswith("--out gram.json")
+        and results["note"] == "smoke"
+    )
     assert "ours" in finished.stdout and "GFLOP/s" in finished.stdout
 
 
@@ -386,8 +449,22 @@ def test_device_script_dry_run(tmp_path):
     planned = run("bash", DEVICE, "--out", tmp_path / "out", "--quick", "--dry-run")
     assert planned.returncode == 0, planned.stderr
     steps = [line.partition(":")[0] for line in planned.stdout.splitlines()]
-    assert steps == ["stage", "configure", "build", "install", "battery", "sanitizer_memcheck", "sanitizer_racecheck", "sanitizer_synccheck", "ladder_build", "ladder_memcheck",
-                     "ladder_racecheck", "ladder_synccheck", "ladder", "bench_gram_volume"]
+    assert steps == [
+        "stage",
+        "configure",
+        "build",
+        "install",
+        "battery",
+        "sanitizer_memcheck",
+        "sanitizer_racecheck",
+        "sanitizer_synccheck",
+        "ladder_build",
+        "ladder_memcheck",
+        "ladder_racecheck",
+        "ladder_synccheck",
+        "ladder",
+        "bench_gram_volume",
+    ]
     assert "-DMODALIGN_HOST=OFF" in planned.stdout and "--quick" in planned.stdout.splitlines()[-1]
     assert not (tmp_path / "out").exists()
     planned = run("bash", DEVICE, "--out", tmp_path / "out", "--binary", "built/_C.so", "--dry-run")
@@ -396,7 +473,12 @@ def test_device_script_dry_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((), "--out must name a folder"), (("--out",), "must be followed by a value"), (("--speed",), "option must be"), (("--out", "x", "--binary", "no/such.so"), "--binary must be a file")],
+    [
+        ((), "--out must name a folder"),
+        (("--out",), "must be followed by a value"),
+        (("--speed",), "option must be"),
+        (("--out", "x", "--binary", "no/such.so"), "--binary must be a file"),
+    ],
 )
 def test_device_script_refuses(arguments, message):
     finished = run("bash", DEVICE, *arguments)
@@ -420,7 +502,7 @@ def test_device_battery_runs_without_the_host_module(tmp_path):
     assert len(report["checks"]) >= 12 and all(check["passed"] for check in report["checks"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------------- ladder
+# --------------------------------------------------------------------------------------------------------------------------------------------- ladder
 
 
 @pytest.fixture(scope="module")
@@ -475,9 +557,9 @@ def test_cuda_rungs_in_the_emulator(tmp_path):
 
 
 def test_emulator_sees_a_broken_rung(tmp_path):
-    """Without the barrier between loading and multiplying, the emulator reports a race: the test above can fail."""
+    """Without the barrier between multiplying and the next load, the emulator reports a race: the test above can fail."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
-    broken = (LADDER / "ladder.cuh").read_text().replace("    }\n    barrier();\n    MODALIGN_UNROLL\n    for (int k", "    }\n    MODALIGN_UNROLL\n    for (int k")
+    broken = (LADDER / "ladder.cuh").read_text().replace("    }\n    barrier();\n  }\n}", "    }\n  }\n}")
     assert broken != (LADDER / "ladder.cuh").read_text()
     (tmp_path / "ladder.cuh").write_text(broken)
     for name in ("problem.h", "emulate.cpp"):
@@ -495,7 +577,7 @@ def test_ladder_results_in_the_repository_are_of_all_rungs():
     assert all(row["status"] == "ok" for row in rows)
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------------------- example
+# -------------------------------------------------------------------------------------------------------------------------------------------- example
 
 
 def test_custom_epilogue_example():

@@ -13,7 +13,7 @@ import torch
 
 from modalign import _load, bench, ops
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------- formulas
+# ------------------------------------------------------------------------------------------------------------------------------------------- formulas
 
 
 def formula(anchor, others):
@@ -65,10 +65,16 @@ def paired_formula(vectors):
 
 
 def paired_whitened(vectors):
-    return torch.linalg.qr(vectors.mT if vectors.dtype in (torch.float32, torch.float64) else vectors.mT.float())[1].diagonal(dim1=-2, dim2=-1).prod(-1).abs().to(vectors.dtype)
+    return (
+        torch.linalg.qr(vectors.mT if vectors.dtype in (torch.float32, torch.float64) else vectors.mT.float())[1]
+        .diagonal(dim1=-2, dim2=-1)
+        .prod(-1)
+        .abs()
+        .to(vectors.dtype)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------------- cases
+# ---------------------------------------------------------------------------------------------------------------------------------------------- cases
 
 
 def matmul_flops(p, pass_, size):
@@ -84,8 +90,11 @@ def volume_bytes(p, pass_, size):
 @bench.case(
     grid=[dict(B=2048, C=2048, D=512, k=k) for k in (3, 4, 5, 2)],
     quick=[dict(B=192, C=160, D=64, k=3), dict(B=192, C=160, D=64, k=2)],
-    reference=whitened, flops=matmul_flops, bytes=volume_bytes,
-    # The tile engine alone (k = 2) keeps up with torch.mm; more modalities share one packing of the anchors and leave less to write than the products themselves.
+    reference=whitened,
+    flops=matmul_flops,
+    bytes=volume_bytes,
+    # The tile engine alone (k = 2) keeps up with torch.mm; more modalities share one packing of the anchors and leave less to write than the
+    # products themselves.
     targets=[*(bench.Target(0.95, where={"k": k}) for k in (3, 4, 5)), bench.Target(1.0, where={"k": 2})],
 )
 def gram_volume(maker, B, C, D, k):
@@ -95,10 +104,13 @@ def gram_volume(maker, B, C, D, k):
 @bench.case(
     grid=[dict(B=512, C=512, D=512, k=3, near_zero=share) for share in (0, 1, 100)],
     quick=[dict(B=100, C=100, D=64, k=3, near_zero=share) for share in (0, 1, 100)],
-    reference=whitened, flops=matmul_flops, bytes=volume_bytes,
+    reference=whitened,
+    flops=matmul_flops,
+    bytes=volume_bytes,
 )
 def gram_volume_near_zero(maker, B, C, D, k, near_zero):
-    """Rows fall into groups with a direction in common: 100 groups make 1 % of the pairs nearly collinear, one group all of them, independent rows none."""
+    """Rows fall into groups with a direction in common: 100 groups make 1 % of the pairs nearly collinear, one group all of them, independent rows
+    none."""
     if near_zero == 0:
         return maker.unit(B, D), [maker.unit(C, D) for _ in range(k - 1)]
     groups = round(100 / near_zero)
@@ -106,29 +118,34 @@ def gram_volume_near_zero(maker, B, C, D, k, near_zero):
 
     def close(rows):
         member = torch.arange(rows, device=directions.device) % groups
-        vectors = directions[member].float() + 0.03 * maker.unit(rows, D).float()   # residual / |a|^2 about 1e-3
+        vectors = directions[member].float() + 0.03 * maker.unit(rows, D).float()  # residual / |a|^2 about 1e-3
         return (vectors / vectors.norm(dim=-1, keepdim=True)).to(maker.dtype)
 
     return close(B), [close(C) for _ in range(k - 1)]
 
 
 @bench.case(
-    grid=[dict(B=1024, C=1024, D=256, k=3)], quick=[dict(B=64, C=96, D=32, k=3)],
-    reference=triangle_projected, flops=matmul_flops, bytes=volume_bytes,
+    grid=[dict(B=1024, C=1024, D=256, k=3)],
+    quick=[dict(B=64, C=96, D=32, k=3)],
+    reference=triangle_projected,
+    flops=matmul_flops,
+    bytes=volume_bytes,
 )
 def triangle_area(maker, B, C, D, k):
     return maker.randn(B, D), maker.randn(C, D), maker.randn(C, D)
 
 
 @bench.case(
-    grid=[dict(N=16384, D=512, k=k) for k in (3, 5)], quick=[dict(N=256, D=64, k=3)],
-    reference=paired_whitened, bytes=lambda p, pass_, size: size * p["N"] * ((1 if pass_ == "fwd" else 2) * p["k"] * p["D"] + 1),
+    grid=[dict(N=16384, D=512, k=k) for k in (3, 5)],
+    quick=[dict(N=256, D=64, k=3)],
+    reference=paired_whitened,
+    bytes=lambda p, pass_, size: size * p["N"] * ((1 if pass_ == "fwd" else 2) * p["k"] * p["D"] + 1),
 )
 def paired_gram_volume(maker, N, D, k):
     return (maker.randn(N, k, D),)
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------------- providers
+# ------------------------------------------------------------------------------------------------------------------------------------------ providers
 
 volume_cases = (gram_volume, gram_volume_near_zero)
 

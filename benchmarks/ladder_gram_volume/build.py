@@ -31,8 +31,20 @@ def compiler() -> str | None:
 @functools.cache
 def library(instruction_set: str) -> ctypes.CDLL:
     """The compiled rungs; built when the source, the headers or the flags are new."""
-    command = [compiler() or "c++", "-std=c++20", "-O3", "-DNDEBUG", "-fno-math-errno", "-fPIC", "-shared", "-pthread", *FLAGS[instruction_set], f"-DMODALIGN_ISA={instruction_set}",
-               "-I", modalign.include_dir()]
+    command = [
+        compiler() or "c++",
+        "-std=c++20",
+        "-O3",
+        "-DNDEBUG",
+        "-fno-math-errno",
+        "-fPIC",
+        "-shared",
+        "-pthread",
+        *FLAGS[instruction_set],
+        f"-DMODALIGN_ISA={instruction_set}",
+        "-I",
+        modalign.include_dir(),
+    ]
     sources = [HERE / "ladder.cpp", *sorted(Path(modalign.include_dir()).rglob("*.h"))]
     key = hashlib.sha256(b"\0".join([" ".join(command).encode(), *(source.read_bytes() for source in sources)])).hexdigest()[:16]
     folder = Path(os.environ.get("MODALIGN_LADDER_DIR", HERE.parent.parent / "build" / "ladder"))

@@ -1,4 +1,5 @@
-"""The rungs of the CPU ladder, the library's kernel above them, and the floor: python benchmarks/run.py ladder_gram_volume --out benchmarks/results/ladder_gram_volume.json"""
+"""The rungs of the CPU ladder, the library's kernel above them, and the floor: python benchmarks/run.py ladder_gram_volume --out
+benchmarks/results/ladder_gram_volume.json"""
 
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from modalign import bench, ops
 
 sys.path.insert(0, str(Path(__file__).parent))
-import build  # noqa: E402
+import build
 
 
 def reference(anchor, others):
@@ -18,8 +19,12 @@ def reference(anchor, others):
 
 
 @bench.case(
-    grid=[dict(B=2048, C=2048, D=256, k=3)], quick=[dict(B=130, C=67, D=40, k=3), dict(B=65, C=33, D=24, k=5)], passes=("fwd",), reference=reference,
-    flops=lambda p, pass_, size: 2 * p["B"] * p["C"] * (p["k"] - 1) * p["D"], bytes=lambda p, pass_, size: size * ((p["B"] + (p["k"] - 1) * p["C"]) * p["D"] + p["B"] * p["C"]),
+    grid=[dict(B=2048, C=2048, D=256, k=3)],
+    quick=[dict(B=130, C=67, D=40, k=3), dict(B=65, C=33, D=24, k=5)],
+    passes=("fwd",),
+    reference=reference,
+    flops=lambda p, pass_, size: 2 * p["B"] * p["C"] * (p["k"] - 1) * p["D"],
+    bytes=lambda p, pass_, size: size * ((p["B"] + (p["k"] - 1) * p["C"]) * p["D"] + p["B"] * p["C"]),
 )
 def ladder_gram_volume(maker, B, C, D, k):
     return maker.randn(B, D), maker.randn(C, k - 1, D)
@@ -30,7 +35,9 @@ def unavailable():
 
 
 def add(rung):
-    bench.provider(ladder_gram_volume, name=rung, kind="ours", unavailable=unavailable)(lambda anchor, others: build.run(rung, anchor.detach(), others.detach()))
+    bench.provider(ladder_gram_volume, name=rung, kind="ours", unavailable=unavailable)(
+        lambda anchor, others: build.run(rung, anchor.detach(), others.detach())
+    )
 
 
 for name in build.RUNGS:

@@ -187,7 +187,8 @@ void fused(const Problem& p, float* volume) {
 }  // namespace
 
 // rung: 0 definition, 1 naive, 2 tiled, 3 fused. False for anything else.
-extern "C" bool ladder_gram_volume(int rung, std::int64_t B, std::int64_t C, int m, std::int64_t D, const float* anchor, const float* others, float* volume, int threads) {
+extern "C" bool ladder_gram_volume(int rung, std::int64_t B, std::int64_t C, int m, std::int64_t D, const float* anchor, const float* others, float* volume,
+                                   int threads) {
   if (rung < 0 || rung > 3 || m < 1 || m >= kMaxModalities) return false;
   threads_of_caller = threads;
   constexpr void (*kRungs[])(const Problem&, float*) = {definition, naive, tiled, fused};

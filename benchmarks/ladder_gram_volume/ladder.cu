@@ -97,17 +97,20 @@ int main(int argc, char** argv) {
       check(cudaEventElapsedTime(&elapsed, begin, end), "event");
       milliseconds[rung].push_back(elapsed);
     }
-  std::printf("{\"schema\": \"modalign.cuda_ladder/1\", \"device\": \"%s\", \"capability\": \"%d.%d\", \"cuda\": %d, \"parameters\": {\"B\": %lld, \"C\": %lld, \"D\": %lld, \"k\": %d}, \"seed\": %u, \"rounds\": %d, \"rows\": [",
-              properties.name, properties.major, properties.minor, CUDART_VERSION, (long long)B, (long long)C, (long long)D, m + 1, seed, rounds);
+  std::printf("{\"schema\": \"modalign.cuda_ladder/1\", \"device\": \"%s\", \"capability\": \"%d.%d\", \"cuda\": %d, ", properties.name, properties.major,
+              properties.minor, CUDART_VERSION);
+  std::printf("\"parameters\": {\"B\": %lld, \"C\": %lld, \"D\": %lld, \"k\": %d}, \"seed\": %u, \"rounds\": %d, \"rows\": [", (long long)B, (long long)C,
+              (long long)D, m + 1, seed, rounds);
   bool good = true;
   for (int rung = 0; rung < 3; ++rung) {
     const bool right = errors[rung] < 1e-5;
     good = good && right;
     std::printf("%s{\"provider\": \"%s\", \"status\": \"%s\", \"error\": %s", rung ? ", " : "", names[rung], right ? "ok" : "mismatch",
                 std::isfinite(errors[rung]) ? format(errors[rung]).c_str() : "null");
-    if (right)
-      std::printf(", \"seconds\": {\"median\": %.4g, \"q20\": %.4g, \"q80\": %.4g}, \"flop_per_second\": %.4g", quantile(milliseconds[rung], .5) / 1e3, quantile(milliseconds[rung], .2) / 1e3,
-                  quantile(milliseconds[rung], .8) / 1e3, 2.0 * B * C * m * D / (quantile(milliseconds[rung], .5) / 1e3));
+    if (right) {
+      const double median = quantile(milliseconds[rung], .5) / 1e3, q20 = quantile(milliseconds[rung], .2) / 1e3, q80 = quantile(milliseconds[rung], .8) / 1e3;
+      std::printf(", \"seconds\": {\"median\": %.4g, \"q20\": %.4g, \"q80\": %.4g}, \"flop_per_second\": %.4g", median, q20, q80, 2.0 * B * C * m * D / median);
+    }
     std::printf("}");
   }
   std::printf("]}\n");

@@ -35,7 +35,8 @@ template <class T>
 void pack_rows(const T* matrix, std::int64_t rows, std::int64_t depth, T* panels) {
   parallel_for(kThreads, 0, (rows + kRegisterRows - 1) / kRegisterRows, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t first = begin * kRegisterRows; first < minimum(end * kRegisterRows, rows); first += kRegisterRows)
-      pack_panel(kRegisterRows, static_cast<int>(minimum(kRegisterRows, rows - first)), depth, [&](int r) { return matrix + (first + r) * depth; }, panels + first * depth);
+      pack_panel(kRegisterRows, static_cast<int>(minimum(kRegisterRows, rows - first)), depth, [&](int r) { return matrix + (first + r) * depth; },
+                 panels + first * depth);
   });
 }
 
@@ -78,7 +79,8 @@ void forward(const T* queries, const T* candidates, std::int64_t N, std::int64_t
 
 // gradient_i = sum_j [row_i . column_j > threshold] row_weight_i column_weight_j column_j; a null weight is 1.
 template <class T>
-void gather(const T* row_matrix, const T* column_matrix, std::int64_t N, std::int64_t M, std::int64_t D, T threshold, const T* row_weight, const T* column_weight, T* gradient) {
+void gather(const T* row_matrix, const T* column_matrix, std::int64_t N, std::int64_t M, std::int64_t D, T threshold, const T* row_weight,
+            const T* column_weight, T* gradient) {
   Scratch<T> rows(packed_rows_size(N, D)), columns(packed_columns_size<T>(M, D)), values(packed_value_size<T>(M, D));
   pack_rows(row_matrix, N, D, static_cast<T*>(rows));
   pack_columns(column_matrix, M, D, static_cast<T*>(columns));
@@ -106,22 +108,24 @@ void gather(const T* row_matrix, const T* column_matrix, std::int64_t N, std::in
 }
 
 template <class T>
-void backward(const T* grad, const T* queries, const T* candidates, std::int64_t N, std::int64_t M, std::int64_t D, T threshold, T* grad_queries, T* grad_candidates) {
+void backward(const T* grad, const T* queries, const T* candidates, std::int64_t N, std::int64_t M, std::int64_t D, T threshold, T* grad_queries,
+              T* grad_candidates) {
   gather<T>(queries, candidates, N, M, D, threshold, grad, nullptr, grad_queries);
   gather<T>(candidates, queries, M, N, D, threshold, nullptr, grad, grad_candidates);
 }
 
 }  // namespace
 
-#define CROWDING(name, T)                                                                                                                                      \
-  extern "C" void crowding_##name(const T* queries, const T* candidates, std::int64_t N, std::int64_t M, std::int64_t D, double threshold, T* out, int threads) { \
-    threads_of_caller = threads;                                                                                                                               \
-    forward<T>(queries, candidates, N, M, D, static_cast<T>(threshold), out);                                                                                  \
-  }                                                                                                                                                            \
-  extern "C" void crowding_bwd_##name(const T* grad, const T* queries, const T* candidates, std::int64_t N, std::int64_t M, std::int64_t D, double threshold,   \
-                                      T* grad_queries, T* grad_candidates, int threads) {                                                                      \
-    threads_of_caller = threads;                                                                                                                               \
-    backward<T>(grad, queries, candidates, N, M, D, static_cast<T>(threshold), grad_queries, grad_candidates);                                                 \
+#define CROWDING(name, T)                                                                                                                         \
+  extern "C" void crowding_##name(const T* queries, const T* candidates, std::int64_t N, std::int64_t M, std::int64_t D, double threshold,       \
+                                  T* out, int threads) {                                                                                         \
+    threads_of_caller = threads;                                                                                                                 \
+    forward<T>(queries, candidates, N, M, D, static_cast<T>(threshold), out);                                                                    \
+  }                                                                                                                                              \
+  extern "C" void crowding_bwd_##name(const T* grad, const T* queries, const T* candidates, std::int64_t N, std::int64_t M, std::int64_t D,      \
+                                      double threshold, T* grad_queries, T* grad_candidates, int threads) {                                      \
+    threads_of_caller = threads;                                                                                                                 \
+    backward<T>(grad, queries, candidates, N, M, D, static_cast<T>(threshold), grad_queries, grad_candidates);                                   \
   }
 CROWDING(float32, float)
 CROWDING(float64, double)

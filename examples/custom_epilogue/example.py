@@ -23,7 +23,7 @@ from modalign import testing
 
 SOURCE = Path(__file__).parent / "crowding.cpp"
 
-# ------------------------------------------------------------------------------------------------------------------------------------------- the library
+# ---------------------------------------------------------------------------------------------------------------------------------------- the library
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def _call(function: str, tensors: list[Tensor], N: int, M: int, D: int, threshol
     entry(*(t.data_ptr() for t in tensors), N, M, D, threshold, *(t.data_ptr() for t in outputs), torch.get_num_threads())
 
 
-# --------------------------------------------------------------------------------------------------------------------------------- what torch needs to know
+# --------------------------------------------------------------------------------------------------------------------------- what torch needs to know
 
 
 @torch.library.custom_op("modalign_examples::crowding", mutates_args=(), device_types="cpu")
@@ -94,7 +94,7 @@ def _refuse_second_derivative(ctx, *grads):
 
 
 raw_crowding.register_autograd(_backward, setup_context=_setup_context)
-raw_crowding_bwd.register_autograd(_refuse_second_derivative)   # without this a second derivative would be zero without a word
+raw_crowding_bwd.register_autograd(_refuse_second_derivative)  # without this a second derivative would be zero without a word
 
 
 def crowding(queries: Tensor, candidates: Tensor, threshold: float) -> Tensor:
@@ -108,7 +108,9 @@ def crowding(queries: Tensor, candidates: Tensor, threshold: float) -> Tensor:
             raise TypeError(f"crowding: {name} must be float32 or float64 like queries, got {value.dtype}")
     if queries.shape[1] != candidates.shape[1]:
         raise ValueError(f"crowding: candidates must have the width D = {queries.shape[1]} of queries, got {candidates.shape[1]}")
-    if forward_ad._current_level >= 0 and (torch.compiler.is_compiling() or any(forward_ad.unpack_dual(t).tangent is not None for t in (queries, candidates))):
+    if forward_ad._current_level >= 0 and (
+        torch.compiler.is_compiling() or any(forward_ad.unpack_dual(t).tangent is not None for t in (queries, candidates))
+    ):
         raise RuntimeError("crowding: forward-mode differentiation is not supported")
     # As a 0-dim tensor a new threshold is new data for torch.compile, not a new graph.
     return raw_crowding(queries, candidates, queries.new_zeros(()) + threshold)
@@ -119,7 +121,7 @@ def reference(queries: Tensor, candidates: Tensor, threshold: float) -> Tensor:
     return torch.relu(queries @ candidates.mT - threshold).sum(-1)
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------------- the promises
+# --------------------------------------------------------------------------------------------------------------------------------------- the promises
 
 
 def _sample(name: str, maker: testing.Maker, N: int, M: int, D: int, threshold: float = 0.1) -> testing.Sample:
@@ -130,21 +132,29 @@ CASE = testing.OpCase(
     name="crowding",
     call=crowding,
     reference=reference,
-    samples=lambda maker: [_sample("ragged", maker, 37, 29, 19), _sample("many tiles", maker, 131, 300, 24), _sample("below zero", maker, 5, 7, 8, -0.2)],
+    samples=lambda maker: [
+        _sample("ragged", maker, 37, 29, 19),
+        _sample("many tiles", maker, 131, 300, 24),
+        _sample("below zero", maker, 5, 7, 8, -0.2),
+    ],
     tiny=lambda maker: [_sample("tiny", maker, 3, 4, 5)],
     sized=lambda maker, n: _sample("sized", maker, n, n + 3, 12),
     degenerate=lambda maker: [
-        testing.Sample(name, (vectors[0], vectors[1], 0.1)) for name, vectors in testing.degenerate_zoo(maker, 2).items() if name not in testing.NOT_FINITE
+        testing.Sample(name, (vectors[0], vectors[1], 0.1))
+        for name, vectors in testing.degenerate_zoo(maker, 2).items()
+        if name not in testing.NOT_FINITE
     ],
     empty=lambda maker: [(_sample("no queries", maker, 0, 4, 6), (0,)), (_sample("no candidates", maker, 4, 0, 6), (4,))],
     raw=lambda maker: [(raw_crowding._opoverload, (maker.unit(5, 7), maker.unit(6, 7), torch.tensor(0.1)))],
     bad_inputs=lambda maker: [
         testing.BadInput(
-            testing.Sample("widths differ", (maker.randn(3, 4), maker.randn(3, 5), 0.0)), ValueError, "crowding: candidates must have the width D = 4 of queries, got 5"
+            testing.Sample("widths differ", (maker.randn(3, 4), maker.randn(3, 5), 0.0)),
+            ValueError,
+            "crowding: candidates must have the width D = 4 of queries, got 5",
         ),
     ],
     dtypes=(torch.float32, torch.float64),
-    func_grad=False,   # what register_autograd builds does not serve torch.func
+    func_grad=False,  # what register_autograd builds does not serve torch.func
 )
 
 

@@ -16,7 +16,8 @@ A file of cases (benchmarks/cases/*.py here, anything of yours elsewhere)::
     def copy(p, pass_, size):
         return 2 * p["N"] * p["D"] * size
 
-and `modalign.bench.run_file(path, ...)`, which benchmarks/run.py calls, does the rest. Figures in Markdown come from the JSON: `python -m modalign.bench.tables README.md`.
+and `modalign.bench.run_file(path, ...)`, which benchmarks/run.py calls, does the rest. Figures in Markdown come from the JSON: `python -m
+modalign.bench.tables README.md`.
 """
 
 from .registry import Case, Provider, Target, case, cases, copy_floor, load_cases, matmul_floor, provider, providers_of
@@ -24,6 +25,20 @@ from .results import SCHEMA, read_results, write_results
 from .run import Options, run_cases, run_file
 
 __all__ = [
-    "SCHEMA", "Case", "Options", "Provider", "Target", "case", "cases", "copy_floor", "load_cases", "matmul_floor", "provider", "providers_of", "read_results", "run_cases",
-    "run_file", "write_results",
+    "SCHEMA",
+    "Case",
+    "Options",
+    "Provider",
+    "Target",
+    "case",
+    "cases",
+    "copy_floor",
+    "load_cases",
+    "matmul_floor",
+    "provider",
+    "providers_of",
+    "read_results",
+    "run_cases",
+    "run_file",
+    "write_results",
 ]

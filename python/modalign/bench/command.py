@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,12 +75,14 @@ def make_app(folder: Path) -> typer.Typer:
         device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
         providers: Annotated[str, typer.Option(help="default: all; the floor always runs")] = "",
         case: Annotated[str, typer.Option(help="names of cases in the file; default: all")] = "",
-        where: Annotated[list[str], typer.Option(help="keep grid points with these values: k=3")] = [],   # noqa: B006
-        set: Annotated[list[str], typer.Option(help="change sizes: B=512,D=64")] = [],   # noqa: A002, B006
+        where: Annotated[list[str], typer.Option(help="keep grid points with these values: k=3")] = [],  # noqa: B006
+        set: Annotated[list[str], typer.Option(help="change sizes: B=512,D=64")] = [],  # noqa: B006
         rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 7,
         seed: Annotated[int, typer.Option()] = 0,
         quick: Annotated[bool, typer.Option("--quick", help="small sizes, to see that everything works; no figures to quote")] = False,
-        memory: Annotated[bool | None, typer.Option(help="measure peak memory, each provider in a process of its own; default: unless --quick")] = None,
+        memory: Annotated[
+            bool | None, typer.Option(help="measure peak memory, each provider in a process of its own; default: unless --quick")
+        ] = None,
         note: Annotated[str, typer.Option(help="kept in the JSON and shown under tables")] = "",
         out: Annotated[Path | None, typer.Option(help="where the JSON goes")] = None,
         list_: Annotated[bool, typer.Option("--list", help="show cases and providers, run nothing")] = False,
@@ -94,11 +97,26 @@ def make_app(folder: Path) -> typer.Typer:
                     console.print(f"  {one.name}  ({one.kind}){'  unavailable: ' + reason if (reason := one.unavailable()) else ''}", highlight=False)
             return
         options = Options(
-            threads=_threads(threads), passes=_words(passes), dtypes=_dtypes(dtypes), device=torch.device(device), providers=_words(providers), cases=_words(case),
-            where=_pairs(where, "--where"), set=_pairs(set, "--set"), rounds=rounds, seed=seed, quick=quick, memory=not quick if memory is None else memory, note=note,
+            threads=_threads(threads),
+            passes=_words(passes),
+            dtypes=_dtypes(dtypes),
+            device=torch.device(device),
+            providers=_words(providers),
+            cases=_words(case),
+            where=_pairs(where, "--where"),
+            set=_pairs(set, "--set"),
+            rounds=rounds,
+            seed=seed,
+            quick=quick,
+            memory=not quick if memory is None else memory,
+            note=note,
         )
-        with console.status("starting") as status:
-            gathered = run_file(path, options, environment.public_command(environment.arguments_of_this_process()), status.update)
+        command_line = environment.public_command(environment.arguments_of_this_process())
+        if console.is_terminal:
+            with console.status("starting") as status:
+                gathered = run_file(path, options, command_line, status.update)
+        else:
+            gathered = run_file(path, options, command_line, lambda text: print(text, file=sys.stderr, flush=True))
         console.print(tables.screen(gathered))
         if out:
             results.write_results(out, gathered)

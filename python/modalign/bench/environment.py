@@ -59,7 +59,13 @@ def public_command(arguments: list[str]) -> str:
 def describe(device: torch.device, seed: int) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "device": device.type,
-        "cpu": {"model": cpu_model(), "cores": all_threads(), "last_cache_bytes": last_cache_bytes(), "instruction_set": _load.instruction_set(), "torch_uses": torch.backends.cpu.get_cpu_capability()},
+        "cpu": {
+            "model": cpu_model(),
+            "cores": all_threads(),
+            "last_cache_bytes": last_cache_bytes(),
+            "instruction_set": _load.instruction_set(),
+            "torch_uses": torch.backends.cpu.get_cpu_capability(),
+        },
         "gpu": None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -71,7 +77,10 @@ def describe(device: torch.device, seed: int) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts["gpu"] = {
-            "model": properties.name, "memory_bytes": properties.total_memory, "capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda,
+            "model": properties.name,
+            "memory_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
             "tf32": torch.backends.cuda.matmul.allow_tf32,
         }
     return facts

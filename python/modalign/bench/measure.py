@@ -18,10 +18,10 @@ from ..testing.tolerances import tolerance_of
 from .environment import last_cache_bytes
 from .registry import Case, Parameters, Provider
 
-MAXIMUM_RELATIVE_ERROR = 0.05   # of the result's RMS: what misses this is no result, however wrong the formula itself is
+MAXIMUM_RELATIVE_ERROR = 0.05  # of the result's RMS: what misses this is no result, however wrong the formula itself is
 PEER_FACTOR = 4.0
-MINIMUM_SAMPLE_SECONDS = 0.02   # shorter calls are timed many at a time
-SLOW = 20.0                     # a provider this many times slower than the fastest takes part in SLOW_ROUNDS of the rounds only
+MINIMUM_SAMPLE_SECONDS = 0.02  # shorter calls are timed many at a time
+SLOW = 20.0  # a provider this many times slower than the fastest takes part in SLOW_ROUNDS of the rounds only
 SLOW_ROUNDS = 3
 
 
@@ -39,7 +39,9 @@ class InputSets:
         self.count = count or max(2, min(64, math.ceil(2 * last_cache_bytes() / size)))
         # one draw, many copies: the numbers do not matter to the time, the addresses do
         self.plain = [first, *(pytree.tree_map_only(Tensor, torch.clone, first) for _ in range(self.count - 1))]
-        self.tracked = [pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, inputs) for inputs in self.plain]
+        self.tracked = [
+            pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_() if t.is_floating_point() else t, inputs) for inputs in self.plain
+        ]
         self.leaves = [[tensor for tensor in _tensors(inputs) if tensor.requires_grad] for inputs in self.tracked]
 
     def _make(self, parameters: Parameters, seed: int) -> tuple[Any, ...]:
@@ -55,26 +57,26 @@ class Subject:
         self.gradient: Tensor | None = None
         if upstream and not self.floor:
             with torch.no_grad(), provider.context():
-                shape = provider.function(*inputs.plain[0])   # type: ignore[misc]
+                shape = provider.function(*inputs.plain[0])  # type: ignore[misc]
             self.gradient = torch.randn(shape.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32).to(shape.device, shape.dtype)
 
     def forward(self, index: int) -> Any:
         if self.floor:
             return self.floor["fwd"](index)
         with torch.no_grad():
-            return self.provider.function(*self.inputs.plain[index])   # type: ignore[misc]
+            return self.provider.function(*self.inputs.plain[index])  # type: ignore[misc]
 
     def both(self, index: int, between: Callable[[], None] = lambda: None) -> Any:
         if self.floor:
             self.floor["fwd"](index)
             between()
             return self.floor["bwd"](index)
-        result = self.provider.function(*self.inputs.tracked[index])   # type: ignore[misc]
+        result = self.provider.function(*self.inputs.tracked[index])  # type: ignore[misc]
         between()
         return result.detach(), torch.autograd.grad(result, self.inputs.leaves[index], self.gradient)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------------------------------------------------- errors
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,19 @@ class Check:
         self.parameters, self.dtype = parameters, dtype
         self.inputs = InputSets(case, parameters, dtype, device, seed, count=1)
         self.backward = "bwd" in case.passes or "fwd+bwd" in case.passes
-        exact = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu().double().requires_grad_() if t.is_floating_point() else t.cpu(), self.inputs.plain[0])
+        exact = pytree.tree_map_only(
+            Tensor, lambda t: t.detach().cpu().double().requires_grad_() if t.is_floating_point() else t.cpu(), self.inputs.plain[0]
+        )
         expected = case.reference(*exact)
         self.upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
         self.expected = expected.detach()
-        self.gradients = torch.autograd.grad(expected, [t for t in _tensors(exact) if t.requires_grad], self.upstream.double()) if self.backward else ()
+        self.gradients = (
+            torch.autograd.grad(expected, [t for t in _tensors(exact) if t.requires_grad], self.upstream.double()) if self.backward else ()
+        )
 
     def errors(self, provider: Provider) -> tuple[Error, Error | None]:
         with provider.context():
-            result = provider.function(*self.inputs.tracked[0])   # type: ignore[misc]
+            result = provider.function(*self.inputs.tracked[0])  # type: ignore[misc]
             forward = _error(result, self.expected)
             if not self.backward:
                 return forward, None
@@ -116,7 +122,8 @@ class Check:
         return forward, Error(max(error.maximum for error in worst), max(error.relative for error in worst))
 
     def verdict(self, provider: Provider, errors: tuple[Error, Error | None], formula: tuple[Error, Error | None] | None) -> str:
-        """Empty where the result matches: for ours, an error of at most that of the plain formula in this dtype plus what rounding explains. Other people's forms may
+        """Empty where the result matches: for ours, an error of at most that of the plain formula in this dtype plus what rounding explains. Other
+        people's forms may
         lose as many digits as the formula, give or take a factor: that is their rounding, not a wrong result."""
         bounds, factor = tolerance_of(self.dtype), 1 if provider.kind == "ours" else PEER_FACTOR
         for what, index, share in (("forward", 0, bounds.value), ("backward", 1, bounds.element)):
@@ -129,7 +136,7 @@ class Check:
         return ""
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------------------- time
+# ----------------------------------------------------------------------------------------------------------------------------------------------- time
 
 
 class Clock:
@@ -182,7 +189,9 @@ class Timing:
         return quantiles(shared) if shared else None
 
 
-def time_interleaved(subjects: dict[str, Subject], passes: Sequence[str], device: torch.device, rounds: int, progress: Callable[[], None] = lambda: None) -> dict[str, Timing]:
+def time_interleaved(
+    subjects: dict[str, Subject], passes: Sequence[str], device: torch.device, rounds: int, progress: Callable[[], None] = lambda: None
+) -> dict[str, Timing]:
     """All subjects take turns in every round, the order shifted by one each round; every call gets the next of the rotated inputs."""
     both = "bwd" in passes or "fwd+bwd" in passes
     clock = Clock(device)
@@ -208,11 +217,11 @@ def time_interleaved(subjects: dict[str, Subject], passes: Sequence[str], device
                 clock.mark()
                 del result
             gaps = clock.seconds()
-        return sum(gaps[0::3]) / calls, sum(gaps[1::3]) / calls   # every third gap lies between two calls
+        return sum(gaps[0::3]) / calls, sum(gaps[1::3]) / calls  # every third gap lies between two calls
 
     estimates, calls = {}, {}
     for name, subject in subjects.items():
-        forward(subject, 1)   # warm up: code, pages, thread pool
+        forward(subject, 1)  # warm up: code, pages, thread pool
         estimates[name] = forward(subject, 1)
         if both:
             forward_and_backward(subject, 1)
@@ -221,9 +230,14 @@ def time_interleaved(subjects: dict[str, Subject], passes: Sequence[str], device
     timings = {name: Timing({pass_: {} for pass_ in passes}, calls[name]) for name in subjects}
     names = list(subjects)
     for index in range(rounds):
-        for name in names[index % len(names):] + names[: index % len(names)]:
+        for name in names[index % len(names) :] + names[: index % len(names)]:
             slow = estimates[name] > SLOW * fastest and estimates[name] > MINIMUM_SAMPLE_SECONDS
-            if slow and rounds > SLOW_ROUNDS and index % (rounds // SLOW_ROUNDS) != 0 or len(timings[name].samples[passes[0]]) >= (SLOW_ROUNDS if slow else rounds):
+            if (
+                slow
+                and rounds > SLOW_ROUNDS
+                and index % (rounds // SLOW_ROUNDS) != 0
+                or len(timings[name].samples[passes[0]]) >= (SLOW_ROUNDS if slow else rounds)
+            ):
                 continue
             samples = timings[name].samples
             if "fwd" in passes:

@@ -17,7 +17,7 @@ PASSES = ("fwd", "bwd", "fwd+bwd")
 KINDS = ("ours", "peer", "formula", "floor")
 
 Parameters = Mapping[str, Any]
-Cost = Callable[[Parameters, str, int], float]   # (parameters, pass, bytes of an element) -> FLOP or bytes
+Cost = Callable[[Parameters, str, int], float]  # (parameters, pass, bytes of an element) -> FLOP or bytes
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Case:
-    """make(maker, **parameters) gives the inputs, a tuple of tensors or lists of tensors; every floating one is differentiated. reference takes them in float64 and is
-    differentiable. flops and bytes count what the problem needs, not what a provider does. tolerance scales the error that is allowed beyond the formula's own."""
+    """make(maker, **parameters) gives the inputs, a tuple of tensors or lists of tensors; every floating one is differentiated. reference takes
+    them in float64 and is
+    differentiable. flops and bytes count what the problem needs, not what a provider does. tolerance scales the error that is allowed beyond the
+    formula's own."""
 
     name: str
     make: Callable[..., tuple[Any, ...]]
@@ -61,7 +63,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Provider:
-    """function(*inputs) gives the result, and its backward is autograd's. A floor instead has prepare(sets, parameters, dtype), which gives {"fwd": f, "bwd": f}: functions of
+    """function(*inputs) gives the result, and its backward is autograd's. A floor instead has prepare(sets, parameters, dtype), which gives {"fwd":
+    f, "bwd": f}: functions of
     the number of the input set. unavailable() is None or the reason why it cannot run here; plan() says what runs, read inside `context`."""
 
     name: str
@@ -71,7 +74,7 @@ class Provider:
     unavailable: Callable[[], str | None] = lambda: None
     plan: Callable[[], str] | None = None
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    compiled: bool = False   # the first call of a shape is expensive and does not count, in memory either
+    compiled: bool = False  # the first call of a shape is expensive and does not count, in memory either
 
 
 _cases: dict[str, Case] = {}
@@ -79,7 +82,9 @@ _providers: dict[str, dict[str, Provider]] = {}
 _loading: list[str] = []
 
 
-def case(*, grid: Sequence[Parameters], reference: Callable[..., Tensor], name: str | None = None, **options: Any) -> Callable[[Callable[..., tuple[Any, ...]]], Case]:
+def case(
+    *, grid: Sequence[Parameters], reference: Callable[..., Tensor], name: str | None = None, **options: Any
+) -> Callable[[Callable[..., tuple[Any, ...]]], Case]:
     """Declare a case; the decorated function makes its inputs."""
 
     def declare(make: Callable[..., tuple[Any, ...]]) -> Case:
@@ -95,7 +100,9 @@ def case(*, grid: Sequence[Parameters], reference: Callable[..., Tensor], name: 
     return declare
 
 
-def provider(*of: Case | str, name: str | None = None, kind: str = "peer", **options: Any) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def provider(
+    *of: Case | str, name: str | None = None, kind: str = "peer", **options: Any
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Declare a way to solve one or more cases."""
     if kind not in KINDS:
         raise ValueError(f"provider: kind must be one of {KINDS}, got {kind!r}")
@@ -116,8 +123,10 @@ def _add(made: Provider, of: Sequence[Case | str]) -> None:
 
 
 def matmul_floor(*of: Case, name: str = "floor") -> Callable[[Callable[..., list[tuple[int, int, int]]]], Any]:
-    """Declare the floor of compute-bound cases: products of the same FLOPs by torch.mm into preallocated outputs. The decorated function gives, for (parameters, pass), the
-    sizes (rows, depth, columns) of the products; their number and shapes are those of the algorithm. float32 on the CPU (float64 for float64), the input dtype on CUDA."""
+    """Declare the floor of compute-bound cases: products of the same FLOPs by torch.mm into preallocated outputs. The decorated function gives, for
+    (parameters, pass), the
+    sizes (rows, depth, columns) of the products; their number and shapes are those of the algorithm. float32 on the CPU (float64 for float64), the
+    input dtype on CUDA."""
 
     def declare(shapes: Callable[..., list[tuple[int, int, int]]]) -> Any:
         def prepare(sets: int, parameters: Parameters, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[int], Any]]:
@@ -128,7 +137,7 @@ def matmul_floor(*of: Case, name: str = "floor") -> Callable[[Callable[..., list
                 operands = []
                 for rows, depth, columns in shapes(parameters, pass_):
                     left = [torch.randn(rows, depth, generator=generator).to(device, real) for _ in range(sets)]
-                    right = [torch.randn(columns, depth, generator=generator).to(device, real).mT for _ in range(sets)]   # as in a linear layer
+                    right = [torch.randn(columns, depth, generator=generator).to(device, real).mT for _ in range(sets)]  # as in a linear layer
                     operands.append((left, right, torch.empty(rows, columns, dtype=real, device=device)))
 
                 def call(index: int) -> None:
@@ -151,7 +160,7 @@ def copy_floor(*of: Case, name: str = "floor") -> Callable[[Cost], Cost]:
     def declare(moved: Cost) -> Cost:
         def prepare(sets: int, parameters: Parameters, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[int], Any]]:
             def copies(pass_: str) -> Callable[[int], Any]:
-                count = max(1, round(moved(parameters, pass_, dtype.itemsize) / 8))   # float32, read once and written once
+                count = max(1, round(moved(parameters, pass_, dtype.itemsize) / 8))  # float32, read once and written once
                 source = [torch.ones(count, device=device) for _ in range(sets)]
                 target = torch.empty(count, device=device)
                 return lambda index: target.copy_(source[index])

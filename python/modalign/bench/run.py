@@ -19,7 +19,8 @@ from .results import SCHEMA
 
 @dataclass(frozen=True)
 class Options:
-    """threads: CPU threads of each run. dtypes: in place of the case's. where: keep grid points that agree with it. set: override sizes. quick: the case's small grid."""
+    """threads: CPU threads of each run. dtypes: in place of the case's. where: keep grid points that agree with it. set: override sizes. quick: the
+    case's small grid."""
 
     threads: tuple[int, ...] = (1,)
     passes: tuple[str, ...] = ()
@@ -70,7 +71,7 @@ def run_cases(cases: Sequence[Case], options: Options, command: str, listen: Cal
 
 def _grid(case: Case, options: Options) -> Iterator[dict[str, Any]]:
     seen = []
-    for point in (case.quick if options.quick and case.quick else case.grid):
+    for point in case.quick if options.quick and case.quick else case.grid:
         if any(point.get(key) != value for key, value in options.where.items()):
             continue
         changed = {**point, **{key: value for key, value in options.set.items() if key in point}}
@@ -79,7 +80,9 @@ def _grid(case: Case, options: Options) -> Iterator[dict[str, Any]]:
             yield changed
 
 
-def _run_point(case: Case, parameters: dict[str, Any], dtype: torch.dtype, options: Options, listen: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def _run_point(
+    case: Case, parameters: dict[str, Any], dtype: torch.dtype, options: Options, listen: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
     shown = " ".join(f"{key}={value}" for key, value in parameters.items())
     passes = [pass_ for pass_ in case.passes if not options.passes or pass_ in options.passes]
     device = options.device
@@ -99,10 +102,13 @@ def _run_point(case: Case, parameters: dict[str, Any], dtype: torch.dtype, optio
             continue
         try:
             errors[name] = check.errors(one)
-        except Exception as failure:   # a provider that cannot run is reported as such; only ours must always run
+        except Exception as failure:  # a provider that cannot run is reported as such; only ours must always run
             if one.kind == "ours":
                 raise
-            status[name], reasons[name] = "unavailable", f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else 'no message'}"
+            status[name], reasons[name] = (
+                "unavailable",
+                f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else 'no message'}",
+            )
             continue
         if one.kind == "formula":
             formula_errors = errors[name]
@@ -128,15 +134,22 @@ def _run_point(case: Case, parameters: dict[str, Any], dtype: torch.dtype, optio
         def progress() -> None:
             nonlocal done
             done += 1
-            listen(f"{case.name} {shown}, {threads} threads: round {done} of {options.rounds}")   # noqa: B023
+            listen(f"{case.name} {shown}, {threads} threads: round {done} of {options.rounds}")  # noqa: B023
 
         listen(f"{case.name} {shown}, {threads} threads: warming up")
         timings = measure.time_interleaved(subjects, passes, device, options.rounds, progress) if subjects else {}
         floor = next((name for name in subjects if chosen[name].kind == "floor"), None)
         for pass_, (name, one) in itertools.product(passes, chosen.items()):
             row: dict[str, Any] = {
-                "case": case.name, "parameters": parameters, "dtype": str(dtype).removeprefix("torch."), "pass": pass_, "threads": threads,
-                "provider": name, "kind": one.kind, "status": status[name], "reason": reasons[name],
+                "case": case.name,
+                "parameters": parameters,
+                "dtype": str(dtype).removeprefix("torch."),
+                "pass": pass_,
+                "threads": threads,
+                "provider": name,
+                "kind": one.kind,
+                "status": status[name],
+                "reason": reasons[name],
             }
             if name in errors:
                 forward, backward = errors[name]
@@ -146,12 +159,19 @@ def _run_point(case: Case, parameters: dict[str, Any], dtype: torch.dtype, optio
                 row["plan"] = _plan(one, subjects[name])
                 row["peak_memory_bytes"] = peaks.get((name, pass_))
                 row["target"] = next(
-                    ({"ratio": target.ratio, "met": row["ratio_to_floor"]["median"] <= target.ratio} for target in case.targets
-                     if floor and target.applies(name, pass_, parameters)), None)
+                    (
+                        {"ratio": target.ratio, "met": row["ratio_to_floor"]["median"] <= target.ratio}
+                        for target in case.targets
+                        if floor and target.applies(name, pass_, parameters)
+                    ),
+                    None,
+                )
             yield row
 
 
-def _speed(case: Case, parameters: dict[str, Any], dtype: torch.dtype, pass_: str, timing: measure.Timing, floor: measure.Timing | None) -> dict[str, Any]:
+def _speed(
+    case: Case, parameters: dict[str, Any], dtype: torch.dtype, pass_: str, timing: measure.Timing, floor: measure.Timing | None
+) -> dict[str, Any]:
     seconds = timing.quantiles(pass_)
     flops, moved = (case.cost(kind, parameters, pass_, dtype.itemsize) for kind in ("flops", "bytes"))
     ratio = timing.ratio_to(floor, pass_) if floor else None

@@ -5,7 +5,8 @@
     <!-- /bench -->
 
 `python -m modalign.bench.tables README.md docs/*.md` fills every such block; with --check it changes nothing and fails where a block is stale.
-Paths are relative to the working directory. `rows` keeps rows whose fields (case, pass, dtype, threads, provider, status or a parameter) have one of the values given,
+Paths are relative to the working directory. `rows` keeps rows whose fields (case, pass, dtype, threads, provider, status or a parameter) have one
+of the values given,
 as in provider=ours,formula. `columns` are parameters or names from COLUMNS.
 """
 
@@ -123,7 +124,8 @@ def caption(results: dict[str, Any], source: str) -> str:
     facts = results["environment"]
     where = facts["gpu"]["model"] if facts["gpu"] else f"{facts['cpu']['model']}, {facts['cpu']['cores']} cores, {facts['cpu']['instruction_set']}"
     note = f" {results['note'].rstrip('.')}." if results["note"] else ""
-    return f"*{where}; torch {facts['torch']}, {facts['blas']}; {results['created'][:10]}; seed {results['seed']}; `{results['command']}` → `{source}`.{note}*"
+    versions = f"torch {facts['torch']}, {facts['blas']}; {results['created'][:10]}; seed {results['seed']}"
+    return f"*{where}; {versions}; `{results['command']}` → `{source}`.{note}*"
 
 
 def markdown(source: str, rows: str, columns: str) -> str:
@@ -156,7 +158,12 @@ def render(text: str) -> str:
         unknown = set(given) - {"rows", "columns"}
         if unknown:
             raise ValueError(f"bench tables: a block takes rows and columns, got {sorted(unknown)}")
-        return block["open"] + markdown(source, given.get("rows", ""), given.get("columns", "case provider pass threads time floor")) + "\n" + block["close"]
+        return (
+            block["open"]
+            + markdown(source, given.get("rows", ""), given.get("columns", "case provider pass threads time floor"))
+            + "\n"
+            + block["close"]
+        )
 
     opened, closed = text.count("<!-- bench "), text.count("<!-- /bench -->")
     if opened != closed or opened != len(_BLOCK.findall(text)):
@@ -173,10 +180,28 @@ def screen(results: dict[str, Any]) -> Any:
     for case in dict.fromkeys(row["case"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["case"] == case]
         parameters = list(rows[0]["parameters"])
-        columns = [*parameters, "threads", "pass", "provider", "time", "rate" if rows[0].get("flops") else "bandwidth", "floor", "percent", "memory", "error", "gradient", "target", "plan"]
+        columns = [
+            *parameters,
+            "threads",
+            "pass",
+            "provider",
+            "time",
+            "rate" if rows[0].get("flops") else "bandwidth",
+            "floor",
+            "percent",
+            "memory",
+            "error",
+            "gradient",
+            "target",
+            "plan",
+        ]
         table = Table(title=case, title_justify="left", header_style="bold")
         for name in columns:
-            table.add_column(COLUMNS[name][0] if name in COLUMNS else name, justify="left" if name in ("provider", "plan", "pass") else "right", no_wrap=name not in ("plan",))
+            table.add_column(
+                COLUMNS[name][0] if name in COLUMNS else name,
+                justify="left" if name in ("provider", "plan", "pass") else "right",
+                no_wrap=name not in ("plan",),
+            )
         previous = None
         for row in rows:
             key = (tuple(row["parameters"].values()), row["threads"], row["pass"])
@@ -194,7 +219,9 @@ def screen(results: dict[str, Any]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m modalign.bench.tables", description="Fill the benchmark tables of Markdown files from their JSON.")
+    parser = argparse.ArgumentParser(
+        prog="python -m modalign.bench.tables", description="Fill the benchmark tables of Markdown files from their JSON."
+    )
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--check", action="store_true", help="change nothing, fail where a table is not what its JSON says")
     options = parser.parse_args(arguments)
