@@ -167,7 +167,9 @@ def register_pair(
 ) -> None:
     """Everything Python adds to the raw ops `modalign::<name>` and `modalign::<name>_bwd`; `op` is the public name that messages use, `saved` the
     positions of the
-    arguments of `<name>_bwd` that come from the forward and are taken contiguous only."""
+    arguments of `<name>_bwd` that come from the forward and are taken contiguous only.
+
+    One thing torch leaves no place for: raw ops drop forward-mode tangents without a word, so public functions call `refuse_forward_mode` first."""
     forward_name, backward_name = f"modalign::{name}", f"modalign::{name}_bwd"
     torch.library.register_fake(forward_name, fake)
     torch.library.register_fake(backward_name, fake_backward)

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,16 @@ def _gradients(function: Callable[..., Tensor], sample: Sample, weight: Tensor |
         weight = upstream(result)
     leaves = fresh.differentiable()
     return result, list(torch.autograd.grad(result, leaves, weight.to(result), allow_unused=True))
+
+
+def _pairs(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None], what: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(index, actual, expected) of the gradients there are. One that the reference has and the op has not is an error; the other way
+    round, it has to be zero."""
+    for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        if ours is not None:
+            yield index, ours, torch.zeros_like(ours) if theirs is None else theirs
+        elif theirs is not None:
+            raise AssertionError(f"{what}: floating tensor {index} has no gradient")
 
 
 def upstream(result: Tensor, seed: int = 1) -> Tensor:
@@ -98,13 +109,9 @@ def check_gradients(case: OpCase, device: str, dtype: torch.dtype) -> None:
         result, actual = _gradients(case.call, sample)
         # The reference gets the upstream gradient as the op got it, rounded to the result's dtype.
         _, expected = _gradients(case.reference, sample.to(torch.float64), upstream(result).double())
-        for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
-            compare_gradients(
-                ours,
-                theirs,
-                tolerance=tolerance_of(dtype, case.tolerances).times(sample.slack),
-                what=f"{case.name}/{sample.name}, gradient of floating tensor {index}",
-            )
+        bounds = tolerance_of(dtype, case.tolerances).times(sample.slack)
+        for index, ours, theirs in _pairs(actual, expected, f"{case.name}/{sample.name}"):
+            compare_gradients(ours, theirs, tolerance=bounds, what=f"{case.name}/{sample.name}, gradient of floating tensor {index}")
             if ours.dtype != dtype:
                 raise AssertionError(f"{case.name}/{sample.name}: gradient {index} is {ours.dtype}, its input {dtype}")
 
@@ -234,7 +241,8 @@ def check_autocast(case: OpCase, device: str) -> None:
             raise AssertionError(f"{what}: result is {result.dtype}, declared {wanted}")
         plain, expected = _gradients(case.call, given.to(wanted))
         _same([result], [plain], what, wanted)
-        for index, (leaf, ours, theirs) in enumerate(zip(given.differentiable(), gradients, expected, strict=True)):
+        for index, ours, theirs in _pairs(gradients, expected, what):
+            leaf = given.differentiable()[index]
             if ours.dtype != leaf.dtype:
                 raise AssertionError(f"{what}: gradient {index} is {ours.dtype}, its input {leaf.dtype}")
             compare_gradients(ours, theirs, dtype=leaf.dtype, what=f"{what}, gradient {index}")
@@ -426,7 +434,7 @@ def check_checkpoint(case: OpCase, device: str) -> None:
     if not case.checkpoint:
         _refuses(run, f"{case.name}: torch.utils.checkpoint")
         return
-    for index, (ours, theirs) in enumerate(zip(run(), [expected, *expected_gradients], strict=True)):
+    for index, ours, theirs in _pairs(run(), [expected, *expected_gradients], f"{case.name}: checkpointed"):
         if case.deterministic and not torch.equal(ours, theirs):
             raise AssertionError(f"{case.name}: checkpointed result {index} differs in its bits from the plain one")
         compare_values(ours, theirs, dtype=torch.float32, what=f"{case.name}: checkpointed result {index}")
@@ -469,13 +477,13 @@ def battery(cases: Iterable[OpCase], on: Sequence[str] | None = None) -> list[tu
     raises)."""
     listed: list[tuple[str, Callable[[], None]]] = []
     for case in cases:
+        label = case.label or case.name
         for device in on or devices():
             for name, check in PER_DTYPE.items():
-                for dtype in case.dtypes:
-                    label = f"{case.label or case.name}-{name}-{str(dtype).removeprefix('torch.')}-{device}"
-                    listed.append((label, lambda check=check, case=case, device=device, dtype=dtype: check(case, device, dtype)))
-            for name, check in CHECKS.items():
-                listed.append((f"{case.label or case.name}-{name}-{device}", lambda check=check, case=case, device=device: check(case, device)))
+                listed += [
+                    (f"{label}-{name}-{str(dtype).removeprefix('torch.')}-{device}", partial(check, case, device, dtype)) for dtype in case.dtypes
+                ]
+            listed += [(f"{label}-{name}-{device}", partial(check, case, device)) for name, check in CHECKS.items()]
     return listed
 
 
