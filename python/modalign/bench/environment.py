@@ -15,8 +15,10 @@ import torch
 from .. import _load
 
 
-def last_cache_bytes() -> int:
-    """Size of the last-level cache; 32 MiB where the system does not say."""
+def last_cache_bytes(device: torch.device | None = None) -> int:
+    """Size of the last cache before memory, the GPU's second level there; 32 MiB where the system does not say."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
     largest = 0
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         size = (index / "size").read_text().strip()

@@ -36,7 +36,7 @@ class InputSets:
         self.case, self.dtype, self.device = case, dtype, device
         first = self._make(parameters, seed)
         size = max(1, sum(tensor.numel() * tensor.element_size() for tensor in _tensors(first)))
-        self.count = count or max(2, min(64, math.ceil(2 * last_cache_bytes() / size)))
+        self.count = count or max(2, min(64, math.ceil(2 * last_cache_bytes(device) / size)))
         # one draw, many copies: the numbers do not matter to the time, the addresses do
         self.plain = [first, *(pytree.tree_map_only(Tensor, torch.clone, first) for _ in range(self.count - 1))]
         self.tracked = [
