@@ -334,7 +334,9 @@ def test_environment_names_no_machine(gram_results):
 
 def test_command_shows_paths_without_folders(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    shown = environment.public_command([str(tmp_path / "run.py"), "op", "--out", "/somewhere/else/x.json", f"--config={tmp_path}/c d.toml"])
+    shown = environment.public_command(
+        [str(tmp_path / "run.py"), "op", "--out", "/somewhere/else/x.json", "--note", "busy", f"--config={tmp_path}/c d.toml"]
+    )
     assert shown == "python run.py op --out x.json '--config=c d.toml'"
 
 

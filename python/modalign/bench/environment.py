@@ -40,12 +40,13 @@ def all_threads() -> int:
 def blas() -> str:
     shown = torch.__config__.show()
     name = re.search(r"BLAS_INFO=(\w+)", shown)
-    version = re.search(r"oneAPI Math Kernel Library Version ([\w.-]+)", shown)
+    version = re.search(r"oneAPI Math Kernel Library Version ([\d.]+)", shown)
     return " ".join([name.group(1) if name else "unknown", *([version.group(1)] if version else [])])
 
 
 def public_command(arguments: list[str]) -> str:
-    """The command to repeat this, its paths relative to the working directory, or without their folder where they lie outside it."""
+    """The command to repeat this, its paths relative to the working directory, or without their folder where they lie outside
+    it; a note is kept elsewhere."""
     here = Path.cwd()
 
     def shown(argument: str) -> str:
@@ -55,7 +56,8 @@ def public_command(arguments: list[str]) -> str:
             return argument
         return flag + equals + (str(path.relative_to(here)) if path.is_relative_to(here) else path.name)
 
-    return "python " + shlex.join(shown(argument) for argument in arguments)
+    kept = [argument for before, argument in zip(["", *arguments], arguments, strict=False) if "--note" not in (before, argument)]
+    return "python " + shlex.join(shown(argument) for argument in kept)
 
 
 def describe(device: torch.device, seed: int) -> dict[str, Any]:
