@@ -190,24 +190,25 @@ def from_features(
     return PairedDataset(name, matrices, labels, caption_groups(labels), test, validation)
 
 
-def available() -> list[str]:
-    """Names of the data sets that come with the package."""
-    return sorted(path.parent.name for path in ROOT.glob("*/items.json"))
+def available(root: Path = ROOT) -> list[str]:
+    """Names of the data sets that come with the package, or lie below another root."""
+    return sorted(path.parent.name for path in Path(root).glob("*/items.json"))
 
 
-def load(name: str) -> PairedDataset:
-    """Load a data set that comes with the package; "emoji-mini" and "emoji_mini" are the same.
+def load(name: str, root: Path = ROOT) -> PairedDataset:
+    """Load a data set that comes with the package, or a folder of the same make below `root`; "emoji-mini" and "emoji_mini" are the same.
 
     The folder's checksums are verified first, so a damaged installation is reported and never trained on.
 
     >>> data = load("emoji_mini")
     >>> len(data), list(data.modalities), data.names[0]
-    (1849, ['picture', 'text'], ...)
+    (1849, ['picture', 'text'], 'light skin tone')
     """
     key = name.replace("-", "_")
-    folder = ROOT / key
-    if key not in available():
-        raise ValueError(f"load: name must be one of {', '.join(available())}, got '{name}'")
+    folder = Path(root) / key
+    known = available(root)
+    if key not in known:
+        raise ValueError(f"load: name must be one of {', '.join(known) or f'the data folders below {root} (there are none)'}, got '{name}'")
     verify_checksums(folder)
     about = json.loads((folder / "items.json").read_text(encoding="utf-8"))
     if about["format"] != FORMAT_VERSION:

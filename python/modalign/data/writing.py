@@ -59,8 +59,6 @@ def write_data_folder(
     notices: Mapping[str, str],
 ) -> dict[str, int]:
     """Reduce the features with bases fitted on the training items of split seed 0 and write the folder. Returns the size of each file."""
-    from PIL import Image as images
-
     folder.mkdir(parents=True, exist_ok=True)
     shell = PairedDataset(name, dict(items.features), items.names, caption_groups(items.names), test_size, validation_size)
     train = shell.splits(BASIS_SEED).train

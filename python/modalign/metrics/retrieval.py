@@ -1,0 +1,117 @@
+"""Cross-modal retrieval: recall at k and median rank, with any candidate of the query's group counting as a hit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Retrieval", "chance_retrieval", "hit_ranks", "median_rank", "recall_at_k", "retrieval"]
+
+
+def hit_ranks(scores: Tensor, *, query_groups: Tensor | None = None, candidate_groups: Tensor | None = None, larger_is_better: bool = True) -> Tensor:
+    """Rank of the best-placed hit of each query: int64 [Q], 0 is the top of the list.
+
+    Candidates of equal score are listed by index, so a model that gives one score to everything is not rewarded.
+
+    >>> hit_ranks(torch.tensor([[0.9, 0.1, 0.3], [0.8, 0.5, 0.6]]))
+    tensor([0, 2])
+
+    Parameters
+    ----------
+    scores : float Tensor [Q, C]
+    query_groups, candidate_groups : int64 Tensors [Q] and [C], optional
+        A candidate is a hit when its group is the query's. Without them candidate i is the one hit of query i and Q must equal C. `candidate_groups` defaults
+        to `query_groups`.
+    larger_is_better : bool
+        False for distances and volumes.
+
+    Raises ValueError where a score is NaN, and where a query has no hit among the candidates.
+    """
+    if scores.dim() != 2 or not scores.is_floating_point():
+        raise ValueError(f"hit_ranks: scores must be a floating-point matrix [Q, C], got {scores.dtype} {list(scores.shape)}")
+    if bool(scores.isnan().any()):
+        raise ValueError(f"hit_ranks: scores must not be NaN, got {int(scores.isnan().sum())} NaN of {scores.numel()}")
+    queries, candidates = scores.shape
+    if query_groups is None:
+        if candidate_groups is not None:
+            raise ValueError("hit_ranks: query_groups must be given with candidate_groups, got None")
+        if queries != candidates:
+            raise ValueError(f"hit_ranks: scores must be square when no groups are given, got {list(scores.shape)}")
+        query_groups = torch.arange(queries, device=scores.device)
+    candidate_groups = query_groups if candidate_groups is None else candidate_groups
+    if query_groups.shape != (queries,) or candidate_groups.shape != (candidates,):
+        found = f"{list(query_groups.shape)} and {list(candidate_groups.shape)}"
+        raise ValueError(f"hit_ranks: query_groups and candidate_groups must be [{queries}] and [{candidates}], got {found}")
+    order = scores.argsort(dim=1, descending=larger_is_better, stable=True)
+    hits = candidate_groups[order] == query_groups[:, None]
+    if not bool(hits.any(1).all()):
+        raise ValueError(f"hit_ranks: every query must have a candidate of its group, got {int((~hits.any(1)).sum())} queries without")
+    return hits.int().argmax(1)
+
+
+def recall_at_k(ranks: Tensor, k: int) -> float:
+    """Share of queries whose best hit is among the first k, from the ranks of `hit_ranks`.
+
+    >>> recall_at_k(torch.tensor([0, 4, 12]), 5)
+    0.6666666666666666
+    """
+    if k < 1:
+        raise ValueError(f"recall_at_k: k must be at least 1, got {k}")
+    return _count(ranks, "recall_at_k") and float((ranks < k).double().mean())
+
+
+def median_rank(ranks: Tensor) -> float:
+    """Median position of the best hit, counted from 1 as the papers do; the mean of the middle two for an even number of queries.
+
+    >>> median_rank(torch.tensor([0, 4, 12]))
+    5.0
+    """
+    _count(ranks, "median_rank")
+    return float(torch.quantile(ranks.double(), 0.5)) + 1.0
+
+
+def _count(ranks: Tensor, metric: str) -> int:
+    if ranks.dim() != 1 or ranks.is_floating_point() or ranks.numel() == 0:
+        raise ValueError(f"{metric}: ranks must be a non-empty integer vector (see hit_ranks), got {ranks.dtype} {list(ranks.shape)}")
+    return ranks.numel()
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """R@1, R@5, R@10 (as shares) and the median rank of one direction."""
+
+    r1: float
+    r5: float
+    r10: float
+    median: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def retrieval(scores: Tensor, *, query_groups: Tensor | None = None, candidate_groups: Tensor | None = None, larger_is_better: bool = True) -> Retrieval:
+    """All four figures of one direction; arguments as for `hit_ranks`."""
+    ranks = hit_ranks(scores, query_groups=query_groups, candidate_groups=candidate_groups, larger_is_better=larger_is_better)
+    return Retrieval(recall_at_k(ranks, 1), recall_at_k(ranks, 5), recall_at_k(ranks, 10), median_rank(ranks))
+
+
+def chance_retrieval(groups: Tensor) -> Retrieval:
+    """What a random order gives in expectation when items with these groups [N] search among themselves. Exact for the recalls.
+
+    >>> chance_retrieval(torch.arange(500)).r10
+    0.02
+    """
+    _count(groups, "chance_retrieval")
+    size = groups.numel()
+    _, inverse, counts = groups.unique(return_inverse=True, return_counts=True)
+    hits = counts[inverse].tolist()
+
+    def recall(k: int) -> float:
+        return math.fsum(1 - math.comb(size - h, min(k, size)) / math.comb(size, min(k, size)) for h in hits) / size
+
+    # The best of h hits among n places lies at (n + 1) / (h + 1) in the mean.
+    expected = torch.tensor([(size + 1) / (h + 1) for h in hits], dtype=torch.float64)
+    return Retrieval(recall(1), recall(5), recall(10), float(torch.quantile(expected, 0.5)))
