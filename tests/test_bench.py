@@ -79,6 +79,12 @@ def test_every_row_of_gram_volume_matches_and_is_complete(gram_results, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]  # no temporary file stays
 
 
+def test_torch_compile_is_measured_or_says_why_not():
+    options = bench.Options(quick=True, rounds=1, memory=False, cases=("gram_volume",), where={"k": 2}, passes=("fwd",), providers=("torch.compile",))
+    (row,) = [row for row in bench.run_file(GRAM, options, "test")["rows"] if row["provider"] == "torch.compile"]
+    assert (row["status"] == "ok" and row["seconds"]["median"] > 0) or (row["status"] == "unavailable" and row["reason"])
+
+
 def test_backward_counts_three_products_and_the_whole_four(gram_results):
     flops = {row["pass"]: row["flops"] for row in gram_results["rows"] if row["case"] == "gram_volume" and row["provider"] == "ours"}
     B, C, D, m = 192, 160, 64, 2

@@ -163,17 +163,18 @@ def narrower():
     return None if _load.instruction_set() == "avx512" else "the machine's own choice is not wider than avx2"
 
 
+# fullgraph: past its recompile limit torch would otherwise run the eager form without a word
 compiled_options = dict(name="torch.compile", unavailable=no_inductor, compiled=True)
 
 bench.provider(*volume_cases, name="formula", kind="formula")(formula)
 bench.provider(*volume_cases, name="eager")(whitened)
-bench.provider(gram_volume, **compiled_options)(torch.compile(whitened, dynamic=False))
+bench.provider(gram_volume, **compiled_options)(torch.compile(whitened, dynamic=False, fullgraph=True))
 bench.provider(triangle_area, name="formula", kind="formula")(triangle_formula)
 bench.provider(triangle_area, name="eager")(triangle_projected)
-bench.provider(triangle_area, **compiled_options)(torch.compile(triangle_projected, dynamic=False))
+bench.provider(triangle_area, **compiled_options)(torch.compile(triangle_projected, dynamic=False, fullgraph=True))
 bench.provider(paired_gram_volume, name="formula", kind="formula")(paired_formula)
 bench.provider(paired_gram_volume, name="eager")(paired_whitened)
-bench.provider(paired_gram_volume, **compiled_options)(torch.compile(paired_whitened, dynamic=False))
+bench.provider(paired_gram_volume, **compiled_options)(torch.compile(paired_whitened, dynamic=False, fullgraph=True))
 
 
 @contextlib.contextmanager
