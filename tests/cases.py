@@ -103,13 +103,14 @@ def gram_volume_raw(make: Maker) -> list[tuple[object, tuple[object, ...]]]:
             volume, basis, factor = forward(anchor, others, present, squared, 1e-12)
             found.append((forward, (anchor.clone().requires_grad_(), [other.clone().requires_grad_() for other in others], present, squared, 1e-12)))
             found.append((forward, (anchor, [others[0].clone().requires_grad_(), *others[1:]], present, squared, 1e-12)))
-            for need in ((True, True), (True, False), (False, True)):
+            for need in ((True, True), (True, False), (False, True)) if squared else ((True, True),):
                 found.append((backward, (torch.ones_like(volume), anchor, basis, factor, squared, 1e-12, *need)))
     return found
 
 
 def gram_volume_bad_inputs(make: Maker) -> list[BadInput]:
     a, r = make.randn(4, 8), make.randn(5, 8)
+    huge = (a[:1].expand(100_000, 8), [r[:1].expand(100_000, 8)])
 
     def bad(name: str, error: type[Exception], message: str, *args: object, **kwargs: object) -> BadInput:
         return BadInput(Sample(name, args, kwargs), error, "^gram_volume: " + message)
@@ -156,6 +157,9 @@ def gram_volume_bad_inputs(make: Maker) -> list[BadInput]:
         bad("normalize is unknown", ValueError, 'normalize must be False, True or "root", got str', a, [r], normalize="unit"),
         bad("root of the square", ValueError, 'normalize must not be "root" together with squared', a, [r], normalize="root", squared=True),
         bad("eps is negative", ValueError, "eps must be finite and 0 or more, got -1.0", a, [r], eps=-1.0),
+        bad("a huge result", ValueError, r"max_bytes must be at least 40000000000 for a result of shape \[100000, 100000\], got 8589934592", *huge),
+        bad("max_bytes", ValueError, r"max_bytes must be at least 80 for a result of shape \[4, 5\], got 79", a, [r], max_bytes=79),
+        bad("max_bytes is a float", TypeError, "max_bytes must be None or a whole number, got float 1000000000.0", a, [r], max_bytes=1e9),
         bad("eps is a string", TypeError, "eps must be None or a number, got str", a, [r], eps="small"),
     ]
 
@@ -397,6 +401,7 @@ def triangle_bad_inputs(make: Maker) -> list[BadInput]:
         bad("mixed dtypes", TypeError, "v must have anchor's dtype torch.float32, got torch.float64", a, u, v.double()),
         bad("mixed devices", ValueError, "u must be on anchor's device .*, got meta", a, u.to("meta"), v),
         bad("leading dimensions", ValueError, "leading dimensions must broadcast", make.randn(2, 4, 8), make.randn(3, 5, 8), v),
+        bad("max_bytes", ValueError, r"max_bytes must be at least 80 for a result of shape \[4, 5\], got 0", a, u, v, max_bytes=0),
         bad("squared", TypeError, "squared must be True or False", a, u, v, squared="yes"),
         bad("eps", ValueError, "eps must be finite and 0 or more", a, u, v, eps=float("inf")),
     ]

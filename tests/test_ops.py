@@ -14,6 +14,7 @@ import torch
 
 from cases import CASES, GRAM_VOLUME
 from modalign import ops
+from modalign.ops._arguments import fold_leading
 from modalign.testing import Maker, Sample, parametrize, upstream
 from modalign.testing.checks import check_gradients, check_values
 
@@ -49,6 +50,25 @@ def test_raw_ops_compute_in_float32_under_autocast():
         volume = torch.ops.modalign.gram_volume(anchor, [other], None, False, 1e-12)[0]
     assert volume.dtype is torch.float32
     assert torch.equal(volume, torch.ops.modalign.gram_volume(anchor.float(), [other.float()], None, False, 1e-12)[0])
+
+
+def test_compiled_inside_an_autocast_region():
+    torch._dynamo.reset()
+    anchor, others = torch.randn(5, 16, dtype=torch.bfloat16, requires_grad=True), [torch.randn(6, 16) for _ in range(2)]
+    compiled = torch.compile(ops.gram_volume, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        volume, expected = compiled(anchor, others, normalize=True), ops.gram_volume(anchor, others, normalize=True)
+    assert volume.dtype is torch.float32
+    torch.testing.assert_close(volume, expected)
+    torch.testing.assert_close(torch.autograd.grad(volume.sum(), anchor), torch.autograd.grad(expected.sum(), anchor))
+
+
+def test_folding_leading_dimensions_copies_only_where_strides_demand_it():
+    x = torch.randn(4, 3, 5)
+    for leading, tensor in (((), x[0]), ((4,), x), ((7,), x[0]), ((4,), x.transpose(1, 2)), ((2, 2), x.reshape(2, 2, 3, 5))):
+        folded = fold_leading(tensor, leading, 2)
+        assert folded.data_ptr() == tensor.data_ptr() and folded.shape[1:] == tensor.shape[-2:]
+    assert fold_leading(x, (6, 4), 2).data_ptr() != x.data_ptr()
 
 
 @pytest.mark.parametrize("case", CASES[:3], ids=lambda case: case.name)

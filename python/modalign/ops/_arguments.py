@@ -96,6 +96,21 @@ def check_eps(op: str, eps: object, dtype: torch.dtype) -> float:
     return float(eps)
 
 
+RESULT_BYTES = 1 << 33
+
+
+def check_result_size(op: str, max_bytes: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """All-pairs results grow with rows x columns: one above `max_bytes` (default 8 GiB) has to be asked for."""
+    if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int)):
+        raise TypeError(f"{op}: max_bytes must be None or a whole number, got {describe(max_bytes)}")
+    limit = RESULT_BYTES if max_bytes is None else max_bytes
+    size = math.prod(shape) * dtype.itemsize
+    if size > limit:
+        raise ValueError(
+            f"{op}: max_bytes must be at least {size} for a result of shape {list(shape)}, got {limit} (a loss over all pairs needs no such matrix)"
+        )
+
+
 def leading_shape(op: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The leading batch dimensions of all arguments, broadcast against each other."""
     try:

@@ -34,6 +34,7 @@ def gram_volume(
     squared: bool = False,
     normalize: bool | str = False,
     eps: float | None = None,
+    max_bytes: int | None = None,
 ) -> Tensor:
     r"""Volume of the parallelotope spanned by anchor i and the m other vectors of candidate j, for all pairs (i, j). Small means similar.
 
@@ -66,6 +67,8 @@ def gram_volume(
         vectors present in the tuple with the anchor; vectors are taken as they are, and it cannot be combined with ``squared``.
     eps : float, optional
         The gradient divides by ``max(sqrt(r), sqrt(eps) |a_i|)``, r the squared residual. Default 1e-12, for float64 1e-24.
+    max_bytes : int, optional
+        The result holds B x C numbers. One larger than this is refused; default 8 GiB.
 
     Returns
     -------
@@ -103,8 +106,8 @@ def gram_volume(
     refuse_forward_mode(op, (anchor, *others))
     if autocast_is_on(anchor.device.type):
         with torch.autocast(anchor.device.type, enabled=False):
-            return _volume(to_autocast(anchor), [to_autocast(other) for other in others], present, leading, squared, normalize, eps)
-    return _volume(anchor, others, present, leading, squared, normalize, eps)
+            return _volume(to_autocast(anchor), [to_autocast(other) for other in others], present, leading, squared, normalize, eps, max_bytes)
+    return _volume(anchor, others, present, leading, squared, normalize, eps, max_bytes)
 
 
 def _checked(op: str, anchor: object, others: object, present: object) -> tuple[Tensor, list[Tensor], Tensor | None, tuple[int, ...]]:
@@ -134,10 +137,18 @@ def warn_more_vectors_than_dimensions(op: str, k: int, D: int) -> None:
 
 
 def _volume(
-    anchor: Tensor, others: list[Tensor], present: Tensor | None, leading: tuple[int, ...], squared: bool, normalize: bool | str, eps: float | None
+    anchor: Tensor,
+    others: list[Tensor],
+    present: Tensor | None,
+    leading: tuple[int, ...],
+    squared: bool,
+    normalize: bool | str,
+    eps: float | None,
+    max_bytes: int | None,
 ) -> Tensor:
     eps = arguments.check_eps("gram_volume", eps, anchor.dtype)
     B, C, D, m = anchor.shape[-2], others[0].shape[-2], anchor.shape[-1], len(others)
+    arguments.check_result_size("gram_volume", max_bytes, (*leading, B, C), anchor.dtype)
     warn_more_vectors_than_dimensions("gram_volume", m + 1, D)
     if normalize is True:
         if present is not None:  # an absent NaN would come back through the gradient of the division

@@ -14,7 +14,7 @@ from ._registration import accumulation_dtype, autocast_is_on, call, functorch_i
 __all__ = ["triangle_area", "reference_triangle_area", "formula_triangle_area"]
 
 
-def triangle_area(anchor: Tensor, u: Tensor, v: Tensor, *, squared: bool = False, eps: float | None = None) -> Tensor:
+def triangle_area(anchor: Tensor, u: Tensor, v: Tensor, *, squared: bool = False, eps: float | None = None, max_bytes: int | None = None) -> Tensor:
     r"""Area of the triangle with vertices ``a_i``, ``u_j``, ``v_j``, for all pairs (i, j). Small means similar.
 
     Base times height: with ``g_j = |u_j - v_j|`` and ``n_j = (u_j - v_j) / g_j``::
@@ -36,6 +36,8 @@ def triangle_area(anchor: Tensor, u: Tensor, v: Tensor, *, squared: bool = False
         ``Area ** 2``, smooth everywhere. (The released training code uses ``2 * Area ** 2``: see ``modalign.compat.gram.area_computation``.)
     eps : float, optional
         The gradient divides by ``max(height, sqrt(eps (|a_i|^2 + |u_j|^2)))``. Default 1e-12, for float64 1e-24.
+    max_bytes : int, optional
+        The result holds B x C numbers. One larger than this is refused; default 8 GiB.
 
     Returns
     -------
@@ -68,6 +70,7 @@ def triangle_area(anchor: Tensor, u: Tensor, v: Tensor, *, squared: bool = False
     if autocast_is_on(anchor.device.type):
         anchor, u, v = to_autocast(anchor), to_autocast(u), to_autocast(v)
     eps = arguments.check_eps(op, eps, anchor.dtype)
+    arguments.check_result_size(op, max_bytes, (*leading, anchor.shape[-2], u.shape[-2]), anchor.dtype)
     folded = [arguments.fold_leading(points, leading, 2) for points in (anchor, u, v)]
     area = call("triangle_area", *folded, squared, eps)[0]
     return area.reshape(leading + (anchor.shape[-2], u.shape[-2]))

@@ -291,6 +291,10 @@ def check_func_grad(case: OpCase, device: str) -> None:
     _same(
         torch.func.grad(loss, argnums=positions)(*tensors), _gradients(case.call, sample, weight)[1], f"{case.name}: torch.func.grad", torch.float32
     )
+    if case.vmap:  # a whole Jacobian: the upstream gradient has a batch dimension and what was saved has none
+        jacobians = torch.func.jacrev(lambda *given: sample.with_tensors(given).call(case.call), argnums=positions)(*tensors)
+        contracted = [torch.tensordot(weight, jacobian, weight.dim()) for jacobian in jacobians]
+        _same(contracted, _gradients(case.call, sample, weight)[1], f"{case.name}: torch.func.jacrev", torch.float32)
     if not case.double_backward:
         for position in positions:
             twice = torch.func.grad(lambda *given: torch.func.grad(loss, argnums=position)(*given).sum(), argnums=position)
