@@ -110,6 +110,21 @@ def test_correct_kernels_pass_in_every_order(key):
         assert not result.mutation_reached
 
 
+@pytest.fixture
+def portable_switch():
+    before = _host.use_context_switch("ucontext")
+    yield
+    _host.use_context_switch(before)
+
+
+@pytest.mark.parametrize("key", KERNELS)
+def test_the_portable_context_switch_changes_nothing(key, portable_switch):
+    arguments, expected = KERNELS[key]()
+    assert agree(_host.run(key, arguments, thread_order="random", yield_probability=0.1).outputs, expected)
+    for mutation, kinds in MUTATIONS.get(key, {}).items():
+        assert outcome(key, arguments, expected, mutation=mutation, seed=1) in kinds.split(" | "), mutation
+
+
 @pytest.mark.parametrize("n", [4, 124, 128, 132, 256, 388])
 def test_pipeline_lengths(n):
     arguments, expected = pipeline(n)
@@ -423,8 +438,10 @@ def test_bad_arguments(arguments, options, error, message):
     assert message in str(caught.value)
 
 
-def test_unknown_kernels():
+def test_unknown_names():
     with pytest.raises(KeyError, match="no kernel is called 'absent'"):
         _host.run("absent", {})
     with pytest.raises(KeyError, match="no kernel is called 'absent'"):
         _host.mutations("absent")
+    with pytest.raises(ValueError, match="use_context_switch: name must be 'ucontext' or, on such a machine, 'x86-64', got 'longjmp'"):
+        _host.use_context_switch("longjmp")

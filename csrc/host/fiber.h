@@ -1,22 +1,17 @@
 /// @file fiber.h
 /// @brief Fibers of one OS thread: the scheduler switches to a fiber, the fiber switches back.
 ///
-/// On x86-64 a switch is a dozen instructions; elsewhere (or with MODALIGN_EMULATOR_UCONTEXT) it is swapcontext. AddressSanitizer is told about every switch.
+/// On x86-64 a switch is a dozen instructions; the portable way, swapcontext (two system calls), is compiled everywhere and can be chosen, so that it is tested where
+/// the fast one exists. AddressSanitizer is told about every switch.
 #pragma once
 
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <new>
-
-#if !defined(__x86_64__) && !defined(MODALIGN_EMULATOR_UCONTEXT)
-#define MODALIGN_EMULATOR_UCONTEXT
-#endif
-#if defined(MODALIGN_EMULATOR_UCONTEXT)
-#include <ucontext.h>
-#endif
 
 #if defined(__SANITIZE_ADDRESS__)
 #define MODALIGN_ADDRESS_SANITIZER
@@ -32,10 +27,8 @@
 
 namespace modalign::simt {
 
-#if defined(MODALIGN_EMULATOR_UCONTEXT)
-inline constexpr const char* kContextSwitch = "ucontext";
-#else
-inline constexpr const char* kContextSwitch = "x86-64";
+#if defined(__x86_64__)
+inline constexpr bool kHasFastSwitch = true;
 
 /// Saves the callee-saved registers and the stack pointer of the caller, and takes up those saved at `to`.
 __attribute__((naked, noinline)) inline void switch_stack(void** /*from*/, void* /*to*/) {
@@ -46,11 +39,15 @@ __attribute__((naked, noinline)) inline void switch_stack(void** /*from*/, void*
         "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n"
         "ret\n");
 }
+#else
+inline constexpr bool kHasFastSwitch = false;
+inline void switch_stack(void**, void*) {}
 #endif
 
 class Fiber {
 public:
     using Entry = void (*)();   // never returns
+    static inline bool fast_switch = kHasFastSwitch;   ///< not to be changed while a fiber is suspended
 
     explicit Fiber(int colour) {
         const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
@@ -72,20 +69,20 @@ public:
         __asan_unpoison_memory_region(bottom_, kStackBytes);   // frames of an abandoned run
         fake_stack_ = nullptr;
 #endif
-#if defined(MODALIGN_EMULATOR_UCONTEXT)
-        getcontext(&context_);
-        context_.uc_stack.ss_sp = bottom_;
-        context_.uc_stack.ss_size = bytes_;
-        context_.uc_link = nullptr;
-        makecontext(&context_, entry, 0);
-#else
-        auto top = reinterpret_cast<std::uintptr_t>(bottom_ + bytes_) & ~std::uintptr_t{15};
-        auto* stack = reinterpret_cast<void**>(top);
-        *--stack = nullptr;                               // a return address for `entry`, which keeps the stack aligned as after a call
-        *--stack = reinterpret_cast<void*>(entry);
-        for (int i = 0; i < kSavedRegisters; ++i) *--stack = nullptr;
-        stack_pointer_ = stack;
-#endif
+        if (fast_switch) {
+            auto top = reinterpret_cast<std::uintptr_t>(bottom_ + bytes_) & ~std::uintptr_t{15};
+            auto* stack = reinterpret_cast<void**>(top);
+            *--stack = nullptr;                               // a return address for `entry`, which keeps the stack aligned as after a call
+            *--stack = reinterpret_cast<void*>(entry);
+            for (int i = 0; i < kSavedRegisters; ++i) *--stack = nullptr;
+            stack_pointer_ = stack;
+        } else {
+            getcontext(&context_);
+            context_.uc_stack.ss_sp = bottom_;
+            context_.uc_stack.ss_size = bytes_;
+            context_.uc_link = nullptr;
+            makecontext(&context_, entry, 0);
+        }
     }
 
     /// Called on the scheduler's stack: runs the fiber until it suspends.
@@ -93,11 +90,8 @@ public:
 #if defined(MODALIGN_ADDRESS_SANITIZER)
         __sanitizer_start_switch_fiber(&caller_fake_stack_, bottom_, bytes_);
 #endif
-#if defined(MODALIGN_EMULATOR_UCONTEXT)
-        swapcontext(&caller_, &context_);
-#else
-        switch_stack(&caller_, stack_pointer_);
-#endif
+        if (fast_switch) switch_stack(&caller_stack_pointer_, stack_pointer_);
+        else swapcontext(&caller_context_, &context_);
 #if defined(MODALIGN_ADDRESS_SANITIZER)
         __sanitizer_finish_switch_fiber(caller_fake_stack_, nullptr, nullptr);
 #endif
@@ -115,11 +109,8 @@ public:
 #if defined(MODALIGN_ADDRESS_SANITIZER)
         __sanitizer_start_switch_fiber(last ? nullptr : &fake_stack_, caller_bottom_, caller_bytes_);
 #endif
-#if defined(MODALIGN_EMULATOR_UCONTEXT)
-        swapcontext(&context_, &caller_);
-#else
-        switch_stack(&stack_pointer_, caller_);
-#endif
+        if (fast_switch) switch_stack(&stack_pointer_, caller_stack_pointer_);
+        else swapcontext(&context_, &caller_context_);
 #if defined(MODALIGN_ADDRESS_SANITIZER)
         __sanitizer_finish_switch_fiber(fake_stack_, &caller_bottom_, &caller_bytes_);
 #endif
@@ -133,13 +124,10 @@ private:
     std::size_t mapped_bytes_;
     std::byte* bottom_;
     std::size_t bytes_;
-#if defined(MODALIGN_EMULATOR_UCONTEXT)
-    ucontext_t context_;
-    ucontext_t caller_;
-#else
     void* stack_pointer_ = nullptr;
-    void* caller_ = nullptr;
-#endif
+    void* caller_stack_pointer_ = nullptr;
+    ucontext_t context_;
+    ucontext_t caller_context_;
 #if defined(MODALIGN_ADDRESS_SANITIZER)
     void* fake_stack_ = nullptr;
     void* caller_fake_stack_ = nullptr;

@@ -162,6 +162,13 @@ py::dict kernels() {
     return result;
 }
 
+std::string use_context_switch(const std::string& name) {
+    const std::string before = simt::Fiber::fast_switch ? "x86-64" : "ucontext";
+    if (name != "ucontext" && !(name == "x86-64" && simt::kHasFastSwitch)) throw py::value_error("use_context_switch: name must be 'ucontext' or, on such a machine, 'x86-64', got '" + name + "'");
+    simt::Fiber::fast_switch = name == "x86-64";
+    return before;
+}
+
 py::dict build_info() {
 #if defined(MODALIGN_BUILD_INFO)
     py::dict info = py::module_::import("json").attr("loads")(MODALIGN_BUILD_INFO);   // the facts that the build also leaves in _build.json
@@ -170,7 +177,7 @@ py::dict build_info() {
 #endif
     info["cplusplus"] = __cplusplus;
     info["pybind11"] = std::to_string(PYBIND11_VERSION_MAJOR) + "." + std::to_string(PYBIND11_VERSION_MINOR);
-    info["context_switch"] = simt::kContextSwitch;
+    info["context_switch"] = simt::kHasFastSwitch ? "x86-64" : "ucontext";
 #if defined(MODALIGN_ADDRESS_SANITIZER)
     info["address_sanitizer"] = true;
 #else
@@ -209,6 +216,7 @@ PYBIND11_MODULE(_host, module) {
     module.def("kernels", &kernels, "The catalogue: key -> {family, threads, tags}.");
     module.def("launch_counts", [] { return launch_counts(); }, "How often each key has been launched with at least one block since the module was loaded.");
     module.def("mutations", &mutations, py::arg("key"), "Places of this kernel's seeded mutations that runs have passed so far.");
+    module.def("use_context_switch", &use_context_switch, py::arg("name"), "Chooses how runs switch between threads, 'x86-64' or 'ucontext', and says what was chosen before. Results do not depend on it.");
     module.def("run", &run, py::arg("key"), py::arg("arguments"), py::kw_only(), py::arg("seed") = 0, py::arg("thread_order") = "forward", py::arg("block_order") = "forward",
                py::arg("yield_probability") = 0.0, py::arg("mutation") = py::none(), py::arg("offsets") = py::dict(),
                "Runs a kernel of the catalogue in the emulator. `offsets` moves named arrays by so many elements off their 256-byte alignment; `mutation` breaks the kernel at a named place.");

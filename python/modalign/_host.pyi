@@ -78,6 +78,9 @@ def launch_counts() -> dict[str, int]:
 def mutations(key: str) -> list[str]:
     """Places of this kernel's seeded mutations that runs have passed so far."""
 
+def use_context_switch(name: Literal["x86-64", "ucontext"]) -> str:
+    """Choose how runs switch between threads, and say what was chosen before. Results do not depend on it."""
+
 def run(
     key: str,
     arguments: Mapping[str, Any],
