@@ -48,7 +48,7 @@ def paired_gram_volume(
     normalize : False, True or "root"
         True: unit vectors first (zero stays zero, zero gradient). "root": ``V ** (1 / number present)``; not together with ``squared``.
     eps : float, optional
-        Bounds the gradient near zero as in `gram_volume`. Default 1e-12, for float64 1e-24.
+        Taken so that calls look like `gram_volume`; it changes nothing, ``V L^-T Q`` is bounded without.
 
     Returns
     -------

@@ -108,9 +108,10 @@ class BadInput:
 class OpCase:
     """One op and everything that is promised about it. The battery tests the yes and the no of every declaration.
 
-    call        the public function; reference: the same signature in plain differentiable torch, trusted in float64; formula: the plain-torch
-    formula people use,
-                run in the tested dtype, whose error is the yardstick (None: the reference itself)
+    call        the public function
+    reference   the same signature in plain differentiable torch, trusted in float64
+    formula     the plain-torch formula people use, run in the tested dtype: its error is added to what is allowed. Options that it does not take
+                are compared without it; None: never
     samples     representative calls: ragged sizes, options, masks
     tiny        calls small enough for finite differences in float64
     sized       a call whose sizes grow with n (also odd n), for one-graph, determinism, vmap, export and checkpoint
