@@ -1,4 +1,4 @@
-"""Shared fixtures: a fixed seed for each test, and warnings that are errors where they would hide something."""
+"""Shared fixtures: a fixed seed for each test."""
 
 import pytest
 import torch
