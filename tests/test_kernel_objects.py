@@ -1,0 +1,124 @@
+"""Facts of the compiled GPU code, read from the cubins inside `_C.so`: registers, stack frames (where spills go), and which instructions the main loops consist of."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "python" / "modalign"
+VOLUME_KERNELS = 72          # instances of csrc/cuda/gram_volume.cuh: 18 for each of four dtypes
+REGISTERS = 65536            # of a multiprocessor
+CUDA_MACHINE = 190           # e_machine of a cubin
+
+# Low twelve bits of the 128-bit instruction words of sm_80 ... sm_90.
+OPCODES = {0x223: "FFMA", 0x22B: "DFMA", 0x23C: "HMMA", 0x83B: "LDSM", 0xFAE: "LDGSTS", 0x387: "STL", 0x983: "LDL", 0xB1D: "BAR"}
+
+
+class Kernel:
+    def __init__(self, name, code, registers, frame):
+        self.name, self.registers, self.frame = name, registers, frame
+        self.opcodes = [OPCODES.get(word & 0xFFF) for (word,) in struct.iter_unpack("<Q8x", code)]
+        self.is_tile = "TileWalk" in name
+        self.threads = 256 if self.is_tile else 128
+
+    def count(self, opcode):
+        return self.opcodes.count(opcode)
+
+    def main_loop(self):
+        """The instructions of one slab of the product: what lies between the first and the last of its multiply-adds, where they lie closest together."""
+        opcode, per_slab = ("HMMA", self.count("HMMA")) if self.count("HMMA") else ("DFMA", 8 * 16) if "FmaBackendId" in self.name else ("FFMA", 8 * 64)
+        at = [i for i, o in enumerate(self.opcodes) if o == opcode]
+        assert len(at) >= per_slab > 0, self.name
+        begin = min(range(len(at) - per_slab + 1), key=lambda i: at[i + per_slab - 1] - at[i])
+        return self.opcodes[at[begin] : at[begin + per_slab - 1] + 1]
+
+
+def strings(table, offset):
+    return table[offset : table.index(b"\0", offset)].decode()
+
+
+def attributes(data):
+    """(attribute, value) of an .nv.info section."""
+    at = 0
+    while at < len(data):
+        form, attribute, size = struct.unpack_from("<BBH", data, at)
+        at += 4
+        if form == 4:
+            yield attribute, data[at : at + size]
+            at += size
+
+
+def cubins(path):
+    """[(sm, {name: Kernel})] of a shared library or object."""
+    data = path.read_bytes()
+    found, at = [], -1
+    while (at := data.find(b"\x7fELF", at + 1)) >= 0:
+        header = struct.unpack_from("<16sHHIQQQIHHHHHH", data, at)
+        if header[2] != CUDA_MACHINE:
+            continue
+        sections = [struct.unpack_from("<IIQQQQIIQQ", data, at + header[6] + i * header[11]) for i in range(header[12])]
+        content = [data[at + s[4] : at + s[4] + s[5]] if s[1] != 8 else b"" for s in sections]
+        names = [strings(content[header[13]], s[0]) for s in sections]
+        symbols, table = content[names.index(".symtab")], content[names.index(".strtab")]
+        symbol = [strings(table, struct.unpack_from("<I", symbols, i)[0]) for i in range(0, len(symbols), 24)]
+        registers, frames = {}, {}
+        for attribute, value in attributes(content[names.index(".nv.info")]):
+            if attribute in (0x2F, 0x11):
+                index, number = struct.unpack("<II", value)
+                (registers if attribute == 0x2F else frames)[symbol[index]] = number
+        kernels = {}
+        for name, code in zip(names, content):
+            if name.startswith(".text."):
+                name = name.removeprefix(".text.")
+                kernels[name] = Kernel(name, code, registers[name], frames.get(name, 0))
+        found.append((header[7] >> 8 & 0xFF, kernels))
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    if json.loads((PACKAGE / "_build.json").read_text())["cuda"] is None:
+        pytest.skip("this build was made without nvcc")
+    return cubins(PACKAGE / "_C.so")
+
+
+def test_every_target_holds_every_instance(compiled):
+    targets = json.loads((PACKAGE / "_build.json").read_text())["cuda_targets"]
+    assert len(compiled) == len([target for target in targets if not target.endswith("-virtual")])
+    for sm, kernels in compiled:
+        assert 80 <= sm <= 90
+        assert len([name for name in kernels if "modalign_kernel" in name]) == VOLUME_KERNELS
+
+
+def test_registers_allow_the_planned_blocks(compiled):
+    for _, kernels in compiled:
+        for kernel in kernels.values():
+            blocks = 3 if not kernel.is_tile else 1 if "MmaBackendI13__nv_bfloat16Li2E" in kernel.name else 2
+            assert kernel.registers <= 255 and kernel.registers * kernel.threads * blocks <= REGISTERS, (kernel.name, kernel.registers)
+
+
+def test_nothing_is_spilled_in_main_loops(compiled):
+    for _, kernels in compiled:
+        for kernel in kernels.values():
+            assert kernel.frame <= 32, (kernel.name, kernel.frame)   # a few words of an epilogue or of the one-warp kernels
+            if kernel.is_tile:
+                loop = kernel.main_loop()
+                assert "LDL" not in loop and "STL" not in loop, kernel.name
+
+
+def test_main_loops_are_multiply_adds(compiled):
+    """Tensor-core products: HMMA fed by ldmatrix and asynchronous copies. Ordinary ones: at least four multiply-adds of five instructions (double: two of three)."""
+    for _, kernels in compiled:
+        for kernel in kernels.values():
+            if not kernel.is_tile:
+                continue
+            loop = kernel.main_loop()
+            if "MmaBackend" in kernel.name:
+                products = 3 if "Li2E" in kernel.name else 1
+                assert kernel.count("HMMA") == 32 * products and kernel.count("LDSM") > 0 and kernel.count("LDGSTS") > 0, kernel.name
+                assert kernel.count("FFMA") < 4096
+            elif "FmaBackendId" in kernel.name:
+                assert loop.count("DFMA") / len(loop) > 0.6, (kernel.name, loop.count("DFMA") / len(loop))
+            else:
+                assert loop.count("FFMA") / len(loop) > 0.8, (kernel.name, loop.count("FFMA") / len(loop))
