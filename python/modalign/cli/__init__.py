@@ -12,7 +12,7 @@ REMEDY = "modalign: this command needs the package '{}', which is not installed.
 def main() -> None:
     """Run `modalign …`. Without the optional packages `modalign info` still works, and everything else says what to install."""
     try:
-        from .app import app
+        from .commands import app
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in {"typer", "rich", "click"}:
             raise
@@ -27,7 +27,7 @@ def main() -> None:
 def __getattr__(name: str) -> object:
     # `from modalign.cli import app` needs typer, `main` must not: it is what reports that typer is missing.
     if name == "app":
-        from .app import app
+        from .commands import app
 
         return app
     raise AttributeError(f"module 'modalign.cli' has no attribute '{name}'")

@@ -80,14 +80,15 @@ def write_run(folder: Path, experiment: Experiment, results: dict) -> list[Path]
 
     split = experiment.dataset.splits(0)
     extra = {"dataset": experiment.dataset.name, "split_seed": 0, "mean_r10": results["rows"]["trained"]["mean_r10_by_seed"][0]}
-    experiment.model.save_pretrained(folder / MODEL_FOLDER, extra=extra)
-    write_json(folder / "results.json", results)
     figures = {"curves.png": png(curves_figure(experiment))}
     if experiment.dataset.sheet is not None:
         figures["retrieved.png"] = png(retrieved_figure(experiment, split.test))
+    page = html_report(results, figures).encode()  # everything is made before anything is written
+    experiment.model.save_pretrained(folder / MODEL_FOLDER, extra=extra)
+    write_json(folder / "results.json", results)
     for name, content in figures.items():
         write_bytes(folder / name, content)
-    write_bytes(folder / "report.html", html_report(results, figures).encode())
+    write_bytes(folder / "report.html", page)
     return [folder / name for name in (MODEL_FOLDER, "results.json", *figures, "report.html")]
 
 
@@ -110,7 +111,7 @@ def tables(results: dict) -> list[Table]:
     """One table per pair of directions."""
     made = []
     for pair in direction_pairs(results):
-        table = Table(title="   |   ".join(pair), title_justify="left")
+        table = Table(title="   |   ".join(pair), title_justify="left", min_width=60)
         table.add_column("row", no_wrap=True)
         for _ in pair:
             for heading in ("R@1", "R@5", "R@10", "median"):

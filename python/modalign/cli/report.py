@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .experiment import Experiment
 
-__all__ = ["contact_sheet", "curves_figure", "html_report", "png", "retrieved_figure"]
+__all__ = ["contact_sheet", "curves_figure", "html_report", "markdown_table", "png", "retrieved_figure"]
 
 COLOURS = {"trained": "#1b6ca8", "trained_random": "#c8553d"}
 LABELS = {"chance": "chance", "untrained": "untrained", "cca": "CCA", "start": "start", "trained": "trained", "trained_random": "trained, random start"}
@@ -69,7 +69,7 @@ def retrieved_figure(experiment: Experiment, test: Tensor) -> Figure:
     with torch.no_grad():
         embedded = model.embed({name: data.modalities[name][test] for name in (query_name, picture_name)})
     chosen = torch.linspace(0, len(test) - 1, min(SHOWN_QUERIES, len(test))).round().long()
-    order = (embedded[query_name][chosen] @ embedded[picture_name].T).argsort(1, descending=True, stable=True)[:, :SHOWN_RESULTS]
+    order = (embedded[query_name][chosen] @ embedded[picture_name].T).argsort(dim=1, descending=True, stable=True)[:, :SHOWN_RESULTS]
     figure = Figure(figsize=(1.25 * (SHOWN_RESULTS + 2), 1.35 * len(chosen)), layout="constrained")
     grid = figure.subplots(len(chosen), SHOWN_RESULTS + 2, squeeze=False, width_ratios=[1.6] + [1] * (SHOWN_RESULTS + 1))
     for line, position in enumerate(chosen.tolist()):
@@ -106,6 +106,20 @@ def contact_sheet(data: Any, items: list[int], scores: list[float], title: str) 
         else:
             axes.axis("off")
     return figure
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """The table as documentation quotes it: `python -m modalign.cli.report results.json`."""
+    from .align import cells, direction_pairs
+
+    blocks = []
+    for pair in direction_pairs(results):
+        lines = ["| row | " + " | ".join(f"{direction} {heading}" for direction in pair for heading in ("R@1", "R@5", "R@10", "median")) + " |"]
+        lines.append("|---|" + "---:|" * (4 * len(pair)))
+        for row, figures in results["rows"].items():
+            lines.append(f"| {LABELS[row]} | " + " | ".join(cell for direction in pair for cell in cells(figures["directions"][direction])) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -154,3 +168,11 @@ def html_report(results: dict[str, Any], figures: dict[str, bytes]) -> str:
     environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     parts.append(f"</table><p class=note>{escape(environment)}. Data: {escape(data['licence'])}.</p></html>")
     return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    import json
+    import sys
+    from pathlib import Path
+
+    print(markdown_table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

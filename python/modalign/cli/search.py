@@ -41,7 +41,8 @@ def search(
     items, scores = find(GramAligner.from_pretrained(folder), dataset, query, top)
     from .report import contact_sheet, png
 
-    table = Table(title=f'"{query}" among {len(dataset)} pictures of {dataset.name}', title_justify="left")
+    console.print(f'"{query}" among {len(dataset)} pictures of {dataset.name}', markup=False, highlight=False)
+    table = Table()
     for heading, side in (("", "right"), ("name", "left"), ("cosine", "right")):
         table.add_column(heading, justify=side)
     for place, (item, score) in enumerate(zip(items, scores, strict=True), 1):

@@ -85,9 +85,10 @@ class AlignmentHead(nn.Module):
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(()))
         self.dropout = dropout
-        self.linear = nn.Linear(features, width)
-        self.branch_in = nn.Linear(features, hidden) if hidden else None
-        self.branch_out = nn.Linear(hidden, width) if hidden else None
+        # Layers are filled below from the given generator; the default filling would use up the caller's random numbers.
+        self.linear = nn.utils.skip_init(nn.Linear, features, width)
+        self.branch_in = nn.utils.skip_init(nn.Linear, features, hidden) if hidden else None
+        self.branch_out = nn.utils.skip_init(nn.Linear, hidden, width) if hidden else None
         with torch.no_grad():
             for layer in (self.linear, self.branch_in):
                 if layer is not None:
@@ -116,6 +117,7 @@ class GramAligner(nn.Module):
     columns with the diagonal as target. The volume alone is blind to sign: antiparallel vectors have volume 0 too, and cosine retrieval suffers;
     the pairwise term settles it.
 
+    >>> import torch
     >>> model = GramAligner(GramAlignerConfig({"picture": 6, "text": 5}, width=4, hidden=0), seed=0)
     >>> out = model({"picture": torch.randn(8, 6), "text": torch.randn(8, 5)})
     >>> out.embeddings["text"].shape, out.loss.shape

@@ -49,9 +49,14 @@ class TrainingHistory:
     best_step: int = 0
 
 
-def validation_score(embeddings: Mapping[str, Tensor], groups: Tensor) -> float:
-    """What choices are made by: mean R@10 over all ordered pairs of modalities, with mean R@1 to settle near ties (weight 1/10)."""
+def validation_score(embeddings: Mapping[str, Tensor], groups: Tensor, volume: Tensor | None = None) -> float:
+    """What choices are made by: mean R@10 over all ordered pairs of modalities, with mean R@1 to settle near ties (weight 1/10).
+
+    Given the volume matrix [B, B] of three or more modalities, both its directions count like a pair's: a model is meant to be good at the joint score too.
+    """
     found = [retrieval(embeddings[a] @ embeddings[b].T, query_groups=groups) for a, b in permutations(embeddings, 2)]
+    if volume is not None:
+        found += [retrieval(v, query_groups=groups, larger_is_better=False) for v in (volume, volume.T)]
     return math.fsum(f.r10 + 0.1 * f.r1 for f in found) / len(found)
 
 
@@ -112,7 +117,9 @@ def fit_aligner(
         if validation is not None:
             model.eval()
             with torch.no_grad():
-                history.evaluated[step] = validation_score(model.embed(validation[0]), validation[1])
+                embeddings = model.embed(validation[0])
+                volume = model.volume(embeddings) if len(embeddings) > 2 else None  # of two, the volume is the cosine over again
+                history.evaluated[step] = validation_score(embeddings, validation[1], volume)
             if history.evaluated[step] > history.evaluated.get(history.best_step, -1.0):
                 history.best_step = step
 
