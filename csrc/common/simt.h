@@ -18,9 +18,10 @@
 ///         }
 ///     };
 ///
-/// A host function `plan(problem)` returns a LaunchPlan. `launch(kernel, plan, stream)` runs it on a GPU (nvcc builds); `emulator.run(kernel, plan, options)` in
-/// csrc/host/simt_host.h runs the same struct with the same plan on the CPU, one fiber per thread, and reports races, bad addresses, reads of memory that nobody
-/// wrote, divergent barriers and missing lanes. All memory goes through `Shared<T>` and `Global<T>`: raw pointers inside them on the device, checked on the host.
+/// A host function `plan(problem)` returns a LaunchPlan. `launch(kernel, plan, stream)` runs it on a GPU (nvcc builds); `emulator.run(kernel, plan,
+/// options)` in csrc/host/simt_host.h runs the same struct with the same plan on the CPU, one fiber per thread, and reports races, bad addresses,
+/// reads of memory that nobody wrote, divergent barriers and missing lanes. All memory goes through `Shared<T>` and `Global<T>`: raw pointers inside
+/// them on the device, checked on the host.
 ///
 /// What ordinary C++ in a kernel must respect so that both compilers read it alike:
 ///  * `float v = s[i];`, never `auto v = s[i];` (on the host `s[i]` is a reference object that reads again each time);
@@ -33,9 +34,10 @@
 ///     if (!MODALIGN_MUTATION("drop the barrier after the load")) barrier();
 ///     const int last = MODALIGN_MUTATION("store one row too many") ? rows + 1 : rows;
 ///
-/// nvcc builds see the literal `false` and no trace of the name. On the host the expression is true only while the emulator runs with exactly this mutation
-/// switched on for this kernel (`_host.run(key, arguments, mutation=name)`), and every place that a run passes is remembered: `_host.mutations(key)` lists them.
-/// Names are unique within the code that one kernel can reach; code shared by kernels (a tile loop) marks its places once, for all of them.
+/// nvcc builds see the literal `false` and no trace of the name. On the host the expression is true only while the emulator runs with exactly this
+/// mutation switched on for this kernel (`_host.run(key, arguments, mutation=name)`), and every place that a run passes is remembered:
+/// `_host.mutations(key)` lists them. Names are unique within the code that one kernel can reach; code shared by kernels (a tile loop) marks its
+/// places once, for all of them.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +57,11 @@
 #define MODALIGN_HOST_DEVICE inline
 #define MODALIGN_UNROLL
 #define MODALIGN_NO_UNROLL
-#define MODALIGN_MUTATION(name) ([]() -> bool { static ::modalign::simt::Mutation& place = ::modalign::simt::Mutation::place(name); return place.visit(); }())
+#define MODALIGN_MUTATION(name)                                                             \
+    ([]() -> bool {                                                                         \
+        static ::modalign::simt::Mutation& place = ::modalign::simt::Mutation::place(name); \
+        return place.visit();                                                               \
+    }())
 #endif
 
 namespace modalign::simt {
@@ -111,8 +117,12 @@ template <>
 MODALIGN_DEVICE f16 from_float<f16>(float x) { return __float2half_rn(x); }
 
 /// Two 16-bit numbers in one register, the first in the low half: the operand form of mma_16816.
-MODALIGN_DEVICE std::uint32_t pack_two(bf16 low, bf16 high) { return std::uint32_t(__bfloat16_as_ushort(low)) | std::uint32_t(__bfloat16_as_ushort(high)) << 16; }
-MODALIGN_DEVICE std::uint32_t pack_two(f16 low, f16 high) { return std::uint32_t(__half_as_ushort(low)) | std::uint32_t(__half_as_ushort(high)) << 16; }
+MODALIGN_DEVICE std::uint32_t pack_two(bf16 low, bf16 high) {
+    return std::uint32_t(__bfloat16_as_ushort(low)) | std::uint32_t(__bfloat16_as_ushort(high)) << 16;
+}
+MODALIGN_DEVICE std::uint32_t pack_two(f16 low, f16 high) {
+    return std::uint32_t(__half_as_ushort(low)) | std::uint32_t(__half_as_ushort(high)) << 16;
+}
 template <class T>
 MODALIGN_DEVICE T unpack_low(std::uint32_t two);
 template <class T>
@@ -241,21 +251,27 @@ MODALIGN_DEVICE T shuffle_down(T value, int delta) { return __shfl_down_sync(0xf
 MODALIGN_DEVICE std::uint32_t warp_ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 
 // ------------------------------------------------------------------------------------------------------ asynchronous copy
-/// Copies `valid_bytes` (0 … 16) from global to shared memory and zero-fills the rest of the 16 bytes; both addresses are 16-byte aligned.
-/// The data may be read after copy_async_wait by the issuing thread, and by others after a barrier that follows it. Nothing is read when valid_bytes is 0.
+/// Copies `valid_bytes` (0 … 16) from global to shared memory and zero-fills the rest of the 16 bytes; both addresses are 16-byte aligned. The data
+/// may be read after copy_async_wait by the issuing thread, and by others after a barrier that follows it. Nothing is read when valid_bytes is 0.
 template <class T>
-MODALIGN_DEVICE void copy_async_16(Shared<T> target, int target_index, Global<const std::type_identity_t<T>> source, std::int64_t source_index, int valid_bytes = 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(detail::shared_address(target.pointer() + target_index)), "l"(source.pointer() + source_index), "r"(valid_bytes)
+MODALIGN_DEVICE void copy_async_16(Shared<T> target, int target_index, Global<const std::type_identity_t<T> > source, std::int64_t source_index,
+                                   int valid_bytes = 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(detail::shared_address(target.pointer() + target_index)),
+                 "l"(source.pointer() + source_index), "r"(valid_bytes)
                  : "memory");
 }
 template <class T>
-MODALIGN_DEVICE void copy_async_8(Shared<T> target, int target_index, Global<const std::type_identity_t<T>> source, std::int64_t source_index, int valid_bytes = 8) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(detail::shared_address(target.pointer() + target_index)), "l"(source.pointer() + source_index), "r"(valid_bytes)
+MODALIGN_DEVICE void copy_async_8(Shared<T> target, int target_index, Global<const std::type_identity_t<T> > source, std::int64_t source_index,
+                                  int valid_bytes = 8) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(detail::shared_address(target.pointer() + target_index)),
+                 "l"(source.pointer() + source_index), "r"(valid_bytes)
                  : "memory");
 }
 template <class T>
-MODALIGN_DEVICE void copy_async_4(Shared<T> target, int target_index, Global<const std::type_identity_t<T>> source, std::int64_t source_index, int valid_bytes = 4) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(detail::shared_address(target.pointer() + target_index)), "l"(source.pointer() + source_index), "r"(valid_bytes)
+MODALIGN_DEVICE void copy_async_4(Shared<T> target, int target_index, Global<const std::type_identity_t<T> > source, std::int64_t source_index,
+                                  int valid_bytes = 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(detail::shared_address(target.pointer() + target_index)),
+                 "l"(source.pointer() + source_index), "r"(valid_bytes)
                  : "memory");
 }
 /// Closes a group: all copies of this thread since the last commit.

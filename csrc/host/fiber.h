@@ -1,8 +1,8 @@
 /// @file fiber.h
 /// @brief Fibers of one OS thread: the scheduler switches to a fiber, the fiber switches back.
 ///
-/// On x86-64 a switch is a dozen instructions; the portable way, swapcontext (two system calls), is compiled everywhere and can be chosen, so that it is tested where
-/// the fast one exists. AddressSanitizer is told about every switch.
+/// On x86-64 a switch is a dozen instructions; the portable way, swapcontext (two system calls), is compiled everywhere and can be chosen, so that it
+/// is tested where the fast one exists. AddressSanitizer is told about every switch.
 #pragma once
 
 #include <sys/mman.h>

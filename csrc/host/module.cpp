@@ -76,7 +76,8 @@ py::dict Run::outputs() const {
         for (std::size_t g = 0; g < array.shadow.size(); ++g)
             if (array.shadow[g].state == simt::Shadow::uninitialised) {
                 const std::string address = array.address(g << array.granule_shift);
-                throw Report("unwritten_output", key_, {0, 0, 0}, 0, address, "the run is over and " + address + " has not been written by any block");
+                throw Report("unwritten_output", key_, {0, 0, 0}, 0, address,
+                             "the run is over and " + address + " has not been written by any block");
             }
         py::array copy(output.dtype, output.shape);
         std::memcpy(copy.mutable_data(), array.data, array.bytes);
@@ -117,11 +118,12 @@ Order order(const std::string& name, const char* argument) {
     throw py::value_error(std::string("run: ") + argument + " must be 'forward', 'reverse' or 'random', got '" + name + "'");
 }
 
-RunResult run(const std::string& key, py::dict arguments, std::uint64_t seed, const std::string& thread_order, const std::string& block_order, double yield_probability,
-              const std::optional<std::string>& mutation, py::dict offsets) {
+RunResult run(const std::string& key, py::dict arguments, std::uint64_t seed, const std::string& thread_order, const std::string& block_order,
+              double yield_probability, const std::optional<std::string>& mutation, py::dict offsets) {
     const auto entry = catalogue().find(key);
     if (entry == catalogue().end()) throw py::key_error("run: no kernel is called '" + key + "'");
-    if (!(yield_probability >= 0.0 && yield_probability <= 1.0)) throw py::value_error("run: yield_probability must be between 0 and 1, got " + std::to_string(yield_probability));
+    if (!(yield_probability >= 0.0 && yield_probability <= 1.0))
+        throw py::value_error("run: yield_probability must be between 0 and 1, got " + std::to_string(yield_probability));
     Options options;
     options.seed = seed;
     options.thread_order = order(thread_order, "thread_order");
@@ -137,7 +139,8 @@ RunResult run(const std::string& key, py::dict arguments, std::uint64_t seed, co
         launched = launched || record.plan.key == key;
         launches.append(describe(record));
     }
-    if (mutation && !Mutation::exists_anywhere(*mutation)) throw py::value_error("run: mutation must be a place of some kernel, got '" + *mutation + "'");
+    if (mutation && !Mutation::exists_anywhere(*mutation))
+        throw py::value_error("run: mutation must be a place of some kernel, got '" + *mutation + "'");
     if (!launched) throw std::logic_error("run: the entry '" + key + "' launched no kernel of that key");
     return {one.outputs(), std::move(launches), one.mutation_reached()};
 }
@@ -164,7 +167,8 @@ py::dict kernels() {
 
 std::string use_context_switch(const std::string& name) {
     const std::string before = simt::Fiber::fast_switch ? "x86-64" : "ucontext";
-    if (name != "ucontext" && !(name == "x86-64" && simt::kHasFastSwitch)) throw py::value_error("use_context_switch: name must be 'ucontext' or, on such a machine, 'x86-64', got '" + name + "'");
+    if (name != "ucontext" && !(name == "x86-64" && simt::kHasFastSwitch))
+        throw py::value_error("use_context_switch: name must be 'ucontext' or, on such a machine, 'x86-64', got '" + name + "'");
     simt::Fiber::fast_switch = name == "x86-64";
     return before;
 }
@@ -214,12 +218,16 @@ PYBIND11_MODULE(_host, module) {
 
     module.def("build_info", &build_info, "Facts about how this module was built.");
     module.def("kernels", &kernels, "The catalogue: key -> {family, threads, tags}.");
-    module.def("launch_counts", [] { return launch_counts(); }, "How often each key has been launched with at least one block since the module was loaded.");
+    module.def(
+        "launch_counts", [] { return launch_counts(); }, "How often each key has been launched with at least one block since the module was loaded.");
     module.def("mutations", &mutations, py::arg("key"), "Places of this kernel's seeded mutations that runs have passed so far.");
-    module.def("use_context_switch", &use_context_switch, py::arg("name"), "Chooses how runs switch between threads, 'x86-64' or 'ucontext', and says what was chosen before. Results do not depend on it.");
-    module.def("run", &run, py::arg("key"), py::arg("arguments"), py::kw_only(), py::arg("seed") = 0, py::arg("thread_order") = "forward", py::arg("block_order") = "forward",
-               py::arg("yield_probability") = 0.0, py::arg("mutation") = py::none(), py::arg("offsets") = py::dict(),
-               "Runs a kernel of the catalogue in the emulator. `offsets` moves named arrays by so many elements off their 256-byte alignment; `mutation` breaks the kernel at a named place.");
+    module.def("use_context_switch", &use_context_switch, py::arg("name"),
+               "Chooses how runs switch between threads, 'x86-64' or 'ucontext', and says what was chosen before. Results do not depend on it.");
+    module.def("run", &run, py::arg("key"), py::arg("arguments"), py::kw_only(), py::arg("seed") = 0, py::arg("thread_order") = "forward",
+               py::arg("block_order") = "forward", py::arg("yield_probability") = 0.0, py::arg("mutation") = py::none(),
+               py::arg("offsets") = py::dict(),
+               "Runs a kernel of the catalogue in the emulator. `offsets` moves named arrays by so many elements off their 256-byte alignment; "
+               "`mutation` breaks the kernel at a named place.");
     for (const auto add : bindings()) add(module);
 }
 

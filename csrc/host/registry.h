@@ -1,8 +1,8 @@
 /// @file registry.h
 /// @brief How a kernel family enters the catalogue of `_host`, and how its kernels are run on numpy arrays.
 ///
-/// A family's file registers one entry per compiled instance. The function of an entry takes its arguments from a Run, asks the family's own `plan` for the
-/// launch, and runs it; the very same .cuh and plan that the .cu file compiles:
+/// A family's file registers one entry per compiled instance. The function of an entry takes its arguments from a Run, asks the family's own `plan`
+/// for the launch, and runs it; the very same .cuh and plan that the .cu file compiles:
 ///
 ///     void run_scale(Run& run) {
 ///         const std::int64_t n = run.shape("x")[0];
@@ -33,7 +33,8 @@ namespace py = pybind11;
 /// One call of `_host.run`: the arguments from Python, the emulated global memory, the launches done.
 class Run {
 public:
-    Run(std::string key, py::dict arguments, py::dict offsets, simt::Options options) : key_(std::move(key)), arguments_(std::move(arguments)), offsets_(std::move(offsets)), options_(std::move(options)) {}
+    Run(std::string key, py::dict arguments, py::dict offsets, simt::Options options)
+        : key_(std::move(key)), arguments_(std::move(arguments)), offsets_(std::move(offsets)), options_(std::move(options)) {}
 
     /// Key of the entry that was asked for.
     const std::string& key() const { return key_; }

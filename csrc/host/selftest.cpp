@@ -36,15 +36,18 @@ struct RotateKernel {
         }
         const float result = ring[t];
         if (MODALIGN_MUTATION("leave one output unwritten") && t == 3) return;
-        target[base + t + (MODALIGN_MUTATION("store past the end") ? 1 : 0)] = result + (MODALIGN_MUTATION("load before the start") ? source[base + t - 1] : 0.0f);
+        target[base + t + (MODALIGN_MUTATION("store past the end") ? 1 : 0)] =
+            result + (MODALIGN_MUTATION("load before the start") ? source[base + t - 1] : 0.0f);
     }
 };
 
 void run_rotate(Run& run) {
     const std::vector<std::int64_t> shape = run.shape("x");
     const int rounds = static_cast<int>(run.integer("rounds"));
-    const unsigned shared_bytes = run.has("shared_bytes") ? static_cast<unsigned>(run.integer("shared_bytes")) : RotateKernel::kThreads * sizeof(float);
-    run.launch(RotateKernel{run.input<float>("x"), run.output<float>("y", shape), rounds}, {{static_cast<unsigned>(shape[0]), 1, 1}, RotateKernel::kThreads, shared_bytes, "selftest_rotate"});
+    const unsigned shared_bytes =
+        run.has("shared_bytes") ? static_cast<unsigned>(run.integer("shared_bytes")) : RotateKernel::kThreads * sizeof(float);
+    run.launch(RotateKernel{run.input<float>("x"), run.output<float>("y", shape), rounds},
+               {{static_cast<unsigned>(shape[0]), 1, 1}, RotateKernel::kThreads, shared_bytes, "selftest_rotate"});
 }
 const Registration kRotate({.key = "selftest_rotate", .family = "selftest", .run = run_rotate, .threads = RotateKernel::kThreads, .tags = {}});
 
@@ -91,7 +94,8 @@ struct WarpKernel {
 template <class T>
 void run_warp(Run& run) {
     using Kernel = WarpKernel<T>;
-    const Kernel kernel{run.input<T>("x"), run.output<T>("sum", {2}), run.output<T>("neighbour", {Kernel::kThreads}), run.output<bool>("positive", {Kernel::kThreads}), run.output<std::uint32_t>("votes", {2})};
+    const Kernel kernel{run.input<T>("x"), run.output<T>("sum", {2}), run.output<T>("neighbour", {Kernel::kThreads}),
+                        run.output<bool>("positive", {Kernel::kThreads}), run.output<std::uint32_t>("votes", {2})};
     run.launch(kernel, {{1, 1, 1}, Kernel::kThreads, Kernel::kThreads * sizeof(T), run.key().c_str()});
 }
 const Registration kWarpFloat({.key = "selftest_warp_f32", .family = "selftest", .run = run_warp<float>, .threads = 64, .tags = {}});
@@ -140,9 +144,11 @@ void run_sum(Run& run) {
     const std::int64_t blocks = run.shape("x")[0];
     float* partial = run.workspace<float>("partial", blocks);
     float* total = run.output<float>("total", {1});
-    const PartialSumKernel first{run.input<float>("x"), run.workspace<float>("scratch", blocks * PartialSumKernel::kThreads), partial, static_cast<int>(blocks)};
+    const PartialSumKernel first{run.input<float>("x"), run.workspace<float>("scratch", blocks * PartialSumKernel::kThreads), partial,
+                                 static_cast<int>(blocks)};
     // Without the first launch the second one reads words that nobody wrote.
-    if (!run.has("skip_first") || !run.flag("skip_first")) run.launch(first, {{static_cast<unsigned>(blocks), 1, 1}, PartialSumKernel::kThreads, 0, "selftest_partial_sum"});
+    if (!run.has("skip_first") || !run.flag("skip_first"))
+        run.launch(first, {{static_cast<unsigned>(blocks), 1, 1}, PartialSumKernel::kThreads, 0, "selftest_partial_sum"});
     run.launch(TotalSumKernel{partial, total, static_cast<int>(blocks)}, {{1, 1, 1}, TotalSumKernel::kThreads, 0, "selftest_total_sum"});
 }
 const Registration kPartialSum({.key = "selftest_partial_sum", .family = "selftest", .run = run_sum, .threads = 32, .tags = {}});
@@ -184,7 +190,8 @@ struct PipelineKernel {
 
 void run_pipeline(Run& run) {
     const std::int64_t n = run.shape("x")[0];
-    run.launch(PipelineKernel{run.input<float>("x"), run.output<float>("y", {n}), static_cast<int>(n)}, {{1, 1, 1}, PipelineKernel::kThreads, 2 * PipelineKernel::kTile * sizeof(float), "selftest_pipeline"});
+    run.launch(PipelineKernel{run.input<float>("x"), run.output<float>("y", {n}), static_cast<int>(n)},
+               {{1, 1, 1}, PipelineKernel::kThreads, 2 * PipelineKernel::kTile * sizeof(float), "selftest_pipeline"});
 }
 const Registration kPipeline({.key = "selftest_pipeline", .family = "selftest", .run = run_pipeline, .threads = 32, .tags = {}});
 
@@ -232,10 +239,12 @@ struct LoadMatrixKernel {
 
 template <bool Transposed>
 void run_load_matrix(Run& run) {
-    run.launch(LoadMatrixKernel<Transposed>{run.input<f16>("x"), run.output<std::uint32_t>("registers", {32, 4})}, {{1, 1, 1}, 32, 512, run.key().c_str()});
+    run.launch(LoadMatrixKernel<Transposed>{run.input<f16>("x"), run.output<std::uint32_t>("registers", {32, 4})},
+               {{1, 1, 1}, 32, 512, run.key().c_str()});
 }
 const Registration kLoadMatrix({.key = "selftest_load_matrix", .family = "selftest", .run = run_load_matrix<false>, .threads = 32, .tags = {}});
-const Registration kLoadMatrixTransposed({.key = "selftest_load_matrix_transposed", .family = "selftest", .run = run_load_matrix<true>, .threads = 32, .tags = {}});
+const Registration kLoadMatrixTransposed(
+    {.key = "selftest_load_matrix_transposed", .family = "selftest", .run = run_load_matrix<true>, .threads = 32, .tags = {}});
 
 /// d[m, n] = sum over k of a[m, k] b: a 16×16 tile per warp, b given as [N, K], or as [K, N] through the transposing load.
 template <class T, bool Transposed>
@@ -259,7 +268,9 @@ struct MatmulKernel {
         float sum[2][4] = {};
         for (int k = 0; k < K; k += 16) {
             store_pack(a_tile, tile_row * 16 + tile_half, load_pack<8>(left, (row + tile_row) * K + k + tile_half));
-            store_pack(b_tile, tile_row * 16 + tile_half, load_pack<8>(right, Transposed ? (k + tile_row) * std::int64_t(N) + column + tile_half : (column + tile_row) * K + k + tile_half));
+            store_pack(
+                b_tile, tile_row * 16 + tile_half,
+                load_pack<8>(right, Transposed ? (k + tile_row) * std::int64_t(N) + column + tile_half : (column + tile_row) * K + k + tile_half));
             warp_barrier();
             std::uint32_t ra[4], rb[4];
             load_matrix_x4(ra, a_tile, MODALIGN_MUTATION("matrices of a in the wrong order") ? by_column : by_register);
@@ -283,13 +294,16 @@ struct MatmulKernel {
 template <class T, bool Transposed>
 void run_matmul(Run& run) {
     const std::int64_t M = run.shape("a")[0], K = run.shape("a")[1], N = run.shape("b")[Transposed ? 1 : 0];
-    const MatmulKernel<T, Transposed> kernel{run.input<T>("a"), run.input<T>("b"), run.output<float>("d", {M, N}), static_cast<int>(N), static_cast<int>(K)};
+    const MatmulKernel<T, Transposed> kernel{run.input<T>("a"), run.input<T>("b"), run.output<float>("d", {M, N}), static_cast<int>(N),
+                                             static_cast<int>(K)};
     run.launch(kernel, {{static_cast<unsigned>(N / 16), static_cast<unsigned>(M / 16), 1}, 32, 1024, run.key().c_str()});
 }
 const Registration kMatmulBf16({.key = "selftest_matmul_bf16", .family = "selftest", .run = run_matmul<bf16, false>, .threads = 32, .tags = {}});
 const Registration kMatmulF16({.key = "selftest_matmul_f16", .family = "selftest", .run = run_matmul<f16, false>, .threads = 32, .tags = {}});
-const Registration kMatmulTransposedBf16({.key = "selftest_matmul_transposed_bf16", .family = "selftest", .run = run_matmul<bf16, true>, .threads = 32, .tags = {}});
-const Registration kMatmulTransposedF16({.key = "selftest_matmul_transposed_f16", .family = "selftest", .run = run_matmul<f16, true>, .threads = 32, .tags = {}});
+const Registration kMatmulTransposedBf16(
+    {.key = "selftest_matmul_transposed_bf16", .family = "selftest", .run = run_matmul<bf16, true>, .threads = 32, .tags = {}});
+const Registration kMatmulTransposedF16(
+    {.key = "selftest_matmul_transposed_f16", .family = "selftest", .run = run_matmul<f16, true>, .threads = 32, .tags = {}});
 
 // --------------------------------------------------------------------------------------------------------- random programs
 /// Each thread obeys its column of a table of commands: for comparing the reports with a brute-force happens-before over whole programs.

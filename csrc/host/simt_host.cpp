@@ -24,11 +24,17 @@ std::string text(const std::source_location& where) {
 
 // ================================================================================================================ reports
 Report::Report(std::string kind_, std::string kernel_, const unsigned (&block_)[3], int thread_, std::string address_, const std::string& message)
-    : std::runtime_error(kind_ + " in " + kernel_ + ", block (" + std::to_string(block_[0]) + ", " + std::to_string(block_[1]) + ", " + std::to_string(block_[2]) + "), thread " +
-                         std::to_string(thread_) + ": " + message),
-      kind(std::move(kind_)), kernel(std::move(kernel_)), block{block_[0], block_[1], block_[2]}, thread(thread_), address(std::move(address_)) {}
+    : std::runtime_error(kind_ + " in " + kernel_ + ", block (" + std::to_string(block_[0]) + ", " + std::to_string(block_[1]) + ", " +
+                         std::to_string(block_[2]) + "), thread " + std::to_string(thread_) + ": " + message),
+      kind(std::move(kind_)),
+      kernel(std::move(kernel_)),
+      block{block_[0], block_[1], block_[2]},
+      thread(thread_),
+      address(std::move(address_)) {}
 
-void Emulator::fail(const char* kind, const std::string& address, const std::string& message, int thread) const { throw Report(kind, record_.plan.key, block_, thread, address, message); }
+void Emulator::fail(const char* kind, const std::string& address, const std::string& message, int thread) const {
+    throw Report(kind, record_.plan.key, block_, thread, address, message);
+}
 
 void Emulator::fail_uninitialised(const Allocation& array, std::size_t granule) const {
     const std::string address = array.address(granule << array.granule_shift);
@@ -37,22 +43,28 @@ void Emulator::fail_uninitialised(const Allocation& array, std::size_t granule) 
 
 void Emulator::fail_copying(const Allocation& array, std::size_t granule, const Shadow& s) const {
     const std::string address = array.address(granule << array.granule_shift);
-    fail("copy_not_waited", address, "reads " + address + " while the copy that thread " + std::to_string(s.write_thread) + " started has not been waited for");
+    fail("copy_not_waited", address,
+         "reads " + address + " while the copy that thread " + std::to_string(s.write_thread) + " started has not been waited for");
 }
 
-void Emulator::fail_race(const Allocation& array, std::size_t granule, const char* does, const char* did, std::uint32_t other_block, std::uint16_t other_thread) const {
+void Emulator::fail_race(const Allocation& array, std::size_t granule, const char* does, const char* did, std::uint32_t other_block,
+                         std::uint16_t other_thread) const {
     const std::string address = array.address(granule << array.granule_shift);
-    std::string other = other_block == Shadow::kManyBlocks ? "several blocks" : other_thread == Shadow::kMany ? "several threads" : "thread " + std::to_string(other_thread);
+    std::string other = other_block == Shadow::kManyBlocks ? "several blocks"
+                        : other_thread == Shadow::kMany    ? "several threads"
+                                                           : "thread " + std::to_string(other_thread);
     if (other_block != block_number_ && other_block != Shadow::kManyBlocks) {
         const std::uint32_t linear = other_block - first_block_, x = record_.plan.grid[0], y = record_.plan.grid[1];
         other += " of block (" + std::to_string(linear % x) + ", " + std::to_string(linear / x % y) + ", " + std::to_string(linear / x / y) + ")";
     }
-    fail(array.is_shared ? "race_shared" : "race_global", address, std::string(does) + " " + address + ", which " + other + " " + did + " with no barrier between");
+    fail(array.is_shared ? "race_shared" : "race_global", address,
+         std::string(does) + " " + address + ", which " + other + " " + did + " with no barrier between");
 }
 
 void Emulator::fail_outside_shared(int byte_offset, int count, int element_bytes, std::int64_t first, int elements) const {
     fail("out_of_bounds_shared", "shared byte " + std::to_string(byte_offset + first * element_bytes),
-         "element " + std::to_string(first < 0 ? first : first + elements - 1) + " of an array of " + std::to_string(count) + " elements at shared byte " + std::to_string(byte_offset));
+         "element " + std::to_string(first < 0 ? first : first + elements - 1) + " of an array of " + std::to_string(count) +
+             " elements at shared byte " + std::to_string(byte_offset));
 }
 
 // ============================================================================================================== mutations
@@ -129,15 +141,19 @@ void Emulator::check_alignment(const Allocation& array, std::size_t offset, std:
     const std::size_t beyond = (array.is_shared ? offset : reinterpret_cast<std::uintptr_t>(array.data) + offset) % alignment;
     if (beyond != 0)
         fail("misaligned", array.address(offset),
-             "an access of " + std::to_string(alignment) + " bytes to " + array.address(offset) + ", which lies " + std::to_string(beyond) + " bytes past a multiple of that");
+             "an access of " + std::to_string(alignment) + " bytes to " + array.address(offset) + ", which lies " + std::to_string(beyond) +
+                 " bytes past a multiple of that");
 }
 
 void Emulator::check_shared_array(int byte_offset, int count, int element_bytes) const {
     const std::int64_t end = byte_offset + std::int64_t{count} * element_bytes;
     const std::string address = "shared byte " + std::to_string(byte_offset);
     if (byte_offset < 0 || count < 0 || end > std::int64_t{record_.plan.shared_bytes})
-        fail("out_of_bounds_shared", address, "an array from " + address + " to " + std::to_string(end) + ", but the launch gives " + std::to_string(record_.plan.shared_bytes) + " bytes");
-    if (byte_offset % element_bytes != 0) fail("misaligned", address, "an array of " + std::to_string(element_bytes) + "-byte elements at " + address);
+        fail("out_of_bounds_shared", address,
+             "an array from " + address + " to " + std::to_string(end) + ", but the launch gives " + std::to_string(record_.plan.shared_bytes) +
+                 " bytes");
+    if (byte_offset % element_bytes != 0)
+        fail("misaligned", address, "an array of " + std::to_string(element_bytes) + "-byte elements at " + address);
 }
 
 std::size_t Emulator::offset_in(const Allocation* array, const void* pointer, std::int64_t shift_bytes, std::size_t bytes) const {
@@ -155,7 +171,8 @@ std::size_t Emulator::offset_in(const Allocation* array, const void* pointer, st
 bool Emulator::follows_write(const Shadow& s, std::uint16_t thread) const {
     if (s.write_block < first_block_) return true;
     if (s.write_block != block_number_) return false;
-    return s.write_epoch != epoch_ || s.write_thread == thread || (s.write_thread / kWarpSize == thread_->index / kWarpSize && s.write_warp_epoch != warp_->epoch);
+    return s.write_epoch != epoch_ || s.write_thread == thread ||
+           (s.write_thread / kWarpSize == thread_->index / kWarpSize && s.write_warp_epoch != warp_->epoch);
 }
 
 /// Whether reads of this block leave the granule open to a race with a write by this thread.
@@ -169,7 +186,8 @@ void Emulator::note_read(Allocation& array, std::size_t offset, std::size_t byte
     for (std::size_t g = offset >> array.granule_shift, last = (offset + bytes - 1) >> array.granule_shift; g <= last; ++g) {
         Shadow& s = array.shadow[g];
         if (s.state == Shadow::uninitialised) fail_uninitialised(array, g);
-        if (!follows_write(s, reader)) fail_race(array, g, "reads", s.state == Shadow::copying ? "is copying to" : "wrote", s.write_block, s.write_thread);
+        if (!follows_write(s, reader))
+            fail_race(array, g, "reads", s.state == Shadow::copying ? "is copying to" : "wrote", s.write_block, s.write_thread);
         if (s.state == Shadow::copying) fail_copying(array, g, s);
         stamp_read(s, reader);
     }
@@ -180,7 +198,8 @@ void Emulator::note_write(Allocation& array, std::size_t offset, std::size_t byt
         Shadow& s = array.shadow[g];
         if (s.state == Shadow::copying) fail_race(array, g, "writes", "is copying to", s.write_block, s.write_thread);
         if (s.state == Shadow::ready && !follows_write(s, this_thread())) fail_race(array, g, "writes", "wrote", s.write_block, s.write_thread);
-        if (s.read_block == Shadow::kManyBlocks ? s.read_epoch == first_block_ : s.read_block >= first_block_ && (s.read_block != block_number_ || read_races(s)))
+        if (s.read_block == Shadow::kManyBlocks ? s.read_epoch == first_block_
+                                                : s.read_block >= first_block_ && (s.read_block != block_number_ || read_races(s)))
             fail_race(array, g, "writes", "read", s.read_block, s.read_thread);
         stamp_write(s, state);
     }
@@ -223,7 +242,8 @@ void Emulator::stamp_read(Shadow& s, std::uint16_t thread) const {
 
 // ------------------------------------------------------------------------------------------------------ asynchronous copy
 void Emulator::copy_async(std::size_t target, Allocation* source, const void* pointer, std::int64_t shift_bytes, int bytes, int valid_bytes) {
-    if (valid_bytes < 0 || valid_bytes > bytes) fail("out_of_bounds_global", "", "an asynchronous copy of " + std::to_string(valid_bytes) + " of " + std::to_string(bytes) + " bytes");
+    if (valid_bytes < 0 || valid_bytes > bytes)
+        fail("out_of_bounds_global", "", "an asynchronous copy of " + std::to_string(valid_bytes) + " of " + std::to_string(bytes) + " bytes");
     access(shared_, target, bytes);
     note_write(shared_, target, bytes, Shadow::copying);
     std::size_t from = 0;
@@ -244,7 +264,8 @@ void Emulator::copy_async_wait(int pending) {
     if (finished <= 0) return;
     for (const std::size_t end = self.groups[finished - 1]; self.landed < end; ++self.landed) {
         const Copy& copy = self.copies[self.landed];
-        for (std::size_t g = copy.target >> shared_.granule_shift; g <= (copy.target + copy.bytes - 1) >> shared_.granule_shift; ++g) stamp_write(shared_.shadow[g], Shadow::ready);
+        for (std::size_t g = copy.target >> shared_.granule_shift; g <= (copy.target + copy.bytes - 1) >> shared_.granule_shift; ++g)
+            stamp_write(shared_.shadow[g], Shadow::ready);
         std::memset(shared_.data + copy.target, 0, copy.bytes);
         if (copy.valid_bytes == 0) continue;
         note_read(*copy.source, copy.source_offset, copy.valid_bytes, this_thread());   // the source had to stay as it was all the while
@@ -257,7 +278,8 @@ void Emulator::copy_async_wait(int pending) {
 void Emulator::barrier(const std::source_location& where) {
     Thread& self = *thread_;
     if (waiting_at_barrier_ == 0) barrier_location_ = where;
-    if (!same(barrier_location_, where)) fail("divergent_barrier", "", "waits at " + text(where) + " while another thread waits at " + text(barrier_location_));
+    if (!same(barrier_location_, where))
+        fail("divergent_barrier", "", "waits at " + text(where) + " while another thread waits at " + text(barrier_location_));
     self.where = where;
     self.state = Thread::at_barrier;
     if (++waiting_at_barrier_ < static_cast<int>(record_.plan.threads)) return self.fiber->suspend();
@@ -342,7 +364,8 @@ void Emulator::load_matrix_x4(std::uint32_t (&r)[4], std::size_t address, bool t
         for (int l = 0; l < kWarpSize; ++l) {
             thread_ = &threads_[caller->index / kWarpSize * kWarpSize + l];   // whose address it is
             check_alignment(shared_, lanes[l]->address, kRowBytes);
-            note_read(shared_, lanes[l]->address, kRowBytes, Shadow::kMany);   // the data goes to other lanes, so even what lane l wrote must be ordered by a barrier
+            // The data goes to other lanes, so even what lane l wrote itself must be ordered by a barrier.
+            note_read(shared_, lanes[l]->address, kRowBytes, Shadow::kMany);
             std::memcpy(matrix[l / 8][l % 8], shared_.data + lanes[l]->address, kRowBytes);
         }
         thread_ = caller;
@@ -518,12 +541,16 @@ void Emulator::fail_stuck() const {
         for (int i = thread.index / kWarpSize * kWarpSize; i < (thread.index / kWarpSize + 1) * kWarpSize; ++i)
             if (threads_[i].state != Thread::in_collective)
                 fail(warp.kind == Collective::warp_barrier ? "divergent_barrier" : "shuffle_mask", "",
-                     std::string("waits in ") + name(warp.kind) + " at " + text(warp.where) + " while thread " + std::to_string(i) + " of its warp " + elsewhere(threads_[i]), thread.index);
+                     std::string("waits in ") + name(warp.kind) + " at " + text(warp.where) + " while thread " + std::to_string(i) + " of its warp " +
+                         elsewhere(threads_[i]),
+                     thread.index);
     }
     for (const Thread& thread : threads_)
         for (const Thread& other : threads_)
             if (thread.state == Thread::at_barrier && other.state != Thread::at_barrier)
-                fail("divergent_barrier", "", "waits in barrier at " + text(thread.where) + " while thread " + std::to_string(other.index) + " " + elsewhere(other), thread.index);
+                fail("divergent_barrier", "",
+                     "waits in barrier at " + text(thread.where) + " while thread " + std::to_string(other.index) + " " + elsewhere(other),
+                     thread.index);
     throw std::logic_error("the emulator is stuck without a reason");
 }
 

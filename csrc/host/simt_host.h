@@ -1,18 +1,18 @@
 /// @file simt_host.h
 /// @brief The emulator behind common/simt.h: runs a kernel on the CPU, one fiber per CUDA thread, and reports what a GPU would leave undefined.
 ///
-/// Blocks run one after another in a chosen order; the threads of a block are resumed in a chosen order, each until it waits (barrier, collective) or is made to
-/// yield at random. Everything is drawn from one seed, so a run can be repeated exactly. Whether two accesses race does not depend on the interleaving that
-/// happened: every granule of shared and global memory remembers who wrote and who read it, and at which *epoch*. `barrier()` begins a new epoch of the block,
-/// `warp_barrier()` a new epoch of the warp, and only these order accesses of different threads:
+/// Blocks run one after another in a chosen order; the threads of a block are resumed in a chosen order, each until it waits (barrier, collective) or
+/// is made to yield at random. Everything is drawn from one seed, so a run can be repeated exactly. Whether two accesses race does not depend on the
+/// interleaving that happened: every granule of shared and global memory remembers who wrote and who read it, and at which *epoch*. `barrier()`
+/// begins a new epoch of the block, `warp_barrier()` a new epoch of the warp, and only these order accesses of different threads:
 ///
 ///     ordered(earlier, now)  =  same thread,  or  same block and an older block epoch,  or  same warp and an older warp epoch
 ///
-/// Because barriers take the whole block and the whole warp, this is the happens-before relation exactly, without vector clocks. Accesses of different blocks of
-/// one launch are never ordered; accesses of an earlier launch always are. The first broken rule ends the run with a Report.
+/// Because barriers take the whole block and the whole warp, this is the happens-before relation exactly, without vector clocks. Accesses of
+/// different blocks of one launch are never ordered; accesses of an earlier launch always are. The first broken rule ends the run with a Report.
 ///
-/// Limits: two 1-byte writes into one 2-byte granule of a 2-byte array would be taken for a race (shared arrays of 1-byte elements are refused); a block that waits
-/// for another one through memory would wait forever: such kernels are outside the subset.
+/// Limits: two 1-byte writes into one 2-byte granule of a 2-byte array would be taken for a race (shared arrays of 1-byte elements are refused); a
+/// block that waits for another one through memory would wait forever: such kernels are outside the subset.
 #pragma once
 
 #include <cmath>
@@ -113,8 +113,9 @@ inline double absolute(double x) { return std::fabs(x); }
 /// A rule of the device broken by a kernel; ends the run.
 struct Report : std::runtime_error {
     Report(std::string kind, std::string kernel, const unsigned (&block)[3], int thread, std::string address, const std::string& message);
-    std::string kind;      ///< race_shared, race_global, out_of_bounds_shared, out_of_bounds_global, uninitialised_shared, uninitialised_global, unwritten_output,
-                           ///< misaligned, divergent_barrier, shuffle_mask, copy_not_waited
+    /// race_shared, race_global, out_of_bounds_shared, out_of_bounds_global, uninitialised_shared, uninitialised_global, unwritten_output, misaligned,
+    /// divergent_barrier, shuffle_mask, copy_not_waited
+    std::string kind;
     std::string kernel;    ///< key of the launch
     unsigned block[3];
     int thread;
@@ -146,7 +147,8 @@ struct Shadow {
     std::uint32_t write_block = 0;
     std::uint32_t write_epoch = 0;
     std::uint32_t write_warp_epoch = 0;
-    // The reads that a write of this block could still race with: one thread, several of one warp, or several warps of one block epoch; or several blocks of a launch.
+    // The reads that a write of this block could still race with: one thread, several of one warp, or several warps of one block epoch; or several
+    // blocks of a launch.
     std::uint32_t read_block = 0;
     std::uint32_t read_epoch = 0;        // with kManyBlocks: the first block of the launch
     std::uint32_t read_warp_epoch = 0;
@@ -236,7 +238,8 @@ public:
 
     template <class Kernel>
     LaunchRecord run(const Kernel& kernel, const LaunchPlan& plan, const Options& options) {
-        if (plan.threads != unsigned(Kernel::kThreads)) throw std::logic_error(std::string(plan.key) + ": the plan's block size is not the kernel's kThreads");
+        if (plan.threads != unsigned(Kernel::kThreads))
+            throw std::logic_error(std::string(plan.key) + ": the plan's block size is not the kernel's kThreads");
         return run(plan, options, &kernel, [](const void* self) { (*static_cast<const Kernel*>(self))(); });
     }
     /// Mutation places that launches of each key have passed so far.
@@ -317,11 +320,14 @@ private:
     void stamp_write(Shadow& s, Shadow::State state) const;
     std::uint16_t this_thread() const { return static_cast<std::uint16_t>(thread_->index); }
 
-    [[noreturn]] void fail(const char* kind, const std::string& address, const std::string& message) const { fail(kind, address, message, thread_->index); }
+    [[noreturn]] void fail(const char* kind, const std::string& address, const std::string& message) const {
+        fail(kind, address, message, thread_->index);
+    }
     [[noreturn]] void fail(const char* kind, const std::string& address, const std::string& message, int thread) const;
     [[noreturn]] void fail_uninitialised(const Allocation& array, std::size_t granule) const;
     [[noreturn]] void fail_copying(const Allocation& array, std::size_t granule, const Shadow& s) const;
-    [[noreturn]] void fail_race(const Allocation& array, std::size_t granule, const char* does, const char* did, std::uint32_t other_block, std::uint16_t other_thread) const;
+    [[noreturn]] void fail_race(const Allocation& array, std::size_t granule, const char* does, const char* did, std::uint32_t other_block,
+                                std::uint16_t other_thread) const;
     [[noreturn]] void fail_stuck() const;
 
     LaunchRecord run(const LaunchPlan& plan, const Options& options, const void* kernel, void (*body)(const void*));
@@ -522,18 +528,22 @@ template <class T>
 T shuffle_down(T value, int delta, std::source_location where = std::source_location::current()) {
     return detail::shuffle_from(value, lane() + delta < kWarpSize ? lane() + delta : lane(), where);
 }
-inline std::uint32_t warp_ballot(bool predicate, std::source_location where = std::source_location::current()) { return emulator.ballot(predicate, where); }
+inline std::uint32_t warp_ballot(bool predicate, std::source_location where = std::source_location::current()) {
+    return emulator.ballot(predicate, where);
+}
 
 // ====================================================================================================== asynchronous copy
 namespace detail {
 template <int Bytes, class T>
 void copy_async(Shared<T> target, int target_index, Global<const T> source, std::int64_t source_index, int valid_bytes) {
-    emulator.copy_async(target.address(target_index, Bytes / static_cast<int>(sizeof(T))), source.array(), source.bound_pointer(), source.shift_bytes(source_index), Bytes, valid_bytes);
+    emulator.copy_async(target.address(target_index, Bytes / static_cast<int>(sizeof(T))), source.array(), source.bound_pointer(),
+                        source.shift_bytes(source_index), Bytes, valid_bytes);
 }
 }  // namespace detail
 
 template <class T>
-void copy_async_16(Shared<T> target, int target_index, Global<const std::type_identity_t<T>> source, std::int64_t source_index, int valid_bytes = 16) {
+void copy_async_16(Shared<T> target, int target_index, Global<const std::type_identity_t<T>> source, std::int64_t source_index,
+                   int valid_bytes = 16) {
     detail::copy_async<16, T>(target, target_index, source, source_index, valid_bytes);
 }
 template <class T>
@@ -562,7 +572,8 @@ void load_matrix_x4_transposed(std::uint32_t (&r)[4], Shared<T> view, int row_st
     emulator.load_matrix_x4(r, view.address(row_start, 8), true, where);
 }
 template <class T>
-void mma_16816(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], T, std::source_location where = std::source_location::current()) {
+void mma_16816(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], T,
+               std::source_location where = std::source_location::current()) {
     static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>, "the operands of mma are bf16 or f16");
     emulator.mma_16816<T>(d, a, b, where);
 }

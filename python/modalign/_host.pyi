@@ -94,8 +94,8 @@ def run(
 ) -> RunResult:
     """Run a kernel of the catalogue in the emulator.
 
-    `offsets` moves named arrays by so many elements off their 256-byte alignment; `mutation` breaks the kernel at a named place. Raises KernelReport at the first
-    broken rule of the device.
+    `offsets` moves named arrays by so many elements off their 256-byte alignment; `mutation` breaks the kernel at a named place.
+    Raises KernelReport at the first broken rule of the device.
     """
 
 # The forms of the CPU tile engine on one thread; a and b are both float32 or both float64.
