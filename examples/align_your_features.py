@@ -27,7 +27,9 @@ def made_up(items: int = 400, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 if len(sys.argv) == 3:
-    features = {name: torch.from_numpy(np.load(path, allow_pickle=False)).float() for name, path in zip(("first", "second"), sys.argv[1:], strict=True)}
+    features = {
+        name: torch.from_numpy(np.load(path, allow_pickle=False)).float() for name, path in zip(("first", "second"), sys.argv[1:], strict=True)
+    }
 else:
     features = made_up()
 

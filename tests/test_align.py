@@ -326,7 +326,12 @@ def test_three_modalities(tmp_path):
     result = runner.invoke(app, ["align", "furniture-mini", "--seeds", "1", "--steps", "10", "--out", str(tmp_path)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert set(rows["trained"]["directions"]) >= {"text → points", "points → text", "picture → others, joint (volume)", "others → picture, joint (sum of cosines)"}
+    assert set(rows["trained"]["directions"]) >= {
+        "text → points",
+        "points → text",
+        "picture → others, joint (volume)",
+        "others → picture, joint (sum of cosines)",
+    }
     assert rows["cca"]["mean_r10"] > 0.5
     assert "joint (volume)" in result.output
 
@@ -391,7 +396,8 @@ def test_search_without_the_encoder_says_how_to_get_it(run, monkeypatch):
 
 
 def test_an_interrupted_run_leaves_no_file(tmp_path):
-    code = "from modalign.cli import main; import sys; sys.argv = ['modalign', 'align', 'emoji-mini', '--steps', '100000', '--out', sys.argv[1]]; print('go', flush=True); main()"
+    code = "import sys; from modalign.cli import main; sys.argv = ['modalign', 'align', 'emoji-mini', '--steps', '100000', '--out', sys.argv[1]]; "
+    code += "print('go', flush=True); main()"
     # A child of a shell in the background may ignore SIGINT; a terminal's child does not.
     child = subprocess.Popen(
         [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " + code, str(tmp_path / "out")],

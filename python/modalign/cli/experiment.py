@@ -66,7 +66,9 @@ def training_plans(steps: int, batch: int) -> dict[str, TrainingConfig]:
     return {"trained": from_solution, "trained_random": replace(from_solution, learning_rate=2e-3, affine_rate=1.0)}
 
 
-def directions(embeddings: Mapping[str, Tensor], groups: Tensor, volume: Callable[[Mapping[str, Tensor]], Tensor] | None = None, anchor: str = "") -> dict[str, Retrieval]:
+def directions(
+    embeddings: Mapping[str, Tensor], groups: Tensor, volume: Callable[[Mapping[str, Tensor]], Tensor] | None = None, anchor: str = ""
+) -> dict[str, Retrieval]:
     """Retrieval both ways for every pair by cosine; for three and more modalities also with the others taken together, from the anchor and back."""
     found = {f"{a} → {b}": retrieval(embeddings[a] @ embeddings[b].T, query_groups=groups) for a, b in permutations(embeddings, 2)}
     if len(embeddings) > 2 and volume is not None:
@@ -120,7 +122,9 @@ def run_experiment(
                     progress(seed, row, step)
 
             candidate = build("fit", row == "trained")
-            histories[row] = fit_aligner(candidate, fit, groups[split.fit], plan, seed=seed, validation=(validation, groups[split.validation]), progress=report)
+            histories[row] = fit_aligner(
+                candidate, fit, groups[split.fit], plan, seed=seed, validation=(validation, groups[split.validation]), progress=report
+            )
             best = histories[row].best_step
             models[row] = build("train", row == "trained")
             fit_aligner(models[row], train, groups[split.train], plan, seed=seed, stop_after=best, progress=report)
@@ -156,7 +160,10 @@ def summary(experiment: Experiment, command: str) -> dict[str, Any]:
         for direction in first:
             figures = [result.table[row][direction].as_dict() for result in experiment.seeds]
             by_direction[direction] = {
-                key: {"mean": statistics.fmean(f[key] for f in figures), "std": statistics.stdev(f[key] for f in figures) if len(figures) > 1 else 0.0}
+                key: {
+                    "mean": statistics.fmean(f[key] for f in figures),
+                    "std": statistics.stdev(f[key] for f in figures) if len(figures) > 1 else 0.0,
+                }
                 for key in figures[0]
             }
         scores = [mean_r10(result.table[row]) for result in experiment.seeds]
@@ -166,7 +173,14 @@ def summary(experiment: Experiment, command: str) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "command": command,
-        "dataset": {"name": data.name, "items": len(data), "train": len(split.train), "validation": len(split.validation), "test": len(split.test), "licence": data.licence},
+        "dataset": {
+            "name": data.name,
+            "items": len(data),
+            "train": len(split.train),
+            "validation": len(split.validation),
+            "test": len(split.test),
+            "licence": data.licence,
+        },
         "model": asdict(experiment.model.config) | {"parameters": sum(p.numel() for p in experiment.model.parameters())},
         "training": {row: asdict(plan) for row, plan in experiment.training.items()},
         "rows": rows,

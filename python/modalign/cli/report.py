@@ -16,7 +16,14 @@ from .experiment import Experiment
 __all__ = ["contact_sheet", "curves_figure", "html_report", "markdown_table", "png", "retrieved_figure"]
 
 COLOURS = {"trained": "#1b6ca8", "trained_random": "#c8553d"}
-LABELS = {"chance": "chance", "untrained": "untrained", "cca": "CCA", "start": "start", "trained": "trained", "trained_random": "trained, random start"}
+LABELS = {
+    "chance": "chance",
+    "untrained": "untrained",
+    "cca": "CCA",
+    "start": "start",
+    "trained": "trained",
+    "trained_random": "trained, random start",
+}
 HIT, MISS = "#2a9d4a", "#bbbbbb"
 SHOWN_QUERIES, SHOWN_RESULTS = 8, 6
 
@@ -61,7 +68,9 @@ def _short(text: str, length: int) -> str:
 
 
 def retrieved_figure(experiment: Experiment, test: Tensor) -> Figure:
-    """What the trained model of the first seed finds among the test items: text → picture. The queries are spread evenly over the test part, not picked."""
+    """What the trained model of the first seed finds among the test items: text → picture. The queries are spread evenly over the test part, not
+    picked.
+    """
     data, model = experiment.dataset, experiment.model
     query_name, picture_name = next((name for name in data.modalities if name != "picture"), ""), "picture"
     if "text" in data.modalities:
@@ -124,7 +133,8 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}tr.best{font-weight:600}img{max-width:100%}code{background:#f4f4f4;padding:.1rem .3rem}.note{color:#666}"""
+td:first-child,th:first-child{text-align:left}tr.best{font-weight:600}img{max-width:100%}
+code{background:#f4f4f4;padding:.1rem .3rem}.note{color:#666}"""
 
 
 def html_report(results: dict[str, Any], figures: dict[str, bytes]) -> str:
@@ -144,22 +154,28 @@ def html_report(results: dict[str, Any], figures: dict[str, bytes]) -> str:
         parts.append(f"<table><tr><th></th>{heads}</tr><tr><th>row</th>{'<th>R@1<th>R@5<th>R@10<th>median' * len(pair)}</tr>")
         for row, figures_of_row in results["rows"].items():
             content = "".join(f"<td>{cell}</td>" for direction in pair for cell in cells(figures_of_row["directions"][direction]))
-            parts.append(f"<tr{' class=best' if row == 'trained' else ''}><td title='{escape(figures_of_row['what'])}'>{LABELS[row]}</td>{content}</tr>")
+            parts.append(
+                f"<tr{' class=best' if row == 'trained' else ''}><td title='{escape(figures_of_row['what'])}'>{LABELS[row]}</td>{content}</tr>"
+            )
         parts.append("</table>")
     parts.append("<p class=note>" + "; ".join(f"<b>{LABELS[row]}</b>: {escape(entry['what'])}" for row, entry in results["rows"].items()) + ".</p>")
     parts.append(
-        "<p class=note>Recall in percent and median rank (1 is best) on the test part, mean ± standard deviation over seeds. A hit is any candidate of the same caption. "
+        "<p class=note>Recall in percent and median rank (1 is best) on the test part, mean ± standard deviation over seeds. "
+        "A hit is any candidate of the same caption. "
         "Steps, ridge and power were chosen on validation items; the test part was read once.</p>"
     )
     if any(seed["transductive"] for seed in results["seeds"]):
         parts.append(
-            "<p class=note>Seeds after the first are transductive: the stored features were reduced with a basis fitted on the training items of seed 0, "
+            "<p class=note>Seeds after the first are transductive: "
+            "the stored features were reduced with a basis fitted on the training items of seed 0, "
             "among which are some of their test items (without pairing).</p>"
         )
     captions = {"curves.png": "Training", "retrieved.png": "What is retrieved"}
     for name, content in figures.items():
         parts.append(f"<h2>{captions.get(name, name)}</h2><img alt='{name}' src='data:image/png;base64,{base64.b64encode(content).decode()}'>")
-    parts.append("<h2>Seeds</h2><table><tr><th>seed<th>CCA<th>steps<th>steps, random start<th>mean R@10, CCA<th>trained<th>trained, random start</tr>")
+    parts.append(
+        "<h2>Seeds</h2><table><tr><th>seed<th>CCA<th>steps<th>steps, random start<th>mean R@10, CCA<th>trained<th>trained, random start</tr>"
+    )
     for number, seed in enumerate(results["seeds"]):
         chosen = seed["chosen"]
         scores = "".join(f"<td>{100 * results['rows'][row]['mean_r10_by_seed'][number]:.1f}</td>" for row in ("cca", "trained", "trained_random"))

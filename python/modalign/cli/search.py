@@ -58,7 +58,9 @@ def find(model: GramAligner, dataset: PairedDataset, query: str, top: int) -> tu
     if not query:
         raise ValueError("WORDS must not be empty, got ''")
     if dataset.encoders.get("text") != MiniLMTextEncoder.name or "picture" not in model.config.modalities or "text" not in model.config.modalities:
-        raise ValueError(f"MODEL must align pictures with texts of {MiniLMTextEncoder.name}, got {list(model.config.modalities)} with {dataset.encoders}")
+        raise ValueError(
+            f"MODEL must align pictures with texts of {MiniLMTextEncoder.name}, got {list(model.config.modalities)} with {dataset.encoders}"
+        )
     features = dataset.bases["text"].project(MiniLMTextEncoder()([query]))
     embedded = model.embed({"text": features, "picture": dataset.modalities["picture"]})
     similarity = (embedded["text"] @ embedded["picture"].T)[0]

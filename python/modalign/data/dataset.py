@@ -186,7 +186,9 @@ def from_features(
     test = size // 4 if test_size is None else test_size
     validation = (size - test) // 6 if validation_size is None else validation_size
     if test < 1 or validation < 1 or size - test - validation < 2:
-        raise ValueError(f"from_features: test_size and validation_size must be positive and leave items to train on, got {test} and {validation} of {size}")
+        raise ValueError(
+            f"from_features: test_size and validation_size must be positive and leave items to train on, got {test} and {validation} of {size}"
+        )
     return PairedDataset(name, matrices, labels, caption_groups(labels), test, validation)
 
 

@@ -45,8 +45,8 @@ class MiniLMTextEncoder:
 
     The forward pass is written out in plain torch, so that `tokenizers` and `safetensors` are all it needs.
 
-    >>> encoder = MiniLMTextEncoder()                                 # doctest: +SKIP
-    >>> encoder(["cat", "kitten"]).shape                              # doctest: +SKIP
+    >>> encoder = MiniLMTextEncoder()
+    >>> encoder(["cat", "kitten"]).shape
     torch.Size([2, 384])
     """
 
@@ -62,7 +62,9 @@ class MiniLMTextEncoder:
             from safetensors.torch import load_file
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise EncoderUnavailable(f"encoding text needs the package '{error.name}', which is not installed. Install it with: {TEXT_REMEDY}") from error
+            raise EncoderUnavailable(
+                f"encoding text needs the package '{error.name}', which is not installed. Install it with: {TEXT_REMEDY}"
+            ) from error
         self.weights = load_file(folder / "model.safetensors")
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.enable_truncation(self.max_tokens)
@@ -87,7 +89,8 @@ class MiniLMTextEncoder:
         for layer in range(self.layers):
             key = f"encoder.layer.{layer}"
             q, k, v = (
-                self._linear(x, f"{key}.attention.self.{part}").unflatten(-1, (self.heads, size)).transpose(1, 2) for part in ("query", "key", "value")
+                self._linear(x, f"{key}.attention.self.{part}").unflatten(-1, (self.heads, size)).transpose(1, 2)
+                for part in ("query", "key", "value")
             )
             weights = (q @ k.transpose(-1, -2) / math.sqrt(size) + blocked).softmax(-1)
             mixed = (weights @ v).transpose(1, 2).flatten(-2)

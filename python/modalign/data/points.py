@@ -17,7 +17,9 @@ DISTANCE_PAIRS = 20_000
 
 
 def read_obj(text: str) -> tuple[Array, NDArray[np.int64]]:
-    """Vertices [V, 3] and triangles [F, 3] of a Wavefront OBJ. Polygons are fanned into triangles; negative indices count from the end, as the format allows."""
+    """Vertices [V, 3] and triangles [F, 3] of a Wavefront OBJ. Polygons are fanned into triangles; negative indices count from the end, as the
+    format allows.
+    """
     vertices: list[tuple[float, ...]] = []
     triangles: list[tuple[int, int, int]] = []
     for line in text.splitlines():
@@ -52,7 +54,8 @@ def unit_ball(points: Array) -> Array:
 def describe_points(points: Array, size: Array, seed: int = 0) -> NDArray[np.float32]:
     """Describe a cloud in the unit ball, y up: [DESCRIPTOR_WIDTH].
 
-    Distances between random pairs (D2 histogram), occupancy of an 8 x 8 x 8 grid, height histogram (all three as square roots of shares, so that Euclidean
+    Distances between random pairs (D2 histogram), occupancy of an 8 x 8 x 8 grid, height histogram (all three as square roots of shares, so that
+    Euclidean
     distance is the Hellinger distance), extents in the ball, and the logarithm of the true `size` (width, depth, height in cm).
     """
     random = np.random.default_rng(seed)

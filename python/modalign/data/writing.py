@@ -27,7 +27,8 @@ def require_file(root: Path, path: str, package: str) -> Path:
     found = root / path
     if not found.is_file():
         raise FileNotFoundError(
-            f"{found}: expected a file of the Debian package '{package}', got none. Unpack it with: apt-get download {package} && dpkg -x {package}_*.deb {root}"
+            f"{found}: expected a file of the Debian package '{package}', got none. "
+            f"Unpack it with: apt-get download {package} && dpkg -x {package}_*.deb {root}"
         )
     return found
 
@@ -81,10 +82,13 @@ def write_data_folder(
         "test_size": test_size,
         "validation_size": validation_size,
         "basis_seed": BASIS_SEED,
-        "modalities": {m: {"encoder": items.encoders[m], "width": int(tensors[m].shape[1]), "raw_width": int(raw.shape[1])} for m, raw in items.features.items()},
+        "modalities": {
+            m: {"encoder": items.encoders[m], "width": int(tensors[m].shape[1]), "raw_width": int(raw.shape[1])} for m, raw in items.features.items()
+        },
         "pictures": {"file": "pictures.webp", "side": picture_side, "columns": columns},
         "items": [
-            {"name": item_name, "keywords": keywords} | extra for item_name, keywords, extra in zip(items.names, items.keywords, items.extra, strict=True)
+            {"name": item_name, "keywords": keywords} | extra
+            for item_name, keywords, extra in zip(items.names, items.keywords, items.extra, strict=True)
         ],
     }
     write_json(folder / "items.json", about, indent=None)

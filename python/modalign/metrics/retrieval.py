@@ -24,7 +24,8 @@ def hit_ranks(scores: Tensor, *, query_groups: Tensor | None = None, candidate_g
     ----------
     scores : float Tensor [Q, C]
     query_groups, candidate_groups : int64 Tensors [Q] and [C], optional
-        A candidate is a hit when its group is the query's. Without them candidate i is the one hit of query i and Q must equal C. `candidate_groups` defaults
+        A candidate is a hit when its group is the query's. Without them candidate i is the one hit of query i and Q must equal C. `candidate_groups`
+        defaults
         to `query_groups`.
     larger_is_better : bool
         False for distances and volumes.
@@ -95,7 +96,9 @@ class Retrieval:
         return asdict(self)
 
 
-def retrieval(scores: Tensor, *, query_groups: Tensor | None = None, candidate_groups: Tensor | None = None, larger_is_better: bool = True) -> Retrieval:
+def retrieval(
+    scores: Tensor, *, query_groups: Tensor | None = None, candidate_groups: Tensor | None = None, larger_is_better: bool = True
+) -> Retrieval:
     """All four figures of one direction; arguments as for `hit_ranks`."""
     ranks = hit_ranks(scores, query_groups=query_groups, candidate_groups=candidate_groups, larger_is_better=larger_is_better)
     return Retrieval(recall_at_k(ranks, 1), recall_at_k(ranks, 5), recall_at_k(ranks, 10), median_rank(ranks))

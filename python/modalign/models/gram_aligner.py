@@ -113,7 +113,8 @@ class GramAligner(nn.Module):
 
     loss = CE(-V / t) + pairwise_weight * mean over pairs of CE(cos / t)
 
-    V[i, j] is the Gramian volume of the anchor's item i with the other modalities' item j (`ops.gram_volume`), CE the mean of cross-entropy over rows and
+    V[i, j] is the Gramian volume of the anchor's item i with the other modalities' item j (`ops.gram_volume`), CE the mean of cross-entropy over
+    rows and
     columns with the diagonal as target. The volume alone is blind to sign: antiparallel vectors have volume 0 too, and cosine retrieval suffers;
     the pairwise term settles it.
 
@@ -196,8 +197,16 @@ class GramAligner(nn.Module):
         target.mkdir(parents=True, exist_ok=True)
         weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(self.state_dict().items())})
         # The checksum ties the two files together: an interruption between them leaves a pair that is refused, not one that is wrong.
-        about = {"format": FORMAT_VERSION, "model": "GramAligner", "config": asdict(self.config), "weights_sha256": hashlib.sha256(weights).hexdigest()}
-        for name, content in ((WEIGHTS_FILE, weights), (CONFIG_FILE, (json.dumps(about | {"extra": dict(extra or {})}, indent=1, allow_nan=False) + "\n").encode())):
+        about = {
+            "format": FORMAT_VERSION,
+            "model": "GramAligner",
+            "config": asdict(self.config),
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        }
+        for name, content in (
+            (WEIGHTS_FILE, weights),
+            (CONFIG_FILE, (json.dumps(about | {"extra": dict(extra or {})}, indent=1, allow_nan=False) + "\n").encode()),
+        ):
             temporary = target / f".{name}.{os.getpid()}.partial"
             try:
                 temporary.write_bytes(content)

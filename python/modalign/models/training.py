@@ -52,7 +52,8 @@ class TrainingHistory:
 def validation_score(embeddings: Mapping[str, Tensor], groups: Tensor, volume: Tensor | None = None) -> float:
     """What choices are made by: mean R@10 over all ordered pairs of modalities, with mean R@1 to settle near ties (weight 1/10).
 
-    Given the volume matrix [B, B] of three or more modalities, both its directions count like a pair's: a model is meant to be good at the joint score too.
+    Given the volume matrix [B, B] of three or more modalities, both its directions count like a pair's: a model is meant to be good at the joint
+    score too.
     """
     found = [retrieval(embeddings[a] @ embeddings[b].T, query_groups=groups) for a, b in permutations(embeddings, 2)]
     if volume is not None:
@@ -95,7 +96,8 @@ def fit_aligner(
     """Train in place. The result depends on the arguments and the seed alone (and the machine's arithmetic), not on the caller's random state.
 
     stop_after : leave the loop after that many steps of the schedule (a number chosen on validation items before)
-    validation : (features, groups) looked at every `evaluate_every` steps and at step 0. The model keeps its last weights; the best step is in the history.
+    validation : (features, groups) looked at every `evaluate_every` steps and at step 0. The model keeps its last weights; the best step is in the
+    history.
     """
     history = TrainingHistory()
     total = config.steps if stop_after is None else stop_after
