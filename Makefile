@@ -6,7 +6,7 @@ HOSTS := $(CURDIR)/.venv-hosts
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := CMakeLists.txt setup.py pyproject.toml requirements.lock $(shell find csrc -type f)
 
-.PHONY: demo test test-fast test-hosts docs wheel bench clean install
+.PHONY: demo test test-hosts sanitize docs wheel bench clean install
 
 install: $(VENV)/.modalign
 
@@ -33,6 +33,11 @@ test-hosts: install
 	test -x $(HOSTS)/bin/python || $(PYTHON) -m venv $(HOSTS)
 	$(HOSTS)/bin/python -m pip install -q -r requirements-hosts.lock
 	MODALIGN_HOSTS=1 PYTHONPATH=$(CURDIR)/python $(HOSTS)/bin/python -m pytest tests/hosts tests/test_gram_volume.py -p no:cacheprovider
+
+# The emulator, the kernels in it and the CPU tile engine under AddressSanitizer. SANITIZE_TESTS= narrows it.
+SANITIZE_TESTS ?= -q tests/test_emulator.py tests/test_tile_cpu.py
+sanitize: install
+	PATH="$(RUN):$$PATH" PYTHON=$(RUN)/python tests/run_asan.sh $(SANITIZE_TESTS)
 
 docs: install
 	$(RUN)/python -m pip install -q -r requirements-docs.lock

@@ -141,7 +141,7 @@ def test_a_missing_library_names_the_remedy(monkeypatch, tmp_path):
 
 def test_headers_for_custom_epilogues_are_installed():
     include = Path(modalign.include_dir())
-    for header in ("cpu/tile.h", "cuda/tile.cuh", "common/vec.h", "common/simt.h"):
+    for header in ("cpu/tile.h", "cuda/tile.cuh", "common/vec.h", "common/simt.h", "host/simt_host.h", "host/simt_host.cpp"):
         assert (include / header).read_text() == (ROOT / "csrc" / header).read_text(), header
 
 
