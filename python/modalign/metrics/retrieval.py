@@ -25,12 +25,14 @@ def hit_ranks(scores: Tensor, *, query_groups: Tensor | None = None, candidate_g
     scores : float Tensor [Q, C]
     query_groups, candidate_groups : int64 Tensors [Q] and [C], optional
         A candidate is a hit when its group is the query's. Without them candidate i is the one hit of query i and Q must equal C. `candidate_groups`
-        defaults
-        to `query_groups`.
+        defaults to `query_groups`.
     larger_is_better : bool
         False for distances and volumes.
 
-    Raises ValueError where a score is NaN, and where a query has no hit among the candidates.
+    Raises
+    ------
+    ValueError
+        where a score is NaN, and where a query has no hit among the candidates.
     """
     if scores.dim() != 2 or not scores.is_floating_point():
         raise ValueError(f"hit_ranks: scores must be a floating-point matrix [Q, C], got {scores.dtype} {list(scores.shape)}")
