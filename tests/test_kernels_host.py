@@ -1,8 +1,8 @@
 """The CUDA kernels of the volume family and every form of the tile engine, run by the emulator with the launch plans of the device.
 
-References are float64 numpy from the definitions (QR of the stacked vectors, the triangle's cross terms), not the kernels' own formulas. An operand is first rounded to
-the kernel's dtype, so that only the kernel's arithmetic is measured. Every launch also passes the emulator's checks: races between blocks and threads, bounds,
-alignment, uninitialised words, barriers and lanes.
+References are float64 numpy from the definitions (QR of the stacked vectors, the triangle's two edges), not the kernels' own formulas. An operand is
+first rounded to the kernel's dtype, so that only the kernel's arithmetic is measured. Every launch also passes the emulator's checks: races between
+blocks and threads, bounds, alignment, uninitialised words, barriers and lanes.
 """
 
 import functools
@@ -11,12 +11,12 @@ import itertools
 import numpy as np
 import pytest
 
-_host = pytest.importorskip("modalign._host", reason="the optional module _host was not built")
+from modalign import _host
 
 DTYPES = ["f32", "f64", "f16", "bf16"]
-EPSILON = {"f32": 1.2e-7, "f64": 2.3e-16, "f16": 1.2e-7, "bf16": 1.2e-7}   # of the arithmetic, not of the storage
-# Largest deviation allowed, in units of the root mean square of the reference: what the operands' and the result's rounding can do with these sizes and with candidates
-# of condition 200.
+EPSILON = {"f32": 1.2e-7, "f64": 2.3e-16, "f16": 1.2e-7, "bf16": 1.2e-7}  # of the arithmetic, not of the storage
+# Largest deviation allowed, in units of the root mean square of the reference: what the operands' and the result's rounding can do with these sizes
+# and with candidates of condition 200.
 FORWARD = {"f32": 5e-6, "f64": 1e-13, "f16": 5e-3, "bf16": 4e-2}
 BACKWARD = {"f32": 1e-4, "f64": 5e-12, "f16": 1e-2, "bf16": 8e-2}
 SCHEDULES = {
@@ -54,14 +54,16 @@ def deviation(got, want):
     return float(np.nanmax(np.abs(got - want))) / scale
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------- references
+# ----------------------------------------------------------------------------------------------------------------------------------------- references
 
 
 def volume_reference(anchor, others, present, squared, upstream=None):
     """[N, B, D], [N, C, m, D], bool [N, C, m] -> value [N, B, C], d anchor, d others."""
     n, b, d = anchor.shape
     c, m = others.shape[1:3]
-    stack = np.concatenate([np.broadcast_to((others * present[..., None])[:, None], (n, b, c, m, d)), np.broadcast_to(anchor[:, :, None, None], (n, b, c, 1, d))], 3)
+    stack = np.concatenate(
+        [np.broadcast_to((others * present[..., None])[:, None], (n, b, c, m, d)), np.broadcast_to(anchor[:, :, None, None], (n, b, c, 1, d))], 3
+    )
     # an absent vector becomes a direction of its own, outside the space
     stack = np.concatenate([stack, np.zeros((n, b, c, m + 1, m))], -1)
     for p in range(m):
@@ -78,7 +80,8 @@ def triangle_reference(anchor, others, present, squared, upstream=None):
     """Half the volume of (a - u, u - v) and its chain rule: QR here too, for the usual difference of products loses digits."""
     n, b, d = anchor.shape
     c = others.shape[1]
-    p, q = np.broadcast_to(anchor[:, :, None] - others[:, None, :, 0], (n, b, c, d)), np.broadcast_to((others[:, :, 0] - others[:, :, 1])[:, None], (n, b, c, d))
+    p = np.broadcast_to(anchor[:, :, None] - others[:, None, :, 0], (n, b, c, d))
+    q = np.broadcast_to((others[:, :, 0] - others[:, :, 1])[:, None], (n, b, c, d))
     q_factor, r = np.linalg.qr(np.stack([q, p], -1))
     area = np.abs(np.prod(np.diagonal(r, axis1=-2, axis2=-1), -1)) / 2
     if upstream is None:
@@ -91,11 +94,11 @@ def triangle_reference(anchor, others, present, squared, upstream=None):
 REFERENCE = {"gram_volume": volume_reference, "triangle_area": triangle_reference}
 
 
-# -------------------------------------------------------------------------------------------------------------------------------------------------- pairs
+# ---------------------------------------------------------------------------------------------------------------------------------------------- pairs
 
 
 def nearly_dependent(vectors, rng):
-    """[..., m, D]: vector 1 becomes vector 0 and a small part on coordinates where vector 0 is zero, so that rounding to a short dtype keeps the small angle."""
+    """[..., m, D]: vector 1 becomes vector 0 and a small part where vector 0 is zero, so that rounding to a short dtype keeps the small angle."""
     vectors = vectors.copy()
     vectors[..., 0, ::2] = 0
     vectors[..., 1, :] = vectors[..., 0, :]
@@ -111,10 +114,11 @@ class Pairs:
         self.op, self.dtype, self.N, self.B, self.C, self.D, self.squared = op, dtype, N, B, C, D, squared
         self.m = m = 2 if op == "triangle_area" else m
         anchor, others = rng.standard_normal((N, B, D)), rng.standard_normal((N, C, m, D))
-        if near and D > m + 1:
+        if near and m + 1 < D:
             small = 0.005 if dtype == "f64" else 0.05
             for i in range(0, min(B, C), 3):
-                anchor[:, i] = others[:, i] .sum(1) + small * rng.standard_normal((N, D)) if op == "gram_volume" else others[:, i, 0] * 2 - others[:, i, 1] + small * rng.standard_normal((N, D))
+                inside = others[:, i].sum(1) if op == "gram_volume" else others[:, i, 0] * 2 - others[:, i, 1]
+                anchor[:, i] = inside + small * rng.standard_normal((N, D))
             if op == "gram_volume" and m > 1:
                 others[:, 1::5] = nearly_dependent(others[:, 1::5], rng)
         scale = 1.3 / np.sqrt(max(D, 1))
@@ -135,8 +139,16 @@ class Pairs:
         return arguments
 
     def backward_arguments(self, saved, need_anchor=True, need_others=True, workspace_bytes=1 << 26):
-        return dict(self.sizes(), anchor=encode(self.dtype, self.anchor), grad=encode(self.dtype, self.upstream), basis=saved["basis"], factor=saved["factor"],
-                    need_anchor=need_anchor, need_others=need_others, workspace_bytes=workspace_bytes)
+        return dict(
+            self.sizes(),
+            anchor=encode(self.dtype, self.anchor),
+            grad=encode(self.dtype, self.upstream),
+            basis=saved["basis"],
+            factor=saved["factor"],
+            need_anchor=need_anchor,
+            need_others=need_others,
+            workspace_bytes=workspace_bytes,
+        )
 
     def want_value(self):
         return REFERENCE[self.op](self.anchor, self.others, self.present, self.squared)
@@ -153,7 +165,7 @@ class Pairs:
     def forward_deviation(self, outputs):
         """Worst deviation over value and saved tensors, in units of what is allowed."""
         worst = deviation(decode(self.dtype, outputs["value"]), self.want_value()) / FORWARD[self.dtype]
-        if self.op == "gram_volume" and self.D >= self.m:
+        if self.op == "gram_volume" and self.m <= self.D:
             q = outputs["basis"].astype(np.float64)
             gram = q @ q.swapaxes(-1, -2)
             unit = np.eye(self.m) * self.present[..., None]
@@ -163,7 +175,7 @@ class Pairs:
         return worst
 
     def backward_deviation(self, outputs):
-        want = dict(zip(("grad_anchor", "grad_others"), self.want_gradients()))
+        want = dict(zip(("grad_anchor", "grad_others"), self.want_gradients(), strict=True))
         return max(deviation(decode(self.dtype, got), want[name]) for name, got in outputs.items()) / BACKWARD[self.dtype]
 
 
@@ -230,13 +242,29 @@ def test_strided_arrays(dtype):
     transposed = dict(anchor=encode(dtype, pairs.anchor.swapaxes(1, 2)), anchor_batch_stride=B * D, anchor_row_stride=1, anchor_element_stride=B)
     wide = np.full((2, C, 3, D), np.nan)
     wide[:, :, 1] = pairs.others[:, :, 0]
-    arguments = dict(pairs.forward_arguments(), **transposed, other0=encode(dtype, wide).reshape(-1)[D:], other0_batch_stride=C * 3 * D, other0_row_stride=3 * D,
-                     present=np.ascontiguousarray(pairs.present.transpose(2, 1, 0)), present_batch_stride=1, present_row_stride=2, present_element_stride=2 * C)
+    arguments = dict(
+        pairs.forward_arguments(),
+        **transposed,
+        other0=encode(dtype, wide).reshape(-1)[D:],
+        other0_batch_stride=C * 3 * D,
+        other0_row_stride=3 * D,
+        present=np.ascontiguousarray(pairs.present.transpose(2, 1, 0)),
+        present_batch_stride=1,
+        present_row_stride=2,
+        present_element_stride=2 * C,
+    )
     forward = pairs.forward(arguments=arguments)
     assert pairs.forward_deviation(forward.outputs) <= 1
     one = pairs.upstream[:, :1, :1]
     pairs.upstream = np.broadcast_to(one[:1], (2, B, C))
-    arguments = dict(pairs.backward_arguments(forward.outputs), **transposed, grad=encode(dtype, one[:1]), grad_batch_stride=0, grad_row_stride=0, grad_element_stride=0)
+    arguments = dict(
+        pairs.backward_arguments(forward.outputs),
+        **transposed,
+        grad=encode(dtype, one[:1]),
+        grad_batch_stride=0,
+        grad_row_stride=0,
+        grad_element_stride=0,
+    )
     assert pairs.backward_deviation(pairs.backward(forward.outputs, arguments=arguments).outputs) <= 1
 
 
@@ -251,7 +279,9 @@ def test_row_panels_and_single_gradients(op, dtype):
     assert len(panels.launches) > 2 * len(whole.launches)
     assert pairs.backward_deviation(panels.outputs) <= 1
     for need in ("grad_anchor", "grad_others"):
-        single = pairs.backward(saved, arguments=pairs.backward_arguments(saved, need_anchor=need == "grad_anchor", need_others=need == "grad_others"))
+        single = pairs.backward(
+            saved, arguments=pairs.backward_arguments(saved, need_anchor=need == "grad_anchor", need_others=need == "grad_others")
+        )
         assert list(single.outputs) == [need]
         assert single.outputs[need].tobytes() == whole.outputs[need].tobytes()
 
@@ -294,9 +324,9 @@ def test_long_vectors_stay_in_memory(dtype):
 def test_degenerate_vectors_give_zero_and_no_gradient(dtype, squared):
     pairs = Pairs("gram_volume", dtype, B=6, C=8, D=12, m=2, near=False, squared=squared)
     pairs.anchor[0, 0] = 0
-    pairs.anchor[0, 1] = pairs.others[0, 1, 0]                       # identical
-    pairs.anchor[0, 2] = -2 * pairs.others[0, 2, 1]                  # antiparallel
-    pairs.others[0, 3, 1] = pairs.others[0, 3, 0] * 2                # dependent candidate
+    pairs.anchor[0, 1] = pairs.others[0, 1, 0]  # identical
+    pairs.anchor[0, 2] = -2 * pairs.others[0, 2, 1]  # antiparallel
+    pairs.others[0, 3, 1] = pairs.others[0, 3, 0] * 2  # dependent candidate
     pairs.others[0, 4, 0] = 0
     forward = pairs.forward()
     value = decode(dtype, forward.outputs["value"])[0]
@@ -352,21 +382,21 @@ def test_absent_vectors_are_never_read_into_a_result(dtype):
 
 @pytest.mark.parametrize("delta", [1e-2, 1e-3, 1e-4])
 def test_recomputed_pairs_keep_their_digits(delta):
-    """|a|^2 - |s|^2 alone would lose the value; the direct residual in the tile does not (unit vectors at distance delta from one direction, fp32)."""
+    """|a|^2 - |s|^2 alone would lose the value, the direct residual in the tile does not: fp32 unit vectors at distance delta from one direction."""
     pairs = Pairs("gram_volume", "f32", B=9, C=9, D=64, m=2, near=False)
     rng = np.random.default_rng(5)
     common = rng.standard_normal(64)
-    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)   # noqa: E731
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     pairs.anchor = rounded("f32", unit(common + delta * rng.standard_normal((1, 9, 64))))
     pairs.others = rounded("f32", unit(common + delta * rng.standard_normal((1, 9, 2, 64))))
     want, got = pairs.want_value(), pairs.forward().outputs["value"].astype(np.float64)
     assert np.abs(got / want - 1).max() < 1e-6 / delta
     gradients = pairs.backward(pairs.forward().outputs).outputs
-    for got, want in zip((gradients["grad_anchor"], gradients["grad_others"]), pairs.want_gradients()):
+    for got, want in zip((gradients["grad_anchor"], gradients["grad_others"]), pairs.want_gradients(), strict=True):
         assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-6 / delta
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------------ paired
+# --------------------------------------------------------------------------------------------------------------------------------------------- paired
 
 
 class Paired:
@@ -402,7 +432,10 @@ class Paired:
 
     def deviation(self, forward, backward):
         value, gradient = self.want()
-        return max(deviation(decode(self.dtype, forward["value"]), value) / FORWARD[self.dtype], deviation(decode(self.dtype, backward["grad_vectors"]), gradient) / BACKWARD[self.dtype])
+        return max(
+            deviation(decode(self.dtype, forward["value"]), value) / FORWARD[self.dtype],
+            deviation(decode(self.dtype, backward["grad_vectors"]), gradient) / BACKWARD[self.dtype],
+        )
 
 
 @functools.cache
@@ -432,11 +465,14 @@ def test_paired_every_number_of_vectors(dtype, k):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_paired_edges(dtype):
     paired = Paired(dtype, N=5, D=6, k=3)
-    paired.vectors[1, 2] = paired.vectors[1, 0]           # dependent
+    paired.vectors[1, 2] = paired.vectors[1, 0]  # dependent
     paired.vectors[2, 1] = 0
     paired.vectors[4, 0, 0] = np.nan
-    paired.masked, paired.present[3] = True, False        # nothing present: the empty determinant
-    forward, backward = (decode(dtype, _host.run(f"paired_gram_volume.{which}.{dtype}", paired.arguments()).outputs[name]) for which, name in (("forward", "value"), ("backward", "grad_vectors")))
+    paired.masked, paired.present[3] = True, False  # nothing present: the empty determinant
+    forward, backward = (
+        decode(dtype, _host.run(f"paired_gram_volume.{which}.{dtype}", paired.arguments()).outputs[name])
+        for which, name in (("forward", "value"), ("backward", "grad_vectors"))
+    )
     assert forward[1] == 0 and forward[2] == 0 and forward[3] == 1 and np.isnan(forward[4]) and forward[0] > 0
     assert not backward[1:4].any() and np.isfinite(backward[0]).all() and np.isnan(backward[4]).all()
     for sizes in (dict(N=0), dict(D=0)):
@@ -446,7 +482,7 @@ def test_paired_edges(dtype):
                 assert not decode(dtype, array).any()
 
 
-# --------------------------------------------------------------------------------------------------------------------------------------------- tile forms
+# ----------------------------------------------------------------------------------------------------------------------------------------- tile forms
 
 SOURCES = {"f32": "f32", "f64": "f64", "f16": "f16", "bf16": "bf16", "bf16x2": "bf16"}
 # Largest deviation allowed, times the length of the rows and columns (absolute for a product).
@@ -472,9 +508,20 @@ class Form:
         rng = np.random.default_rng([rows, columns, depth])
         self.key, self.precision = key, key.rsplit(".", 1)[1]
         self.lines = "lines" in key
-        x, y, v = rng.standard_normal((batches, rows, depth)), rng.standard_normal((batches, columns, depth)), rng.standard_normal((batches, columns, width))
+        x, y, v = (rng.standard_normal((batches, *shape)) for shape in ((rows, depth), (columns, depth), (columns, width)))
         source = SOURCES[self.precision]
-        self.arguments = dict(batches=batches, rows=rows, columns=columns, depth=depth, pad=pad, scale=0.3, max_walks=max_walks, width=width, factor=-1.0, accumulate=accumulate)
+        self.arguments = dict(
+            batches=batches,
+            rows=rows,
+            columns=columns,
+            depth=depth,
+            pad=pad,
+            scale=0.3,
+            max_walks=max_walks,
+            width=width,
+            factor=-1.0,
+            accumulate=accumulate,
+        )
         self.real = "f64" if self.precision == "f64" else "f32"
         addend = encode(self.real, rng.standard_normal((batches, rows, columns)))
         for name, array in (("row_operand", x), ("column_operand", y)):
@@ -508,7 +555,9 @@ class Form:
 
     def deviation(self, outputs):
         if "log_sum_exp" in self.key:
-            outputs = {side: outputs[f"{side}_max"].astype(np.float64) + np.log(outputs[f"{side}_sum"].astype(np.float64)) for side in ("row", "column")}
+            outputs = {
+                side: outputs[f"{side}_max"].astype(np.float64) + np.log(outputs[f"{side}_sum"].astype(np.float64)) for side in ("row", "column")
+            }
         worst = 0.0
         for name, want in self.want.items():
             error = np.abs(outputs[name].astype(np.float64) - want) / self.allowed[name]
@@ -535,7 +584,7 @@ def test_forms_match_numpy(key, shape):
 
 @pytest.mark.parametrize("key", FORMS)
 def test_forms_padded_misaligned_and_empty(key):
-    padded = Form(key, batches=2, rows=21, columns=30, depth=24, pad=8 if "f64" not in key else 2)   # vectors still possible
+    padded = Form(key, batches=2, rows=21, columns=30, depth=24, pad=8 if "f64" not in key else 2)  # vectors still possible
     assert padded.deviation(padded.run().outputs) <= 1
     odd = Form(key, batches=2, rows=21, columns=30, depth=24, pad=3)
     assert odd.deviation(odd.run().outputs) <= 1
@@ -543,7 +592,7 @@ def test_forms_padded_misaligned_and_empty(key):
     assert misaligned.deviation(misaligned.run(offsets=dict(row_operand=1, column_operand=1, values=1, out=1), **SCHEDULES["reverse"]).outputs) <= 1
     for empty in ("rows", "columns", "depth"):
         form = Form(key, **dict(dict(batches=2, rows=6, columns=5, depth=4), **{empty: 0}))
-        if "log_sum_exp" in key and empty != "depth":   # a sum over nothing is (0, 0)
+        if "log_sum_exp" in key and empty != "depth":  # a sum over nothing is (0, 0)
             side = "column" if empty == "rows" else "row"
             outputs = form.run().outputs
             assert not outputs[f"{side}_sum"].any()
@@ -569,9 +618,13 @@ def test_statistics_for_any_number_of_slots(key, max_walks):
         assert all(outputs[name].tobytes() == first[name].tobytes() for name in outputs)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------- the whole catalogue
+# ------------------------------------------------------------------------------------------------------------------------------ the whole catalogue
 
-OWN = sorted(key for key, kernel in _host.kernels().items() if kernel["family"] in ("gram_volume", "triangle_area", "pair_product", "paired_gram_volume", "tile"))
+OWN = sorted(
+    key
+    for key, kernel in _host.kernels().items()
+    if kernel["family"] in ("gram_volume", "triangle_area", "pair_product", "paired_gram_volume", "tile")
+)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -587,16 +640,17 @@ def test_every_instance_has_run(shape):
     assert set(OWN) - seen == set()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------- mutations
+# ------------------------------------------------------------------------------------------------------------------------------------------ mutations
 
 
 # Not a multiple of the slab (8, 32), yet of the widest load, so that the fast loaders meet the edge.
 RAGGED_DEPTH = {"f32": 44, "f64": 44, "f16": 40, "bf16": 40, "bf16x2": 40}
 # Places whose breaking changes nothing that a kernel promises, and why.
 HARMLESS = {
-    ("coefficients", "tile: drop the barrier after the epilogue"),   # reached by walks of several tiles alone: the test below
-    ("log_sum_exp", "tile: drop the barrier after the epilogue"),   # this epilogue has left the tile before a barrier of its own
-    ("paired_gram_volume", "gram-schmidt: one pass only"),   # the second pass moves the volume by rounding only; `prepare` returns the basis, where it shows
+    ("coefficients", "tile: drop the barrier after the epilogue"),  # reached by walks of several tiles alone: the test below
+    ("log_sum_exp", "tile: drop the barrier after the epilogue"),  # this epilogue has left the tile before a barrier of its own
+    # the second pass moves the volume by rounding only; `prepare` returns the basis, where it shows
+    ("paired_gram_volume", "gram-schmidt: one pass only"),
 }
 
 
@@ -649,8 +703,12 @@ def test_mutation_between_the_tiles_of_a_walk(dtype):
         pairs.backward(saved, mutation="tile: drop the barrier after the epilogue")
 
 
-def test_every_kernel_that_synchronises_can_be_broken():
-    places = {key: _host.mutations(key) for key in OWN if not breakable(key)[0]() is None}
-    kinds = {key.split(".", 1)[1].rsplit(".", 1)[0] for key, names in places.items() if names}
-    assert {"forward", "coefficients", "row_terms", "column_terms", "grad_anchor", "grad_basis", "prepare", "product", "log_sum_exp", "fold_log_sum_exp", "value_product"} <= kinds
-    assert len(set(itertools.chain.from_iterable(places.values()))) >= 20
+def test_every_kernel_can_be_broken():
+    """Each kernel of the table has marked places, whatever its dtype."""
+    kernels = {}
+    for key in OWN:
+        if key.endswith((".f32", ".bf16x2")):
+            breakable(key)[0]()
+            kernels.setdefault(key.rsplit(".", 1)[0], set()).update(_host.mutations(key))
+    assert not [kernel for kernel, places in kernels.items() if not places]
+    assert len(set(itertools.chain.from_iterable(kernels.values()))) >= 25

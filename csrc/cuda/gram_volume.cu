@@ -9,30 +9,32 @@ namespace {
 
 struct StreamLaunch {
   cudaStream_t stream;
-  template <class Kernel>
-  int operator()(const Kernel& kernel, const LaunchPlan& plan) const { return static_cast<int>(launch(kernel, plan, stream)); }
+  template <class Kernel> int operator()(const Kernel& kernel, const LaunchPlan& plan) const {
+    return static_cast<int>(launch(kernel, plan, stream));
+  }
 };
 
-template <class F>
-auto with_dtype(Scalar dtype, const F& f) {
+template <class F> auto with_dtype(Scalar dtype, const F& f) {
   switch (dtype) {
-    case Scalar::f64: return f(double());
-    case Scalar::f16: return f(f16());
-    case Scalar::bf16: return f(bf16());
-    default: return f(float());
+    case Scalar::f64:
+      return f(double());
+    case Scalar::f16:
+      return f(f16());
+    case Scalar::bf16:
+      return f(bf16());
+    default:
+      return f(float());
   }
 }
 
-template <class Geometry, class Problem>
-std::int64_t forward_workspace(const Problem& problem) {
+template <class Geometry, class Problem> std::int64_t forward_workspace(const Problem& problem) {
   return with_dtype(problem.dtype, [&](auto element) {
     DeviceArena count(nullptr);
     ForwardBuffers<decltype(element)>(pair_problem(problem), count);
     return count.used();
   });
 }
-template <class Geometry, class Problem>
-int forward(const Problem& problem, const PairForward& output, void* workspace, void* stream) {
+template <class Geometry, class Problem> int forward(const Problem& problem, const PairForward& output, void* workspace, void* stream) {
   return with_dtype(problem.dtype, [&](auto element) {
     using T = decltype(element);
     const PairProblem p = pair_problem(problem);
@@ -40,9 +42,9 @@ int forward(const Problem& problem, const PairForward& output, void* workspace, 
     return run_pair_forward<Geometry, T>(p, output, ForwardBuffers<T>(p, arena), StreamLaunch{static_cast<cudaStream_t>(stream)});
   });
 }
-template <class Geometry, class Problem>
-std::int64_t bwd_workspace(const Problem& problem, std::int64_t workspace_bytes) {
-  return with_dtype(problem.dtype, [&](auto element) { return backward_workspace<Geometry, decltype(element)>(pair_problem(problem), workspace_bytes); });
+template <class Geometry, class Problem> std::int64_t bwd_workspace(const Problem& problem, std::int64_t workspace_bytes) {
+  return with_dtype(problem.dtype,
+                    [&](auto element) { return backward_workspace<Geometry, decltype(element)>(pair_problem(problem), workspace_bytes); });
 }
 template <class Geometry, class Problem>
 int backward(const Problem& problem, const PairBackward& request, void* workspace, std::int64_t workspace_size, void* stream) {
@@ -52,18 +54,22 @@ int backward(const Problem& problem, const PairBackward& request, void* workspac
     const BackwardPlan plan = choose_backward<Geometry, T>(p, workspace_size);
     if (backward_bytes<Geometry, T>(p, plan) > workspace_size) return static_cast<int>(cudaErrorInvalidValue);
     DeviceArena arena(workspace);
-    return run_pair_backward<Geometry, T>(p, request, plan, BackwardBuffers<Geometry, T>(p, plan, arena), StreamLaunch{static_cast<cudaStream_t>(stream)});
+    return run_pair_backward<Geometry, T>(p, request, plan, BackwardBuffers<Geometry, T>(p, plan, arena),
+                                          StreamLaunch{static_cast<cudaStream_t>(stream)});
   });
 }
 
-}  // namespace
+}   // namespace
 
 std::int64_t gram_volume_workspace(const GramVolumeProblem& problem) { return forward_workspace<VolumeGeometry>(problem); }
 int launch_gram_volume(const GramVolumeProblem& problem, const PairForward& output, void* workspace, void* stream) {
   return forward<VolumeGeometry>(problem, output, workspace, stream);
 }
-std::int64_t gram_volume_bwd_workspace(const GramVolumeProblem& problem, std::int64_t workspace_bytes) { return bwd_workspace<VolumeGeometry>(problem, workspace_bytes); }
-int launch_gram_volume_bwd(const GramVolumeProblem& problem, const PairBackward& request, void* workspace, std::int64_t workspace_size, void* stream) {
+std::int64_t gram_volume_bwd_workspace(const GramVolumeProblem& problem, std::int64_t workspace_bytes) {
+  return bwd_workspace<VolumeGeometry>(problem, workspace_bytes);
+}
+int launch_gram_volume_bwd(const GramVolumeProblem& problem, const PairBackward& request, void* workspace, std::int64_t workspace_size,
+                           void* stream) {
   return backward<VolumeGeometry>(problem, request, workspace, workspace_size, stream);
 }
 
@@ -71,8 +77,11 @@ std::int64_t triangle_area_workspace(const TriangleAreaProblem& problem) { retur
 int launch_triangle_area(const TriangleAreaProblem& problem, const PairForward& output, void* workspace, void* stream) {
   return forward<TriangleGeometry>(problem, output, workspace, stream);
 }
-std::int64_t triangle_area_bwd_workspace(const TriangleAreaProblem& problem, std::int64_t workspace_bytes) { return bwd_workspace<TriangleGeometry>(problem, workspace_bytes); }
-int launch_triangle_area_bwd(const TriangleAreaProblem& problem, const PairBackward& request, void* workspace, std::int64_t workspace_size, void* stream) {
+std::int64_t triangle_area_bwd_workspace(const TriangleAreaProblem& problem, std::int64_t workspace_bytes) {
+  return bwd_workspace<TriangleGeometry>(problem, workspace_bytes);
+}
+int launch_triangle_area_bwd(const TriangleAreaProblem& problem, const PairBackward& request, void* workspace, std::int64_t workspace_size,
+                             void* stream) {
   return backward<TriangleGeometry>(problem, request, workspace, workspace_size, stream);
 }
 
@@ -90,11 +99,13 @@ int launch_paired_gram_volume(const PairedGramVolumeProblem& problem, void* valu
     return run_paired_forward<T>(problem, value, PairedBuffers<T>(problem, arena), StreamLaunch{static_cast<cudaStream_t>(stream)});
   });
 }
-int launch_paired_gram_volume_bwd(const PairedGramVolumeProblem& problem, const void* grad, std::int64_t grad_stride, void* grad_vectors, void* workspace, void* stream) {
+int launch_paired_gram_volume_bwd(const PairedGramVolumeProblem& problem, const void* grad, std::int64_t grad_stride, void* grad_vectors,
+                                  void* workspace, void* stream) {
   return with_dtype(problem.dtype, [&](auto element) {
     using T = decltype(element);
     DeviceArena arena(workspace);
-    return run_paired_backward<T>(problem, grad, grad_stride, grad_vectors, PairedBuffers<T>(problem, arena), StreamLaunch{static_cast<cudaStream_t>(stream)});
+    return run_paired_backward<T>(problem, grad, grad_stride, grad_vectors, PairedBuffers<T>(problem, arena),
+                                  StreamLaunch{static_cast<cudaStream_t>(stream)});
   });
 }
 
@@ -106,4 +117,4 @@ const char* kernel_catalogue() {
 #undef MODALIGN_KEY_LINE
 }
 
-}  // namespace modalign::cuda
+}   // namespace modalign::cuda

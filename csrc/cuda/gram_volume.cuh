@@ -1,32 +1,39 @@
 /// @file gram_volume.cuh
 /// @brief Gramian volume, triangle area (all pairs) and paired volume on CUDA: kernels, launch plans, and the table of compiled instances.
 ///
-/// Maths      ops/gram_volume.h: value_ij = scale_j |e_ij|, e_ij = a_i - sum_p kappa_ijp x_jp, with two geometries for x and kappa. (GRAM, ICLR 2025; TRIANGLE, NeurIPS 2025;
-///            the whitened form is ours.)
+/// Maths      ops/gram_volume.h: value_ij = scale_j |e_ij|, e_ij = a_i - sum_p kappa_ijp x_jp, with two geometries for x and kappa. (GRAM, ICLR 2025;
+///            TRIANGLE, NeurIPS 2025; the whitened form is ours.)
 ///
-/// Forward    prepare        one warp per candidate: twice-run modified Gram-Schmidt (triangle: base length and direction) -> basis, factor, scale_j, and for half inputs a
-///                           copy of the basis rounded to the input dtype; one warp per anchor: |a_i|^2
-///            forward        tile product anchors x basis rows; a column tile holds floor(kColumns / m) candidates of m adjacent columns. The epilogue forms
-///                           r = |a|^2 - |s|^2. Where r <= theta |a|^2 the subtraction has lost its digits: the lanes of the warp together recompute that pair from the unrounded
-///                           vectors, inside the tile.
-/// Backward   prepare_bwd    scale_j from factor, |a_i|^2, the operand copies
+/// Forward    prepare       one warp per candidate: twice-run modified Gram-Schmidt (triangle: base length and direction) -> basis, factor, scale_j,
+///                          and for half inputs a copy of the basis rounded to the input dtype; one warp per anchor: |a_i|^2
+///            forward       tile product anchors x basis rows; a column tile holds floor(kColumns / m) candidates of m adjacent columns. The
+///                          epilogue forms r = |a|^2 - |s|^2. Where r <= theta |a|^2 the subtraction has lost its digits: the lanes of the warp
+///                          together recompute that pair from the unrounded vectors, inside the tile.
+/// Backward   prepare_bwd   scale_j from factor, |a_i|^2, the operand copies
 ///   then for each panel of rows (as many as the workspace holds, at most 64 tiles):
-///            coefficients   the tile product again; T = w kappa (T[panel rows, C m] in the workspace); sums of w per row and (column walk), of alpha and S = w kappa kappa^T per
-///                           candidate and (row tile). Pairs near zero get T = 0, no weight, and a bit in a mask [panel rows, column tiles, words].
-///            row_terms      one warp per row: E_i = (sum_j w_ij) a_i + sum over the row's near pairs of w e, candidates ascending
-///            grad_anchor    product: dA_I = E - T X
-///            grad_basis     product: G += T^t A_I
-///            column_terms   one warp per candidate: adds the row tiles' sums in order, then the column's near pairs (w kappa e to G, alpha), rows ascending
-///   and last grad_others    one warp per candidate: S X is taken off G, then dR_j = L^-T (alpha Q - G), or du, dv
-///            A near pair is recomputed by its row and by its column, each the only writer of what it adds to: no atomics, no list, no unbounded memory.
+///            coefficients  the tile product again; T = w kappa (T[panel rows, C m] in the workspace); sums of w per row and (column walk), of alpha
+///                          and S = w kappa kappa^T per candidate and (row tile). Pairs near zero get T = 0, no weight, and a bit in a mask
+///                          [panel rows, column tiles, words].
+///            row_terms     one warp per row: E_i = (sum_j w_ij) a_i + sum over the row's near pairs of w e, candidates ascending
+///            grad_anchor   product: dA_I = E - T X
+///            grad_basis    product: G += T^t A_I
+///            column_terms  one warp per candidate: adds the row tiles' sums in order, then the column's near pairs (w kappa e to G, alpha), rows
+///                          ascending
+///   and last grad_others   one warp per candidate: S X is taken off G, then dR_j = L^-T (alpha Q - G), or du, dv
+///            A near pair is recomputed by its row and by its column, each the only writer of what it adds to: no atomics, no list, no unbounded
+///            memory.
 /// Paired     one warp per sample: the same Gram-Schmidt over all k vectors in a workspace [N, k, D]; V = prod L_pp, dV = V L^-T Q.
 ///
-/// Numbers    f32, f64: FmaBackend in the input precision. bf16, f16 forward: one tensor-core product of the rounded operands, fp32 accumulation. Backward products: bf16 rounds T
-///            to bf16; f16 splits T, X and A into two bf16 planes (three products), for T falls below the range of f16.
-/// FLOPs      forward 2 B C m D; backward 6 B C m D (+ 2 m D times a few for each near pair). Bytes forward: operands once per tile of the other side, B C values written.
-/// Memory     workspace: (B + C) reals, half inputs: C m D halves (f16 backward: 2 (B + C m) D bf16 more), backward: the panel and, where the gradient's dtype is not real,
-///            G [C m, D] and E [panel rows, D].
-/// Order      every sum has one order fixed by the sizes (K ascending, slots ascending, near pairs ascending, warp sums by butterfly): equal bits from run to run.
+/// Numbers    f32, f64: FmaBackend in the input precision. bf16, f16 forward: one tensor-core product of the rounded operands, fp32 accumulation.
+///            Backward products: bf16 rounds T to bf16; f16 splits T, X and A into two bf16 planes (three products), for T falls below the range of
+///            f16.
+/// FLOPs      forward 2 B C m D; backward 6 B C m D (+ 2 m D times a few for each near pair). Bytes forward: operands once per tile of the other
+///            side, B C values written.
+/// Memory     workspace: (B + C) reals; half inputs: C m D halves (f16 backward: 2 (B + C m) D bf16 more); backward: the panel and, where the
+///            gradient's dtype is not real, G [C m, D] and E [panel rows, D].
+/// Order      every sum has one order fixed by the sizes (K ascending, slots ascending, near pairs ascending, warp sums by butterfly): equal bits
+///            from run to run.
+/// Registers  tiles at most 128 (two blocks of 256 threads per multiprocessor; two-plane products one block), one-warp kernels at most 168.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +44,7 @@
 namespace modalign::cuda {
 
 constexpr int kWarpKernelThreads = 128;
-constexpr int kWarpKernelBlocks = 3;                                    // at most 168 registers
+constexpr int kWarpKernelBlocks = 3;   // at most 168 registers
 constexpr int kWarpsPerBlock = kWarpKernelThreads / kWarpSize;
 constexpr int kStatisticsMax = 1 + kMaxOthers * (kMaxOthers + 1) / 2;   // alpha, then S_pq for p >= q
 constexpr std::int64_t kMaxBatches = 65535;                             // grid.z
@@ -81,23 +88,23 @@ template <class T> using GradBasisBackend = typename Arithmetic<T>::template Pro
 // The part of x that the first bf16 plane left over.
 MODALIGN_DEVICE bf16 low_part(float x) { return from_float<bf16>(x - to_float(from_float<bf16>(x))); }
 
-template <class Real> MODALIGN_HOST_DEVICE constexpr Real machine_epsilon() { return sizeof(Real) == 8 ? Real(2.220446049250313e-16) : Real(1.1920928955078125e-07f); }
+template <class Real> MODALIGN_HOST_DEVICE constexpr Real machine_epsilon() {
+  return sizeof(Real) == 8 ? Real(2.220446049250313e-16) : Real(1.1920928955078125e-07f);
+}
 
-// ------------------------------------------------------------------------------------------------------------------------------------ modified Gram-Schmidt
-// One row of D reals spread over the lanes of a warp, element d in lane d % 32: in registers where it fits, else in place in global memory.
-template <class Real>
-struct RegisterRow {
+// ------------------------------------------------------------------------------------------------------------------------------------------ modified
+// Gram-Schmidt One row of D reals spread over the lanes of a warp, element d in lane d % 32: in registers where it fits, else in place in global
+// memory.
+template <class Real> struct RegisterRow {
   static constexpr int kPieces = 128 / int(sizeof(Real));
   static constexpr std::int64_t kLongest = kPieces * kWarpSize;
   Real value[kPieces];
 
   MODALIGN_DEVICE explicit RegisterRow(Global<Real>) {}
-  template <class F>
-  MODALIGN_DEVICE void fill(std::int64_t D, const F& f) {
+  template <class F> MODALIGN_DEVICE void fill(std::int64_t D, const F& f) {
     each(D, [&](std::int64_t d, Real& v) { v = f(d); });
   }
-  template <class F>
-  MODALIGN_DEVICE void each(std::int64_t D, const F& f) {
+  template <class F> MODALIGN_DEVICE void each(std::int64_t D, const F& f) {
     MODALIGN_UNROLL
     for (int piece = 0; piece < kPieces; ++piece) {
       const int d = piece * kWarpSize + lane();
@@ -105,17 +112,14 @@ struct RegisterRow {
     }
   }
 };
-template <class Real>
-struct MemoryRow {
+template <class Real> struct MemoryRow {
   Global<Real> data;
 
   MODALIGN_DEVICE explicit MemoryRow(Global<Real> row) : data(row) {}
-  template <class F>
-  MODALIGN_DEVICE void fill(std::int64_t D, const F& f) {
+  template <class F> MODALIGN_DEVICE void fill(std::int64_t D, const F& f) {
     for (std::int64_t d = lane(); d < D; d += kWarpSize) data[d] = f(d);
   }
-  template <class F>
-  MODALIGN_DEVICE void each(std::int64_t D, const F& f) {
+  template <class F> MODALIGN_DEVICE void each(std::int64_t D, const F& f) {
     for (std::int64_t d = lane(); d < D; d += kWarpSize) {
       Real v = data[d];
       f(d, v);
@@ -124,8 +128,9 @@ struct MemoryRow {
   }
 };
 
-// R = L Q over p in order, run twice. load(p, d) is element d of vector p, present(p) whether it counts. Absent: Q_p = 0, L_pp = 1. Dependent (its rest is at most 16 eps of its
-// length): Q_p = 0, L_pp = 0. A NaN or Inf is neither: it reaches L_pp. Returns prod L_pp. Each lane touches only its own elements of Q; L is written by lane 0.
+// R = L Q over p in order, run twice. load(p, d) is element d of vector p, present(p) whether it counts. Absent: Q_p = 0, L_pp = 1. Dependent (its
+// rest is at most 16 eps of its length): Q_p = 0, L_pp = 0. A NaN or Inf is neither: it reaches L_pp. Returns prod L_pp. Each lane touches only its
+// own elements of Q; L is written by lane 0.
 template <class Row, class Real, class Load, class Present>
 MODALIGN_DEVICE Real gram_schmidt(int m, std::int64_t D, const Load& load, const Present& present, Global<Real> basis, Global<Real> factor) {
   Real volume = 1;
@@ -169,12 +174,12 @@ MODALIGN_DEVICE Real gram_schmidt(int m, std::int64_t D, const Load& load, const
 
 template <class Real, class Load, class Present>
 MODALIGN_DEVICE Real orthonormal_rows(int m, std::int64_t D, const Load& load, const Present& present, Global<Real> basis, Global<Real> factor) {
-  return D <= RegisterRow<Real>::kLongest ? gram_schmidt<RegisterRow<Real>>(m, D, load, present, basis, factor) : gram_schmidt<MemoryRow<Real>>(m, D, load, present, basis, factor);
+  return D <= RegisterRow<Real>::kLongest ? gram_schmidt<RegisterRow<Real>>(m, D, load, present, basis, factor)
+                                          : gram_schmidt<MemoryRow<Real>>(m, D, load, present, basis, factor);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------- the two geometries
-template <class Real>
-struct ColumnData {
+// -------------------------------------------------------------------------------------------------------------------------------- the two geometries
+template <class Real> struct ColumnData {
   Real scale, along, square;   // triangle: g / 2, u.n, |u|^2
 };
 
@@ -184,8 +189,7 @@ struct VolumeGeometry {
   static MODALIGN_HOST_DEVICE std::int64_t factor_size(int m) { return std::int64_t(m) * m; }
 
   // s -> kappa in place; the residual r and the square that its rounding is measured against
-  template <class Real>
-  static MODALIGN_DEVICE Real residual(Real (&s)[kMaxOthers], int m, Real row_square, const ColumnData<Real>&, Real& trust) {
+  template <class Real> static MODALIGN_DEVICE Real residual(Real (&s)[kMaxOthers], int m, Real row_square, const ColumnData<Real>&, Real& trust) {
     Real sum = 0;
     MODALIGN_UNROLL
     for (int p = 0; p < kMaxOthers; ++p)
@@ -212,25 +216,30 @@ struct TriangleGeometry {
 };
 
 // What epilogues and row and column kernels know about the pairs of a batch of problems; rows are those of the present panel.
-template <class Geometry, class T>
-struct PairView {
+template <class Geometry, class T> struct PairView {
   using Real = real_of<T>;
   const T* anchor;
   std::int64_t anchor_batch_stride, anchor_row_stride, anchor_element_stride;
-  const Real* row_square;                  // [batch, rows], batches row_square_stride apart
+  const Real* row_square;   // [batch, rows], batches row_square_stride apart
   std::int64_t row_square_stride;
-  const Real* scale;                       // [batch, C]
-  const Real* factor;                      // [batch, C, ...]
-  const Real* basis;                       // [batch, C, m, D]
+  const Real* scale;    // [batch, C]
+  const Real* factor;   // [batch, C, ...]
+  const Real* basis;    // [batch, C, m, D]
   std::int64_t C, D;
   int m;
-  int lanes;                               // threads along the candidates of a tile: a multiple of the warp
+  int lanes;   // threads along the candidates of a tile: a multiple of the warp
   bool squared;
-  Real near, rounding, root_eps;           // theta; (8 eps)^2; sqrt(eps)
+  Real near, rounding, root_eps;   // theta; (8 eps)^2; sqrt(eps)
 
-  MODALIGN_DEVICE Global<const T> anchor_row(std::int64_t batch, std::int64_t i) const { return Global<const T>(anchor).at(batch * anchor_batch_stride + i * anchor_row_stride); }
-  MODALIGN_DEVICE Global<const Real> basis_rows(std::int64_t batch, std::int64_t j) const { return Global<const Real>(basis).at((batch * C + j) * m * D); }
-  MODALIGN_DEVICE Real square_of_row(std::int64_t batch, std::int64_t i) const { return Global<const Real>(row_square)[batch * row_square_stride + i]; }
+  MODALIGN_DEVICE Global<const T> anchor_row(std::int64_t batch, std::int64_t i) const {
+    return Global<const T>(anchor).at(batch * anchor_batch_stride + i * anchor_row_stride);
+  }
+  MODALIGN_DEVICE Global<const Real> basis_rows(std::int64_t batch, std::int64_t j) const {
+    return Global<const Real>(basis).at((batch * C + j) * m * D);
+  }
+  MODALIGN_DEVICE Real square_of_row(std::int64_t batch, std::int64_t i) const {
+    return Global<const Real>(row_square)[batch * row_square_stride + i];
+  }
   MODALIGN_DEVICE ColumnData<Real> column(std::int64_t batch, std::int64_t j) const {
     ColumnData<Real> data{Global<const Real>(scale)[batch * C + j], 0, 0};
     if constexpr (Geometry::kTriangle) {
@@ -241,9 +250,9 @@ struct PairView {
   }
 };
 
-// A pair recomputed from its vectors by the lanes of a warp together: e = a - sum kappa x, projected a second time. e is never stored; element(d) makes it again.
-template <class Geometry, class T>
-struct DirectPair {
+// A pair recomputed from its vectors by the lanes of a warp together: e = a - sum kappa x, projected a second time. e is never stored; element(d)
+// makes it again.
+template <class Geometry, class T> struct DirectPair {
   using Real = real_of<T>;
   Global<const T> a;
   Global<const Real> x;
@@ -252,8 +261,7 @@ struct DirectPair {
   Real first[kMaxOthers], second[kMaxOthers];   // coefficients of the two projections
   Real square, reference;                       // |e|^2 and what its rounding is measured against
 
-  template <int Passes>
-  MODALIGN_DEVICE Real element(std::int64_t d, Real (&row)[kMaxOthers]) const {
+  template <int Passes> MODALIGN_DEVICE Real element(std::int64_t d, Real (&row)[kMaxOthers]) const {
     Real e = widen(T(a[d * stride]));
     if constexpr (Geometry::kTriangle) {
       e -= x[d];
@@ -320,13 +328,53 @@ struct DirectPair {
   }
 };
 
+// The m numbers of a candidate in a tile, `at` a multiple of m. Even m moves in pieces of two or four, or the lanes of a warp, m apart, would meet in
+// the same banks.
+template <class Real> MODALIGN_DEVICE void load_candidate(Real (&s)[kMaxOthers], Shared<Real> tile, int at, int m) {
+  if constexpr (sizeof(Real) == 4) {
+    if (m == 4) {
+      const Pack<Real, 4> pack = load_pack<4>(tile, at);
+      MODALIGN_UNROLL
+      for (int p = 0; p < 4; ++p) s[p] = pack[p];
+      return;
+    }
+  }
+  if (m % 2 == 0) {
+    MODALIGN_UNROLL
+    for (int p = 0; p + 1 < kMaxOthers; p += 2)
+      if (p < m) {
+        const Pack<Real, 2> pack = load_pack<2>(tile, at + p);
+        s[p] = pack[0];
+        s[p + 1] = pack[1];
+      }
+  } else {
+    MODALIGN_UNROLL
+    for (int p = 0; p < kMaxOthers; ++p)
+      if (p < m) s[p] = tile[at + p];
+  }
+}
+template <class Real> MODALIGN_DEVICE void store_candidate(const Real (&s)[kMaxOthers], Shared<Real> tile, int at, int m) {
+  if (m % 2 == 0) {
+    MODALIGN_UNROLL
+    for (int p = 0; p + 1 < kMaxOthers; p += 2)
+      if (p < m) {
+        Pack<Real, 2> pack;
+        pack[0] = s[p];
+        pack[1] = s[p + 1];
+        store_pack(tile, at + p, pack);
+      }
+  } else {
+    MODALIGN_UNROLL
+    for (int p = 0; p < kMaxOthers; ++p)
+      if (p < m) tile[at + p] = s[p];
+  }
+}
+
 // w_ij and the pair's share of alpha_j; r = 0 (or rounding) gives 0, NaN stays.
-template <class Real>
-struct PairWeight {
+template <class Real> struct PairWeight {
   Real weight, alpha;
 };
-template <class Real>
-MODALIGN_DEVICE PairWeight<Real> pair_weight(bool squared, Real upstream, Real scale, Real r, Real floor) {
+template <class Real> MODALIGN_DEVICE PairWeight<Real> pair_weight(bool squared, Real upstream, Real scale, Real r, Real floor) {
   if (r <= 0) return {0, 0};
   if (squared) {
     const Real w = 2 * upstream * scale * scale;
@@ -336,7 +384,7 @@ MODALIGN_DEVICE PairWeight<Real> pair_weight(bool squared, Real upstream, Real s
   return {share / (root < floor ? floor : root), share * root};
 }
 
-// ----------------------------------------------------------------------------------------------------------------------------------------------- prepare
+// ------------------------------------------------------------------------------------------------------------------------------------------- prepare
 MODALIGN_DEVICE std::int64_t warp_item() { return std::int64_t(block_index_x()) * kWarpsPerBlock + warp(); }
 
 inline LaunchPlan plan_warps(std::int64_t items, std::int64_t batches, const char* key) {
@@ -348,8 +396,7 @@ inline LaunchPlan plan_warps(std::int64_t items, std::int64_t batches, const cha
   return plan;
 }
 
-template <class Geometry, class T>
-struct PrepareForward {
+template <class Geometry, class T> struct PrepareForward {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
   static constexpr int kMinBlocks = kWarpKernelBlocks;
@@ -357,11 +404,11 @@ struct PrepareForward {
   int m;
   BatchedRows anchor, others[kMaxOthers];   // triangle: u, v
   PresenceMask present;
-  Real* basis;                              // [batch, C, m, D]
+  Real* basis;   // [batch, C, m, D]
   Real* factor;
-  Real* scale;                              // [batch, C]
-  Real* row_square;                         // [batch, B]
-  T* operand;                               // half dtypes: [batch, C, m, operand_pitch], the basis rounded
+  Real* scale;        // [batch, C]
+  Real* row_square;   // [batch, B]
+  T* operand;         // half dtypes: [batch, C, m, operand_pitch], the basis rounded
   std::int64_t operand_pitch;
 
   LaunchPlan plan(std::int64_t batches, const char* key) const { return plan_warps(C + B, batches, key); }
@@ -372,7 +419,7 @@ struct PrepareForward {
 
   MODALIGN_DEVICE void operator()() const {
     const std::int64_t item = warp_item(), batch = block_index_z();
-    if (item >= C + B) return;
+    if (item >= (MODALIGN_MUTATION("prepare: one item too many") ? C + B + 1 : C + B)) return;
     if (item >= C) {
       const std::int64_t i = item - C;
       const Global<const T> a = rows_of(anchor, batch, i);
@@ -415,7 +462,8 @@ struct PrepareForward {
       size = g / 2;
     } else {
       const auto here = [&](int p) {
-        return present.data == nullptr || bool(Global<const bool>(present.data)[batch * present.batch_stride + j * present.row_stride + p * present.element_stride]);
+        return present.data == nullptr ||
+               bool(Global<const bool>(present.data)[batch * present.batch_stride + j * present.row_stride + p * present.element_stride]);
       };
       size = orthonormal_rows<Real>(
           m, D, [&](int p, std::int64_t d) { return widen(T(rows_of(others[p], batch, j)[d * others[p].element_stride])); }, here, q, f);
@@ -434,8 +482,7 @@ struct PrepareForward {
   }
 };
 
-template <class Geometry, class T>
-struct PrepareBackward {
+template <class Geometry, class T> struct PrepareBackward {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
   static constexpr int kMinBlocks = kWarpKernelBlocks;
@@ -446,16 +493,16 @@ struct PrepareBackward {
   const Real* factor;
   Real* scale;
   Real* row_square;
-  T* operand;                   // half dtypes: the basis rounded, for the tile product
-  bf16* basis_planes;           // f16: the basis as two planes [2][batch, C, m, pitch]
-  bf16* anchor_planes;          // f16: the anchors as two planes [2][batch, B, pitch]
+  T* operand;            // half dtypes: the basis rounded, for the tile product
+  bf16* basis_planes;    // f16: the basis as two planes [2][batch, C, m, pitch]
+  bf16* anchor_planes;   // f16: the anchors as two planes [2][batch, B, pitch]
   std::int64_t operand_pitch, basis_plane_stride, anchor_plane_stride;
 
   LaunchPlan plan(std::int64_t batches, const char* key) const { return plan_warps(C + B, batches, key); }
 
   MODALIGN_DEVICE void operator()() const {
     const std::int64_t item = warp_item(), batch = block_index_z();
-    if (item >= C + B) return;
+    if (item >= (MODALIGN_MUTATION("prepare: one item too many") ? C + B + 1 : C + B)) return;
     if (item >= C) {
       const std::int64_t i = item - C;
       const Global<const T> a = Global<const T>(static_cast<const T*>(anchor.data)).at(batch * anchor.batch_stride + i * anchor.row_stride);
@@ -506,23 +553,21 @@ struct PrepareBackward {
   }
 };
 
-// ----------------------------------------------------------------------------------------------------------------------------------------------- forward
+// ------------------------------------------------------------------------------------------------------------------------------------------- forward
 // Threads along the candidates of a column tile, in whole warps so that the lanes of a warp share a row.
-template <class Backend>
-inline int candidate_lanes(int m) {
+template <class Backend> inline int candidate_lanes(int m) {
   const int candidates = Backend::kColumns / m;
   return candidates > 64 ? 128 : candidates > 32 ? 64 : 32;
 }
 
-template <class Geometry, class T>
-struct PairForwardEpilogue {
+template <class Geometry, class T> struct PairForwardEpilogue {
   using Backend = PairBackend<T>;
   using Real = real_of<T>;
   static constexpr int kSharedBytes = Backend::kRows * int(sizeof(Real));
   static constexpr int kMinBlocks = 2;
   struct State {};
   PairView<Geometry, T> view;
-  T* value;                       // [batch, rows, C]
+  T* value;   // [batch, rows, C]
   std::int64_t rows;
 
   MODALIGN_DEVICE void begin(State&, const TileRange& range, std::int64_t batch, const WalkPosition&, int shared_offset) const {
@@ -542,16 +587,15 @@ struct PairForwardEpilogue {
     for (int row = thread_index() / view.lanes; row < range.rows; row += row_step) {
       Real s[kMaxOthers], r = 0, trust = 0;
       if (exists) {
-        MODALIGN_UNROLL
-        for (int p = 0; p < kMaxOthers; ++p)
-          if (p < m) s[p] = tile[row * Backend::kPitch + slot * m + p];
+        load_candidate(s, tile, row * Backend::kPitch + slot * m, m);
         r = Geometry::residual(s, m, Real(squares[row]), column, trust);
       }
       const bool near = exists && trust > 0 && column.scale != 0 && r <= view.near * trust;
       std::uint32_t pending = warp_ballot(near);
       for (int other = 0; pending != 0; ++other, pending >>= 1) {
         if ((pending & 1) == 0) continue;
-        const DirectPair<Geometry, T> pair(view, batch, range.row_begin + row, j - lane() + (MODALIGN_MUTATION("forward: the neighbour's pair") ? other ^ 1 : other));
+        const DirectPair<Geometry, T> pair(view, batch, range.row_begin + row,
+                                           j - lane() + (MODALIGN_MUTATION("forward: the neighbour's pair") ? other ^ 1 : other));
         if (lane() == other) r = pair.square;
       }
       if (exists) {
@@ -564,9 +608,8 @@ struct PairForwardEpilogue {
 
 template <class Geometry, class T> using PairForwardKernel = TileWalk<PairBackend<T>, PairForwardEpilogue<Geometry, T>>;
 
-// ---------------------------------------------------------------------------------------------------------------------------------------------- backward
-template <class T>
-struct Upstream {
+// ------------------------------------------------------------------------------------------------------------------------------------------ backward
+template <class T> struct Upstream {
   const T* data;
   std::int64_t batch_stride, row_stride, column_stride;
   MODALIGN_DEVICE real_of<T> at(std::int64_t batch, std::int64_t i, std::int64_t j) const {
@@ -576,14 +619,13 @@ struct Upstream {
 
 // Which pairs of a panel are near zero: a bit per pair, and a word per tile that says whether there is any.
 struct NearPairs {
-  std::uint32_t* bits;          // [batch, panel rows, column tiles, words]: bit b of word w of tile t is candidate t * candidates_per_tile + 32 w + b
-  std::uint32_t* any;           // [batch, row tiles, column tiles]
+  std::uint32_t* bits;   // [batch, panel rows, column tiles, words]: bit b of word w of tile t is candidate t * candidates_per_tile + 32 w + b
+  std::uint32_t* any;    // [batch, row tiles, column tiles]
   std::int64_t rows, row_tiles, column_tiles;
   int words, rows_per_tile, candidates_per_tile;
 };
 
-template <class Geometry, class T>
-struct CoefficientEpilogue {
+template <class Geometry, class T> struct CoefficientEpilogue {
   using Backend = PairBackend<T>;
   using Real = real_of<T>;
   using Coefficient = typename Arithmetic<T>::Coefficient;
@@ -594,11 +636,11 @@ struct CoefficientEpilogue {
   struct State {};
   PairView<Geometry, T> view;
   Upstream<T> grad;
-  Coefficient* coefficients;        // T [plane][batch, panel rows, pitch]
+  Coefficient* coefficients;   // T [plane][batch, panel rows, pitch]
   std::int64_t pitch, plane_stride, rows;
-  Real* row_slots;                  // sums of w [batch, column walk, panel rows], or nullptr
+  Real* row_slots;   // sums of w [batch, column walk, panel rows], or nullptr
   std::int64_t column_walks;
-  Real* column_slots;               // alpha and S [batch, row tile, C, statistics], or nullptr
+  Real* column_slots;   // alpha and S [batch, row tile, C, statistics], or nullptr
   std::int64_t row_tiles;
   NearPairs near_pairs;
 
@@ -618,7 +660,8 @@ struct CoefficientEpilogue {
     const std::int64_t j = range.column_begin / m + slot;
     const bool exists = slot < candidates;
     const ColumnData<Real> column = exists ? view.column(batch, j) : ColumnData<Real>{0, 0, 0};
-    const Global<std::uint32_t> bits = Global<std::uint32_t>(near_pairs.bits).at((batch * rows + range.row_begin) * near_pairs.column_tiles * near_pairs.words);
+    const Global<std::uint32_t> bits =
+        Global<std::uint32_t>(near_pairs.bits).at((batch * rows + range.row_begin) * near_pairs.column_tiles * near_pairs.words);
     Real statistics[kStatisticsMax];
     MODALIGN_UNROLL
     for (int i = 0; i < kStatisticsMax; ++i) statistics[i] = 0;
@@ -627,9 +670,7 @@ struct CoefficientEpilogue {
       Real s[kMaxOthers], w = 0;
       bool near = false;
       if (exists) {
-        MODALIGN_UNROLL
-        for (int p = 0; p < kMaxOthers; ++p)
-          if (p < m) s[p] = tile[row * Backend::kPitch + slot * m + p];
+        load_candidate(s, tile, row * Backend::kPitch + slot * m, m);
         Real trust;
         const Real r = Geometry::residual(s, m, Real(squares[row]), column, trust);
         near = trust > 0 && column.scale != 0 && r <= view.near * trust;
@@ -638,16 +679,17 @@ struct CoefficientEpilogue {
           w = pair.weight;
           statistics[0] += pair.alpha;
         }
+        Real t[kMaxOthers];
         MODALIGN_UNROLL
         for (int p = 0; p < kMaxOthers; ++p)
           if (p < m) {
-            const Real t = near ? Real(0) : w * s[p];
-            tile[row * Backend::kPitch + slot * m + p] = t;
+            t[p] = near ? Real(0) : w * s[p];
             if (!near) {
               MODALIGN_UNROLL
-              for (int q = 0; q <= p; ++q) statistics[1 + p * (p + 1) / 2 + q] = fused_multiply_add(t, s[q], statistics[1 + p * (p + 1) / 2 + q]);
+              for (int q = 0; q <= p; ++q) statistics[1 + p * (p + 1) / 2 + q] = fused_multiply_add(t[p], s[q], statistics[1 + p * (p + 1) / 2 + q]);
             }
           }
+        store_candidate(t, tile, row * Backend::kPitch + slot * m, m);
       }
       const std::uint32_t found = warp_ballot(near);
       any |= found;
@@ -710,17 +752,16 @@ template <class T> using GradAnchorKernel = TileWalk<GradAnchorBackend<T>, Store
 template <class T> using GradBasisKernel = TileWalk<GradBasisBackend<T>, StoreTile<GradBasisBackend<T>, real_of<T>>>;
 
 // E_i = (sum_j w_ij) a_i + sum over near pairs of w e: one warp per row of the panel.
-template <class Geometry, class T>
-struct RowTerms {
+template <class Geometry, class T> struct RowTerms {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
   static constexpr int kMinBlocks = kWarpKernelBlocks;
   PairView<Geometry, T> view;
   Upstream<T> grad;
   NearPairs near_pairs;
-  const Real* row_slots;      // [batch, slot, panel rows]
+  const Real* row_slots;   // [batch, slot, panel rows]
   std::int64_t slots;
-  Real* addend;               // E [batch, panel rows, D]
+  Real* addend;   // E [batch, panel rows, D]
   std::int64_t addend_batch_stride, addend_row_stride;
 
   LaunchPlan plan(std::int64_t batches, const char* key) const { return plan_warps(near_pairs.rows, batches, key); }
@@ -732,9 +773,12 @@ struct RowTerms {
     for (std::int64_t slot = 0; slot < slots; ++slot) weights += Global<const Real>(row_slots)[(batch * slots + slot) * near_pairs.rows + i];
     const Global<const T> a = view.anchor_row(batch, i);
     const Global<Real> e = Global<Real>(addend).at(batch * addend_batch_stride + i * addend_row_stride);
-    for (std::int64_t d = lane(); d < view.D; d += kWarpSize) e[d] = weights * widen(T(a[d * view.anchor_element_stride]));
-    const Global<const std::uint32_t> any = Global<const std::uint32_t>(near_pairs.any).at((batch * near_pairs.row_tiles + i / near_pairs.rows_per_tile) * near_pairs.column_tiles);
-    const Global<const std::uint32_t> bits = Global<const std::uint32_t>(near_pairs.bits).at((batch * near_pairs.rows + i) * near_pairs.column_tiles * near_pairs.words);
+    // without candidates the gradient is zero, also of a NaN anchor
+    for (std::int64_t d = lane(); d < view.D; d += kWarpSize) e[d] = slots > 0 ? weights * widen(T(a[d * view.anchor_element_stride])) : Real(0);
+    const Global<const std::uint32_t> any =
+        Global<const std::uint32_t>(near_pairs.any).at((batch * near_pairs.row_tiles + i / near_pairs.rows_per_tile) * near_pairs.column_tiles);
+    const Global<const std::uint32_t> bits =
+        Global<const std::uint32_t>(near_pairs.bits).at((batch * near_pairs.rows + i) * near_pairs.column_tiles * near_pairs.words);
     for (std::int64_t begin = 0; begin < near_pairs.column_tiles; begin += kWarpSize) {
       std::uint32_t tiles = warp_ballot(begin + lane() < near_pairs.column_tiles && any[begin + lane()] != 0);
       for (std::int64_t tile = begin; tiles != 0; ++tile, tiles >>= 1) {
@@ -744,7 +788,8 @@ struct RowTerms {
           for (std::int64_t j = tile * near_pairs.candidates_per_tile + word * kWarpSize; found != 0; ++j, found >>= 1) {
             if ((found & 1) == 0) continue;
             const DirectPair<Geometry, T> pair(view, batch, i, j);
-            const PairWeight<Real> w = pair_weight(view.squared, grad.at(batch, i, j), view.column(batch, j).scale, pair.square, view.root_eps * square_root(pair.reference));
+            const PairWeight<Real> w = pair_weight(view.squared, grad.at(batch, i, j), view.column(batch, j).scale, pair.square,
+                                                   view.root_eps * square_root(pair.reference));
             for (std::int64_t d = lane(); d < view.D; d += kWarpSize) e[d] += w.weight * pair(d);
           }
         }
@@ -754,8 +799,7 @@ struct RowTerms {
 };
 
 // One warp per candidate: the panel's sums of alpha and S in row-tile order, then the column's near pairs in row order.
-template <class Geometry, class T>
-struct ColumnTerms {
+template <class Geometry, class T> struct ColumnTerms {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
   static constexpr int kMinBlocks = kWarpKernelBlocks;
@@ -777,7 +821,8 @@ struct ColumnTerms {
     for (int i = lane(); i < count; i += kWarpSize) {
       Real sum = first_panel ? Real(0) : Real(total[i]);
       const std::int64_t tiles = MODALIGN_MUTATION("column terms: forget the last row tile") ? near_pairs.row_tiles - 1 : near_pairs.row_tiles;
-      for (std::int64_t tile = 0; tile < tiles; ++tile) sum += Global<const Real>(column_slots)[((batch * near_pairs.row_tiles + tile) * view.C + j) * count + i];
+      for (std::int64_t tile = 0; tile < tiles; ++tile)
+        sum += Global<const Real>(column_slots)[((batch * near_pairs.row_tiles + tile) * view.C + j) * count + i];
       total[i] = sum;
     }
     const std::int64_t column_tile = j / near_pairs.candidates_per_tile;
@@ -789,7 +834,9 @@ struct ColumnTerms {
       const std::int64_t stop = minimum((tile + 1) * near_pairs.rows_per_tile, near_pairs.rows);
       for (std::int64_t begin = tile * near_pairs.rows_per_tile; begin < stop; begin += kWarpSize) {
         std::uint32_t mine = 0;
-        if (begin + lane() < stop) mine = Global<const std::uint32_t>(near_pairs.bits)[((batch * near_pairs.rows + begin + lane()) * near_pairs.column_tiles + column_tile) * near_pairs.words + word];
+        if (begin + lane() < stop)
+          mine = Global<const std::uint32_t>(
+              near_pairs.bits)[((batch * near_pairs.rows + begin + lane()) * near_pairs.column_tiles + column_tile) * near_pairs.words + word];
         std::uint32_t found = warp_ballot((mine >> bit & 1) != 0);
         for (std::int64_t i = begin; found != 0; ++i, found >>= 1) {
           if ((found & 1) == 0) continue;
@@ -809,26 +856,25 @@ struct ColumnTerms {
 };
 
 // One warp per candidate; lanes own elements d, of all m rows. G may lie where the result goes.
-template <class Geometry, class T>
-struct GradOthers {
+template <class Geometry, class T> struct GradOthers {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
   static constexpr int kMinBlocks = kWarpKernelBlocks;
   std::int64_t C, D;
   int m;
-  bool nothing;               // there were no rows: the gradient is zero
+  bool nothing;   // there were no rows: the gradient is zero
   const Real* basis;
   const Real* factor;
   const Real* scale;
-  const Real* totals;         // alpha, S
-  const Real* gradient;       // G
-  T* out;                     // [batch, C, m, D]
+  const Real* totals;     // alpha, S
+  const Real* gradient;   // G
+  T* out;                 // [batch, C, m, D]
 
   LaunchPlan plan(std::int64_t batches, const char* key) const { return plan_warps(C, batches, key); }
 
   MODALIGN_DEVICE void operator()() const {
     const std::int64_t j = warp_item(), batch = block_index_z();
-    if (j >= C) return;
+    if (j >= (MODALIGN_MUTATION("gradient of others: one candidate too many") ? C + 1 : C)) return;
     const std::int64_t column = batch * C + j;
     const Global<T> target = Global<T>(out).at(column * m * D);
     bool zero = nothing;
@@ -838,7 +884,8 @@ struct GradOthers {
       return;
     }
     const int count = statistics_count(m);
-    const Global<const Real> x = Global<const Real>(basis).at(column * m * D), g = Global<const Real>(gradient).at(column * m * D), total = Global<const Real>(totals).at(column * count),
+    const Global<const Real> x = Global<const Real>(basis).at(column * m * D), g = Global<const Real>(gradient).at(column * m * D),
+                             total = Global<const Real>(totals).at(column * count),
                              f = Global<const Real>(factor).at(column * Geometry::factor_size(m));
     const Real alpha = total[0];
     std::uint32_t absent = 0;   // exactly zero gradient, also beside a NaN anchor
@@ -875,7 +922,8 @@ struct GradOthers {
             Real z = alpha * row[p] - y[p];
             MODALIGN_UNROLL
             for (int o = p + 1; o < kMaxOthers; ++o)
-              if (o < m) z = fused_multiply_add(-Real(f[o * m + p]), y[o], z);
+              if (o < (MODALIGN_MUTATION("gradient of others: leave out the last vector of the solve") ? m - 1 : m))
+                z = fused_multiply_add(-Real(f[o * m + p]), y[o], z);
             y[p] = z / f[p * m + p];
             target[p * D + d] = narrow<T>(absent >> p & 1 ? Real(0) : y[p]);
           }
@@ -884,9 +932,8 @@ struct GradOthers {
   }
 };
 
-// ----------------------------------------------------------------------------------------------------------------------------------------------- paired
-template <class T>
-struct PairedForward {
+// -------------------------------------------------------------------------------------------------------------------------------------------- paired
+template <class T> struct PairedForward {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
   static constexpr int kMinBlocks = kWarpKernelBlocks;
@@ -895,9 +942,9 @@ struct PairedForward {
   bool squared;
   BatchedRows vectors[kMaxOthers + 1];
   PresenceMask present;
-  Real* basis;      // [N, k, D]
-  Real* factor;     // [N, k, k]
-  T* value;         // [N]
+  Real* basis;    // [N, k, D]
+  Real* factor;   // [N, k, k]
+  T* value;       // [N]
 
   LaunchPlan plan(std::int64_t batches, const char* key) const { return plan_warps(N, batches, key); }
 
@@ -906,7 +953,10 @@ struct PairedForward {
   }
   MODALIGN_DEVICE Real volume(std::int64_t n) const {
     return orthonormal_rows<Real>(
-        k, D, [&](int p, std::int64_t d) { return widen(T(Global<const T>(static_cast<const T*>(vectors[p].data))[n * vectors[p].row_stride + d * vectors[p].element_stride])); },
+        k, D,
+        [&](int p, std::int64_t d) {
+          return widen(T(Global<const T>(static_cast<const T*>(vectors[p].data))[n * vectors[p].row_stride + d * vectors[p].element_stride]));
+        },
         [&](int p) { return here(n, p); }, Global<Real>(basis).at(n * k * D), Global<Real>(factor).at(n * k * k));
   }
   MODALIGN_DEVICE void operator()() const {
@@ -917,15 +967,14 @@ struct PairedForward {
   }
 };
 
-template <class T>
-struct PairedBackward {
+template <class T> struct PairedBackward {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
   static constexpr int kMinBlocks = kWarpKernelBlocks;
   PairedForward<T> forward;
   const T* grad;
   std::int64_t grad_stride;
-  T* out;           // [N, k, D]
+  T* out;   // [N, k, D]
 
   LaunchPlan plan(std::int64_t batches, const char* key) const { return plan_warps(forward.N, batches, key); }
 
@@ -960,44 +1009,46 @@ struct PairedBackward {
   }
 };
 
-// ------------------------------------------------------------------------------------------------------------------------------------ the compiled instances
+// ---------------------------------------------------------------------------------------------------------------------------- the compiled instances
 // X(key, kernel type ...): the one table behind the .cu file, the emulator's catalogue and the tests.
-#define MODALIGN_PAIR_KERNELS(X, name, Geometry, dtype, T)                      \
-  X(name ".prepare." dtype, PrepareForward<Geometry, T>)                        \
-  X(name ".forward." dtype, PairForwardKernel<Geometry, T>)                     \
-  X(name ".prepare_bwd." dtype, PrepareBackward<Geometry, T>)                   \
-  X(name ".coefficients." dtype, CoefficientKernel<Geometry, T>)                \
-  X(name ".row_terms." dtype, RowTerms<Geometry, T>)                            \
-  X(name ".column_terms." dtype, ColumnTerms<Geometry, T>)                      \
+#define MODALIGN_PAIR_KERNELS(X, name, Geometry, dtype, T)       \
+  X(name ".prepare." dtype, PrepareForward<Geometry, T>)         \
+  X(name ".forward." dtype, PairForwardKernel<Geometry, T>)      \
+  X(name ".prepare_bwd." dtype, PrepareBackward<Geometry, T>)    \
+  X(name ".coefficients." dtype, CoefficientKernel<Geometry, T>) \
+  X(name ".row_terms." dtype, RowTerms<Geometry, T>)             \
+  X(name ".column_terms." dtype, ColumnTerms<Geometry, T>)       \
   X(name ".grad_others." dtype, GradOthers<Geometry, T>)
-#define MODALIGN_VOLUME_KERNELS_OF(X, dtype, T)                                 \
-  MODALIGN_PAIR_KERNELS(X, "gram_volume", VolumeGeometry, dtype, T)             \
-  MODALIGN_PAIR_KERNELS(X, "triangle_area", TriangleGeometry, dtype, T)         \
-  X("pair_product.grad_anchor." dtype, GradAnchorKernel<T>)                     \
-  X("pair_product.grad_basis." dtype, GradBasisKernel<T>)                       \
-  X("paired_gram_volume.forward." dtype, PairedForward<T>)                      \
+#define MODALIGN_VOLUME_KERNELS_OF(X, dtype, T)                         \
+  MODALIGN_PAIR_KERNELS(X, "gram_volume", VolumeGeometry, dtype, T)     \
+  MODALIGN_PAIR_KERNELS(X, "triangle_area", TriangleGeometry, dtype, T) \
+  X("pair_product.grad_anchor." dtype, GradAnchorKernel<T>)             \
+  X("pair_product.grad_basis." dtype, GradBasisKernel<T>)               \
+  X("paired_gram_volume.forward." dtype, PairedForward<T>)              \
   X("paired_gram_volume.backward." dtype, PairedBackward<T>)
-#define MODALIGN_VOLUME_KERNELS(X)                                              \
-  MODALIGN_VOLUME_KERNELS_OF(X, "f32", float)                                   \
-  MODALIGN_VOLUME_KERNELS_OF(X, "f64", double)                                  \
-  MODALIGN_VOLUME_KERNELS_OF(X, "f16", f16)                                     \
+#define MODALIGN_VOLUME_KERNELS(X)             \
+  MODALIGN_VOLUME_KERNELS_OF(X, "f32", float)  \
+  MODALIGN_VOLUME_KERNELS_OF(X, "f64", double) \
+  MODALIGN_VOLUME_KERNELS_OF(X, "f16", f16)    \
   MODALIGN_VOLUME_KERNELS_OF(X, "bf16", bf16)
 
 template <class Kernel> struct KernelKey;   // an instance outside the table does not compile
-#define MODALIGN_KEY_OF(key, ...) template <> struct KernelKey<__VA_ARGS__> { static constexpr const char* value = key; };
+#define MODALIGN_KEY_OF(key, ...)             \
+  template <> struct KernelKey<__VA_ARGS__> { \
+    static constexpr const char* value = key; \
+  };
 MODALIGN_VOLUME_KERNELS(MODALIGN_KEY_OF)
 #undef MODALIGN_KEY_OF
 
-// ------------------------------------------------------------------------------------------------------------------------------------------ launch sequences
-// Host code shared by gram_volume.cu and the emulator. An Arena hands out workspace: `template <class U> U* take(const char* name, int64 count)`; a Launch is called as
-// launch(kernel, plan) and returns 0 or an error.
+// ---------------------------------------------------------------------------------------------------------------------------------- launch sequences
+// Host code shared by gram_volume.cu and the emulator. An Arena hands out workspace: `template <class U> U* take(const char* name, int64 count)`; a
+// Launch is called as launch(kernel, plan) and returns 0 or an error.
 
 // Pieces of one device allocation, 256-byte aligned; with a null base it only counts.
 class DeviceArena {
  public:
   explicit DeviceArena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class U>
-  U* take(const char*, std::int64_t count) {
+  template <class U> U* take(const char*, std::int64_t count) {
     char* at = base_ != nullptr ? base_ + used_ : nullptr;
     used_ += round_up<std::int64_t>(count * std::int64_t(sizeof(U)), 256);
     return reinterpret_cast<U*>(at);
@@ -1026,19 +1077,19 @@ inline PairProblem pair_problem(const GramVolumeProblem& p) {
 }
 inline PairProblem pair_problem(const TriangleAreaProblem& p) { return {p.dtype, p.N, p.B, p.C, p.D, 2, p.squared, p.eps, p.anchor, {p.u, p.v}, {}}; }
 
-inline const void* shifted(const void* data, std::int64_t elements, std::int64_t size) { return data == nullptr ? nullptr : static_cast<const char*>(data) + elements * size; }
+inline const void* shifted(const void* data, std::int64_t elements, std::int64_t size) {
+  return data == nullptr ? nullptr : static_cast<const char*>(data) + elements * size;
+}
 template <class U> inline U* shifted(U* data, std::int64_t elements) { return data == nullptr ? nullptr : data + elements; }
 
 template <class T> inline std::int64_t operand_pitch(std::int64_t D) { return round_up<std::int64_t>(D, 8); }
 
-template <class T>
-struct ForwardBuffers {
+template <class T> struct ForwardBuffers {
   using Real = real_of<T>;
   Real* scale;
   Real* row_square;
   T* operand = nullptr;
-  template <class Arena>
-  ForwardBuffers(const PairProblem& p, Arena& arena) {
+  template <class Arena> ForwardBuffers(const PairProblem& p, Arena& arena) {
     scale = arena.template take<Real>("scale", p.N * p.C);
     row_square = arena.template take<Real>("row_square", p.N * p.B);
     if constexpr (Arithmetic<T>::kRounded) operand = arena.template take<T>("operand", p.N * p.C * p.m * operand_pitch<T>(p.D));
@@ -1046,7 +1097,8 @@ struct ForwardBuffers {
 };
 
 template <class Geometry, class T>
-inline PairView<Geometry, T> pair_view(const PairProblem& p, const real_of<T>* basis, const real_of<T>* factor, const real_of<T>* scale, const real_of<T>* row_square) {
+inline PairView<Geometry, T> pair_view(const PairProblem& p, const real_of<T>* basis, const real_of<T>* factor, const real_of<T>* scale,
+                                       const real_of<T>* row_square) {
   using Real = real_of<T>;
   constexpr Real epsilon = machine_epsilon<Real>();
   double root = 0;   // sqrt(eps) without <cmath>, by Newton from above
@@ -1076,19 +1128,16 @@ inline PairView<Geometry, T> pair_view(const PairProblem& p, const real_of<T>* b
 }
 
 // The column operand of the tile product: the basis itself, or its rounded copy.
-template <class T>
-inline Operand<T> basis_operand(const PairProblem& p, const real_of<T>* basis, const T* rounded) {
+template <class T> inline Operand<T> basis_operand(const PairProblem& p, const real_of<T>* basis, const T* rounded) {
   const std::int64_t pitch = Arithmetic<T>::kRounded ? operand_pitch<T>(p.D) : p.D;
   if constexpr (Arithmetic<T>::kRounded) return make_operand<T>(Major::depth, rounded, p.C * p.m * pitch, pitch, 1);
   else return make_operand<T>(Major::depth, basis, p.C * p.m * pitch, pitch, 1);
 }
-template <class T>
-inline Operand<T> anchor_operand(const PairProblem& p) {
+template <class T> inline Operand<T> anchor_operand(const PairProblem& p) {
   return make_operand<T>(Major::depth, static_cast<const T*>(p.anchor.data), p.anchor.batch_stride, p.anchor.row_stride, p.anchor.element_stride);
 }
 
-template <class Launch, class Kernel>
-inline int launch_kernel(const Launch& launch, const Kernel& kernel, std::int64_t batches) {
+template <class Launch, class Kernel> inline int launch_kernel(const Launch& launch, const Kernel& kernel, std::int64_t batches) {
   return launch(kernel, kernel.plan(batches, KernelKey<Kernel>::value));   // an empty grid is a success that launches nothing
 }
 
@@ -1108,12 +1157,16 @@ int run_pair_forward(const PairProblem& whole, const PairForward& output, const 
     Real* row_square = shifted(buffers.row_square, first * p.B);
     T* operand = shifted(buffers.operand, first * p.C * p.m * operand_pitch<T>(p.D));
 
-    PrepareForward<Geometry, T> prepare{p.B, p.C, p.D, p.m, p.anchor, {}, p.present, basis, factor, scale, row_square, operand, operand_pitch<T>(p.D)};
+    PrepareForward<Geometry, T> prepare{
+        p.B, p.C, p.D, p.m, p.anchor, {}, p.present, basis, factor, scale, row_square, operand, operand_pitch<T>(p.D)};
     for (int o = 0; o < p.m; ++o) prepare.others[o] = p.others[o];
     if (const int error = launch_kernel(launch, prepare, p.N)) return error;
 
-    PairForwardKernel<Geometry, T> forward{anchor_operand<T>(p), basis_operand<T>(p, basis, operand), make_grid(p.B, p.C * p.m, p.D, Backend::kRows, Backend::kColumns / p.m * p.m),
-                                           {pair_view<Geometry, T>(p, basis, factor, scale, row_square), shifted(static_cast<T*>(output.value), first * p.B * p.C), p.B}};
+    PairForwardKernel<Geometry, T> forward{
+        anchor_operand<T>(p),
+        basis_operand<T>(p, basis, operand),
+        make_grid(p.B, p.C * p.m, p.D, Backend::kRows, Backend::kColumns / p.m * p.m),
+        {pair_view<Geometry, T>(p, basis, factor, scale, row_square), shifted(static_cast<T*>(output.value), first * p.B * p.C), p.B}};
     if (const int error = launch_kernel(launch, forward, p.N)) return error;
   }
   return 0;
@@ -1124,8 +1177,7 @@ struct BackwardPlan {
   std::int64_t batches, rows;
 };
 
-template <class Geometry, class T>
-struct BackwardBuffers {
+template <class Geometry, class T> struct BackwardBuffers {
   using Real = real_of<T>;
   using Backend = PairBackend<T>;
   using Coefficient = typename Arithmetic<T>::Coefficient;
@@ -1136,11 +1188,11 @@ struct BackwardBuffers {
   T* operand = nullptr;
   bf16* basis_planes = nullptr;
   bf16* anchor_planes = nullptr;
-  Real* gradient = nullptr;       // G
+  Real* gradient = nullptr;   // G
   Real* totals;
   // the panel
   Coefficient* coefficients;
-  Real* addend = nullptr;         // E
+  Real* addend = nullptr;   // E
   Real* row_slots;
   Real* column_slots;
   std::uint32_t* near_bits;
@@ -1148,8 +1200,7 @@ struct BackwardBuffers {
   std::int64_t pitch, column_tiles, column_walks, row_tiles;
 
   // The same whichever gradients are wanted, so that one size serves all.
-  template <class Arena>
-  BackwardBuffers(const PairProblem& p, const BackwardPlan& plan, Arena& arena) {
+  template <class Arena> BackwardBuffers(const PairProblem& p, const BackwardPlan& plan, Arena& arena) {
     const std::int64_t n = plan.batches, columns = p.C * p.m, wide = operand_pitch<T>(p.D);
     const TileGrid grid = make_grid(plan.rows, columns, p.D, Backend::kRows, Backend::kColumns / p.m * p.m, 0, kMaxSlots);
     pitch = round_up<std::int64_t>(columns, 8);
@@ -1174,16 +1225,14 @@ struct BackwardBuffers {
   }
 };
 
-template <class Geometry, class T>
-inline std::int64_t backward_bytes(const PairProblem& p, const BackwardPlan& plan) {
+template <class Geometry, class T> inline std::int64_t backward_bytes(const PairProblem& p, const BackwardPlan& plan) {
   DeviceArena count(nullptr);
   BackwardBuffers<Geometry, T>(p, plan, count);
   return count.used();
 }
 
 // The largest plan that fits into `bytes`: whole problems first, else a panel of rows of one. One tile of rows of one problem is the smallest.
-template <class Geometry, class T>
-inline BackwardPlan choose_backward(const PairProblem& p, std::int64_t bytes) {
+template <class Geometry, class T> inline BackwardPlan choose_backward(const PairProblem& p, std::int64_t bytes) {
   constexpr std::int64_t kRows = PairBackend<T>::kRows;
   const std::int64_t most_rows = p.B < kMaxSlots * kRows ? p.B : kMaxSlots * kRows;
   const auto fits = [&](std::int64_t batches, std::int64_t rows) { return backward_bytes<Geometry, T>(p, {batches, rows}) <= bytes; };
@@ -1203,8 +1252,7 @@ inline BackwardPlan choose_backward(const PairProblem& p, std::int64_t bytes) {
   return {1, rows < most_rows && rows > 0 ? rows : most_rows};
 }
 
-template <class Geometry, class T>
-inline std::int64_t backward_workspace(const PairProblem& p, std::int64_t panel_bytes) {
+template <class Geometry, class T> inline std::int64_t backward_workspace(const PairProblem& p, std::int64_t panel_bytes) {
   constexpr std::int64_t kRows = PairBackend<T>::kRows;
   const BackwardPlan smallest{1, p.B < kRows ? p.B : kRows};
   const std::int64_t least = backward_bytes<Geometry, T>(p, smallest), without_panel = backward_bytes<Geometry, T>(p, {1, 0});
@@ -1213,7 +1261,8 @@ inline std::int64_t backward_workspace(const PairProblem& p, std::int64_t panel_
 }
 
 template <class Geometry, class T, class Launch>
-int run_pair_backward(const PairProblem& whole, const PairBackward& request, const BackwardPlan& plan, const BackwardBuffers<Geometry, T>& buffers, const Launch& launch) {
+int run_pair_backward(const PairProblem& whole, const PairBackward& request, const BackwardPlan& plan, const BackwardBuffers<Geometry, T>& buffers,
+                      const Launch& launch) {
   using Real = real_of<T>;
   using Backend = PairBackend<T>;
   using Buffers = BackwardBuffers<Geometry, T>;
@@ -1232,8 +1281,21 @@ int run_pair_backward(const PairProblem& whole, const PairBackward& request, con
     Real* gradient = buffers.gradient;
     if constexpr (Buffers::kRealGradient) gradient = grad_others;
 
-    PrepareBackward<Geometry, T> prepare{p.B, p.C, p.D, p.m, p.anchor, basis, factor, buffers.scale, buffers.row_square, buffers.operand, buffers.basis_planes, buffers.anchor_planes,
-                                         wide, p.N * columns * wide, p.N * p.B * wide};
+    PrepareBackward<Geometry, T> prepare{p.B,
+                                         p.C,
+                                         p.D,
+                                         p.m,
+                                         p.anchor,
+                                         basis,
+                                         factor,
+                                         buffers.scale,
+                                         buffers.row_square,
+                                         buffers.operand,
+                                         buffers.basis_planes,
+                                         buffers.anchor_planes,
+                                         wide,
+                                         p.N * columns * wide,
+                                         p.N * p.B * wide};
     if (const int error = launch_kernel(launch, prepare, p.N)) return error;
 
     for (std::int64_t row = 0; row < p.B; row += plan.rows) {
@@ -1245,12 +1307,16 @@ int run_pair_backward(const PairProblem& whole, const PairBackward& request, con
       view.row_square_stride = p.B;
       const T* upstream = static_cast<const T*>(shifted(request.grad, first * request.grad_batch_stride + row * request.grad_row_stride, sizeof(T)));
       const Upstream<T> grad{upstream, request.grad_batch_stride, request.grad_row_stride, request.grad_column_stride};
-      const NearPairs near{buffers.near_bits, buffers.near_any, panel.B, grid.row_tiles, grid.column_tiles, view.lanes / kWarpSize, Backend::kRows, Backend::kColumns / p.m};
+      const NearPairs near{buffers.near_bits, buffers.near_any,       panel.B,        grid.row_tiles,
+                           grid.column_tiles, view.lanes / kWarpSize, Backend::kRows, Backend::kColumns / p.m};
       const std::int64_t plane_stride = p.N * panel.B * buffers.pitch;
 
-      CoefficientKernel<Geometry, T> coefficients{anchor_operand<T>(panel), basis_operand<T>(p, basis, buffers.operand), grid,
-                                                  {view, grad, buffers.coefficients, buffers.pitch, plane_stride, panel.B, need_anchor ? buffers.row_slots : nullptr, grid.column_walks,
-                                                   need_others ? buffers.column_slots : nullptr, grid.row_tiles, near}};
+      CoefficientKernel<Geometry, T> coefficients{
+          anchor_operand<T>(panel),
+          basis_operand<T>(p, basis, buffers.operand),
+          grid,
+          {view, grad, buffers.coefficients, buffers.pitch, plane_stride, panel.B, need_anchor ? buffers.row_slots : nullptr, grid.column_walks,
+           need_others ? buffers.column_slots : nullptr, grid.row_tiles, near}};
       if (const int error = launch_kernel(launch, coefficients, p.N)) return error;
 
       if (need_anchor) {
@@ -1266,22 +1332,30 @@ int run_pair_backward(const PairProblem& whole, const PairBackward& request, con
 
         using Product = GradAnchorBackend<T>;
         Operand<Coefficient> values;
-        if constexpr (Buffers::kPlanes == 2) values = make_operand<bf16>(Major::line, buffers.basis_planes, columns * wide, 1, wide, p.N * columns * wide);
+        if constexpr (Buffers::kPlanes == 2)
+          values = make_operand<bf16>(Major::line, buffers.basis_planes, columns * wide, 1, wide, p.N * columns * wide);
         else if constexpr (Arithmetic<T>::kRounded) values = make_operand<T>(Major::line, buffers.operand, columns * wide, 1, wide);
         else values = make_operand<T>(Major::line, basis, columns * p.D, 1, p.D);
-        GradAnchorKernel<T> product{make_operand<Coefficient>(Major::depth, buffers.coefficients, panel.B * buffers.pitch, buffers.pitch, 1, plane_stride), values,
-                                    make_grid(panel.B, p.D, columns, Product::kRows, Product::kColumns),
-                                    {target, addend, p.B * p.D, p.D, addend_batch_stride, p.D, Real(-1)}};
+        GradAnchorKernel<T> product{
+            make_operand<Coefficient>(Major::depth, buffers.coefficients, panel.B * buffers.pitch, buffers.pitch, 1, plane_stride),
+            values,
+            make_grid(panel.B, p.D, columns, Product::kRows, Product::kColumns),
+            {target, addend, p.B * p.D, p.D, addend_batch_stride, p.D, Real(-1)}};
         if (const int error = launch_kernel(launch, product, p.N)) return error;
       }
       if (need_others) {
         using Product = GradBasisBackend<T>;
         Operand<Coefficient> values;
-        if constexpr (Buffers::kPlanes == 2) values = make_operand<bf16>(Major::line, buffers.anchor_planes + row * wide, p.B * wide, 1, wide, p.N * p.B * wide);
-        else values = make_operand<T>(Major::line, static_cast<const T*>(panel.anchor.data), p.anchor.batch_stride, p.anchor.element_stride, p.anchor.row_stride);
-        GradBasisKernel<T> product{make_operand<Coefficient>(Major::line, buffers.coefficients, panel.B * buffers.pitch, 1, buffers.pitch, plane_stride), values,
-                                   make_grid(columns, p.D, panel.B, Product::kRows, Product::kColumns),
-                                   {gradient, row == 0 ? nullptr : gradient, columns * p.D, p.D, columns * p.D, p.D, Real(1)}};
+        if constexpr (Buffers::kPlanes == 2)
+          values = make_operand<bf16>(Major::line, buffers.anchor_planes + row * wide, p.B * wide, 1, wide, p.N * p.B * wide);
+        else
+          values = make_operand<T>(Major::line, static_cast<const T*>(panel.anchor.data), p.anchor.batch_stride, p.anchor.element_stride,
+                                   p.anchor.row_stride);
+        GradBasisKernel<T> product{
+            make_operand<Coefficient>(Major::line, buffers.coefficients, panel.B * buffers.pitch, 1, buffers.pitch, plane_stride),
+            values,
+            make_grid(columns, p.D, panel.B, Product::kRows, Product::kColumns),
+            {gradient, row == 0 ? nullptr : gradient, columns * p.D, p.D, columns * p.D, p.D, Real(1)}};
         if (const int error = launch_kernel(launch, product, p.N)) return error;
 
         ColumnTerms<Geometry, T> column_terms{view, grad, near, buffers.column_slots, buffers.totals, gradient, row == 0};
@@ -1296,19 +1370,16 @@ int run_pair_backward(const PairProblem& whole, const PairBackward& request, con
   return 0;
 }
 
-template <class T>
-struct PairedBuffers {
+template <class T> struct PairedBuffers {
   real_of<T>* basis;
   real_of<T>* factor;
-  template <class Arena>
-  PairedBuffers(const PairedGramVolumeProblem& p, Arena& arena) {
+  template <class Arena> PairedBuffers(const PairedGramVolumeProblem& p, Arena& arena) {
     basis = arena.template take<real_of<T>>("basis", p.N * p.k * p.D);
     factor = arena.template take<real_of<T>>("factor", p.N * p.k * p.k);
   }
 };
 
-template <class T>
-inline PairedForward<T> paired_kernel(const PairedGramVolumeProblem& p, void* value, const PairedBuffers<T>& buffers) {
+template <class T> inline PairedForward<T> paired_kernel(const PairedGramVolumeProblem& p, void* value, const PairedBuffers<T>& buffers) {
   PairedForward<T> kernel{p.N, p.D, p.k, p.squared, {}, p.present, buffers.basis, buffers.factor, static_cast<T*>(value)};
   for (int o = 0; o < p.k; ++o) kernel.vectors[o] = p.vectors[o];
   return kernel;
@@ -1318,9 +1389,10 @@ int run_paired_forward(const PairedGramVolumeProblem& p, void* value, const Pair
   return launch_kernel(launch, paired_kernel<T>(p, value, buffers), 1);
 }
 template <class T, class Launch>
-int run_paired_backward(const PairedGramVolumeProblem& p, const void* grad, std::int64_t grad_stride, void* grad_vectors, const PairedBuffers<T>& buffers, const Launch& launch) {
+int run_paired_backward(const PairedGramVolumeProblem& p, const void* grad, std::int64_t grad_stride, void* grad_vectors,
+                        const PairedBuffers<T>& buffers, const Launch& launch) {
   const PairedBackward<T> kernel{paired_kernel<T>(p, nullptr, buffers), static_cast<const T*>(grad), grad_stride, static_cast<T*>(grad_vectors)};
   return launch_kernel(launch, kernel, 1);
 }
 
-}  // namespace modalign::cuda
+}   // namespace modalign::cuda

@@ -3,10 +3,12 @@
 ///
 /// A *back end* multiplies a tile of row lines with a tile of column lines over the depth K and deposits the products in shared memory:
 ///
-///   FmaBackend<T, RowMajor, ColumnMajor>          T = float or double on the ordinary units, accumulated in T.         float: 128 x 128, double: 64 x 64
-///   MmaBackend<Half, Parts, RowMajor, ColumnMajor> Half = bf16 or f16 on the tensor cores, accumulated in fp32.         128 x 128
-///       Parts = 1: the operands are Half.  Parts = 2: each operand is the sum of two bf16 planes, x = hi + lo with hi = bf16(x), lo = bf16(x - hi);
-///       lo.hi + hi.lo + hi.hi is added, small products first (error about 2^-16 |x| |y|: "high" precision for fp32, exact operands for f16).
+///   FmaBackend<T, RowMajor, ColumnMajor>
+///       T = float (tiles of 128 x 128) or double (64 x 64) on the ordinary units, accumulated in T.
+///   MmaBackend<Half, Parts, RowMajor, ColumnMajor>
+///       Half = bf16 or f16 on the tensor cores, accumulated in fp32, 128 x 128. Parts = 1: the operands are Half. Parts = 2: each operand is the sum
+///       of two bf16 planes, x = hi + lo, hi = bf16(x), lo = bf16(x - hi); lo.hi + hi.lo + hi.hi is added, small products first (error about
+///       2^-16 |x| |y|: "high" precision for fp32, exact operands for f16).
 ///
 /// The Major of an operand says which index runs along its contiguous direction: the contraction index (`Major::depth`) or the line (`Major::line`).
 /// Any sizes, strides and alignments work: 16-byte loads where `Operand::vectors` allows them, single elements elsewhere, zeros beyond the edges.
@@ -14,26 +16,27 @@
 /// TileWalk<Backend, Epilogue> is the kernel. A block walks a rectangle of tiles, rows outside, columns inside, and calls the epilogue:
 ///
 ///   struct Epilogue {
-///     static constexpr int kSharedBytes;                     // its own shared memory, behind the tile
-///     static constexpr int kMinBlocks;                       // 2, or 1 where State holds many registers
-///     struct State {};                                       // what a thread keeps in registers while it walks
-///     void begin(State&, const TileRange&, batch, walk, shared_offset) const;               // a new row tile
-///     void consume(State&, Shared<Real> tile, const TileRange&, batch, walk, shared_offset) const;   // tile[row * kPitch + column] is complete and visible
-///     void end(State&, const TileRange&, batch, walk, shared_offset) const;                 // the row tile has met all its columns
+///     static constexpr int kSharedBytes;   // its own shared memory, behind the tile
+///     static constexpr int kMinBlocks;     // 2, or 1 where State holds many registers
+///     struct State {};                     // what a thread keeps in registers while it walks
+///     void begin(State&, const TileRange&, batch, walk, shared_offset) const;                        // a new row tile
+///     void consume(State&, Shared<Real> tile, const TileRange&, batch, walk, shared_offset) const;   // tile[row * kPitch + column] is complete
+///     void end(State&, const TileRange&, batch, walk, shared_offset) const;                          // the row tile has met all its columns
 ///   };
 ///
-/// All threads of the block call them together; the engine puts a barrier between deposit and consume and after consume. Rows >= range.rows and columns >= range.columns
-/// of the tile hold zeros. Epilogues of this file, which show the forms that the families use:
-///   (a) StoreTile            out = factor * product + addend (the addend may be the output: accumulate-into)
-///   (b) square-sum over the m adjacent columns of a candidate: PairForwardEpilogue in gram_volume.cuh; a column tile holds columns_per_tile = floor(kColumns / m) * m
-///       columns, so that no candidate straddles tiles
-///   (c) LogSumExpTile        online statistics of rows and columns: a walk owns the row slot (row, column walk) and the column slots (row walk, column); there are at
-///       most kMaxSlots walks along either side whatever the size, and FoldLogSumExp adds the slots in order. No atomics, so equal bits from run to run.
-///   (d) ValueProductTile     f(tile) times value rows, accumulated in registers along the walk (Backend::multiply_values)
+/// All threads of the block call them together; the engine puts a barrier between deposit and consume and after consume. Rows >= range.rows and
+/// columns >= range.columns of the tile hold zeros. Epilogues of this file show the forms that the families use:
+///   (a) StoreTile: out = factor * product + addend; the addend may be the output (accumulate-into).
+///   (b) Square-sum over the m adjacent columns of a candidate: PairForwardEpilogue in gram_volume.cuh. A column tile holds
+///       columns_per_tile = floor(kColumns / m) * m columns, so that no candidate straddles tiles.
+///   (c) LogSumExpTile: online statistics of rows and columns. A walk owns the row slots (row, column walk) and the column slots (row walk, column);
+///       there are at most kMaxSlots walks along either side whatever the size, and FoldLogSumExp adds the slots in order. No atomics, so equal bits
+///       from run to run.
+///   (d) ValueProductTile: f(tile) times value rows, accumulated in registers along the walk (Backend::multiply_values).
 ///
 /// Memory: float and tensor-core tiles take 68 KB of shared memory (the pipeline's buffers lie under the tile), double tiles 33 KB. 256 threads.
-/// FLOPs of one product: 2 rows columns K (tensor core, Parts = 2: three times that). Bytes: each operand is read once per tile of the other side; consecutive blocks
-/// share column lines and sweep kRaster row walks, so that the second level cache serves most of it.
+/// FLOPs of one product: 2 rows columns K (tensor core, Parts = 2: three times that). Bytes: each operand is read once per tile of the other side;
+/// consecutive blocks share column lines and sweep kRaster row walks, so that the second level cache serves most of it.
 /// Order of accumulation: K ascending in every accumulator, independent of the grid: equal bits from run to run.
 #pragma once
 
@@ -48,28 +51,29 @@ using namespace modalign::simt;
 
 constexpr int kTileThreads = 256;
 constexpr int kTileWarps = kTileThreads / kWarpSize;
-constexpr int kMaxSlots = 64;       // partial results along one side of a problem, whatever its size
-constexpr int kRaster = 16;         // row walks that share a column of tiles before the next column begins
+constexpr int kMaxSlots = 64;   // partial results along one side of a problem, whatever its size
+constexpr int kRaster = 16;     // row walks that share a column of tiles before the next column begins
 
-// ----------------------------------------------------------------------------------------------------------------------------------------------- numbers
-template <class T> struct RealOf { using type = float; };
-template <> struct RealOf<double> { using type = double; };
+// ------------------------------------------------------------------------------------------------------------------------------------------- numbers
+template <class T> struct RealOf {
+  using type = float;
+};
+template <> struct RealOf<double> {
+  using type = double;
+};
 template <class T> using real_of = typename RealOf<T>::type;
 
-template <class T>
-MODALIGN_DEVICE real_of<T> widen(T x) {
+template <class T> MODALIGN_DEVICE real_of<T> widen(T x) {
   if constexpr (sizeof(T) == 8) return x;
   else return to_float(x);
 }
-template <class T>
-MODALIGN_DEVICE T narrow(real_of<T> x) {
+template <class T> MODALIGN_DEVICE T narrow(real_of<T> x) {
   if constexpr (sizeof(T) == 8) return x;
   else return from_float<T>(x);
 }
 
 // The sum over the warp, the same bits in every lane.
-template <class Real>
-MODALIGN_DEVICE Real warp_sum(Real x) {
+template <class Real> MODALIGN_DEVICE Real warp_sum(Real x) {
   MODALIGN_UNROLL
   for (int step = kWarpSize / 2; step > 0; step /= 2) x += shuffle_xor(x, step);
   return x;
@@ -78,12 +82,12 @@ MODALIGN_DEVICE Real warp_sum(Real x) {
 template <class T> MODALIGN_HOST_DEVICE constexpr T round_up(T a, T b) { return (a + b - 1) / b * b; }
 MODALIGN_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// ---------------------------------------------------------------------------------------------------------------------------------------------- operands
+// ------------------------------------------------------------------------------------------------------------------------------------------ operands
 enum class Major { depth, line };
 
-// Element (batch, line, k) lies at data[batch * batch_stride + line * line_stride + k * depth_stride]; the second plane (Parts = 2) plane_stride elements further.
-template <class T>
-struct Operand {
+// Element (batch, line, k) lies at data[batch * batch_stride + line * line_stride + k * depth_stride]; the second plane (Parts = 2) plane_stride
+// elements further.
+template <class T> struct Operand {
   const T* data;
   std::int64_t batch_stride, line_stride, depth_stride;
   std::int64_t plane_stride = 0;
@@ -91,24 +95,25 @@ struct Operand {
 };
 
 template <class T>
-inline Operand<T> make_operand(Major major, const T* data, std::int64_t batch_stride, std::int64_t line_stride, std::int64_t depth_stride, std::int64_t plane_stride = 0) {
+inline Operand<T> make_operand(Major major, const T* data, std::int64_t batch_stride, std::int64_t line_stride, std::int64_t depth_stride,
+                               std::int64_t plane_stride = 0) {
   constexpr std::int64_t kVector = 16 / sizeof(T);
   const std::int64_t along = major == Major::depth ? depth_stride : line_stride;
   const std::int64_t across = major == Major::depth ? line_stride : depth_stride;
-  const bool vectors = along == 1 && reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && across % kVector == 0 && batch_stride % kVector == 0 && plane_stride % kVector == 0;
+  const bool vectors = along == 1 && reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && across % kVector == 0 && batch_stride % kVector == 0 &&
+                       plane_stride % kVector == 0;
   return {data, batch_stride, line_stride, depth_stride, plane_stride, vectors};
 }
 
 struct TileRange {
   std::int64_t row_begin, column_begin, row_tile, column_tile;
-  int rows, columns;      // lines of the tile that exist
+  int rows, columns;   // lines of the tile that exist
 };
 
-// ------------------------------------------------------------------------------------------------------------------------------------ ordinary multiply-add
-// 256 threads as 16 x 16; a thread owns 2 x 2 pieces of V x V accumulators (V = elements in 16 bytes). Slabs of 8 along K lie K-major in two shared buffers; the next
-// slab travels through registers while the present one is multiplied.
-template <class T, Major RowMajor, Major ColumnMajor>
-struct FmaBackend {
+// ----------------------------------------------------------------------------------------------------------------------------- ordinary multiply-add
+// 256 threads as 16 x 16; a thread owns 2 x 2 pieces of V x V accumulators (V = elements in 16 bytes). Slabs of 8 along K lie K-major in two shared
+// buffers; the next slab travels through registers while the present one is multiplied.
+template <class T, Major RowMajor, Major ColumnMajor> struct FmaBackend {
   using Source = T;
   using Real = T;
   static constexpr int kMinBlocks = 2;
@@ -121,10 +126,12 @@ struct FmaBackend {
   static constexpr int kTileBytes = kRows * kPitch * int(sizeof(T));
   static constexpr int kPipelineBytes = 4 * kSlab * int(sizeof(T));
   static constexpr int kSharedBytes = larger(kTileBytes, kPipelineBytes);
-  static constexpr int kValueBytes = 2 * kSlab * int(sizeof(T));    // more, behind the tile, for multiply_values
+  static constexpr int kValueBytes = 2 * kSlab * int(sizeof(T));   // more, behind the tile, for multiply_values
   static_assert(kRows * kDepth / kVector == kTileThreads, "one 16-byte piece of each operand per thread and slab");
 
-  struct Accumulators { T value[kMicro][kMicro]; };
+  struct Accumulators {
+    T value[kMicro][kMicro];
+  };
 
   static MODALIGN_DEVICE void clear(Accumulators& sum) {
     MODALIGN_UNROLL
@@ -135,35 +142,34 @@ struct FmaBackend {
   }
 
   // This thread's 16-byte piece of every slab of an operand; moves on by one slab with each fetch.
-  template <Major major>
-  struct Cursor {
+  template <Major major> struct Cursor {
     static constexpr int kPieces = major == Major::depth ? kDepth / kVector : kRows / kVector;
-    std::int64_t at, left;   // element of the next piece; steps of K from it to the edge
-    int lines;               // of the piece that exist
+    Global<const T> from;   // the next piece
+    int left, lines;        // steps of K from it to the edge, lines of it that exist; neither may be positive
 
     static MODALIGN_DEVICE int line() { return major == Major::depth ? thread_index() / kPieces : thread_index() % kPieces * kVector; }
     static MODALIGN_DEVICE int k() { return major == Major::depth ? thread_index() % kPieces * kVector : thread_index() / kPieces; }
 
-    MODALIGN_DEVICE Cursor(const Operand<T>& operand, std::int64_t line_begin, int line_count, std::int64_t depth)
-        : at((line_begin + line()) * operand.line_stride + k() * operand.depth_stride),
+    MODALIGN_DEVICE Cursor(const Operand<T>& operand, Global<const T> data, std::int64_t line_begin, int line_count, int depth)
+        : from(data.at((line_begin + line()) * operand.line_stride + k() * operand.depth_stride)),
           left((MODALIGN_MUTATION("tile: one step beyond the depth") ? depth + 1 : depth) - k()),
           lines(line_count - line()) {}
 
     // Zeros beyond the edges.
-    MODALIGN_DEVICE Pack<T, kVector> fetch(const Operand<T>& operand, Global<const T> data) {
+    MODALIGN_DEVICE Pack<T, kVector> fetch(const Operand<T>& operand) {
       Pack<T, kVector> pack;
       MODALIGN_UNROLL
       for (int v = 0; v < kVector; ++v) pack[v] = 0;
-      const int exist = lines <= 0 || left <= 0 ? 0 : major == Major::depth ? (left < kVector ? int(left) : kVector) : minimum(lines, kVector);
+      const int exist = lines <= 0 || left <= 0 ? 0 : minimum(major == Major::depth ? left : lines, kVector);
       if (operand.vectors && exist == kVector) {
-        pack = load_pack<kVector>(data, at);
+        pack = load_pack<kVector>(from, 0);
       } else {
         const std::int64_t step = major == Major::depth ? operand.depth_stride : operand.line_stride;
         MODALIGN_UNROLL
         for (int v = 0; v < kVector; ++v)
-          if (v < exist) pack[v] = data[at + v * step];
+          if (v < exist) pack[v] = from[v * step];
       }
-      at += kDepth * operand.depth_stride;
+      from = from.at(kDepth * operand.depth_stride);
       left -= kDepth;
       return pack;
     }
@@ -198,16 +204,16 @@ struct FmaBackend {
     }
   }
 
-  static MODALIGN_DEVICE void multiply(Accumulators& sum, const Operand<T>& row_operand, Global<const T> row_data, const Operand<T>& column_operand, Global<const T> column_data,
-                                       const TileRange& range, std::int64_t depth) {
+  static MODALIGN_DEVICE void multiply(Accumulators& sum, const Operand<T>& row_operand, Global<const T> row_data, const Operand<T>& column_operand,
+                                       Global<const T> column_data, const TileRange& range, int depth) {
     const Shared<T> buffers = shared<T>(0, 4 * kSlab);   // two slabs of rows, two of columns
     const int row_first = thread_index() / 16 * kVector, column_first = thread_index() % 16 * kVector;
-    const int slabs = int(ceil_divide<std::int64_t>(depth, kDepth));
-    Cursor<RowMajor> row_cursor(row_operand, range.row_begin, range.rows, depth);
-    Cursor<ColumnMajor> column_cursor(column_operand, range.column_begin, range.columns, depth);
+    const int slabs = ceil_divide(depth, kDepth);
+    Cursor<RowMajor> row_cursor(row_operand, row_data, range.row_begin, range.rows, depth);
+    Cursor<ColumnMajor> column_cursor(column_operand, column_data, range.column_begin, range.columns, depth);
     if (slabs > 0) {
-      row_cursor.store(buffers, row_cursor.fetch(row_operand, row_data));
-      column_cursor.store(buffers.at(2 * kSlab), column_cursor.fetch(column_operand, column_data));
+      row_cursor.store(buffers, row_cursor.fetch(row_operand));
+      column_cursor.store(buffers.at(2 * kSlab), column_cursor.fetch(column_operand));
       if (!MODALIGN_MUTATION("fma: drop the barrier after the first slab")) barrier();
     }
     MODALIGN_NO_UNROLL
@@ -216,8 +222,8 @@ struct FmaBackend {
       Pack<T, kVector> row_pack, column_pack;
       const bool more = slab + 1 < slabs;
       if (more) {
-        row_pack = row_cursor.fetch(row_operand, row_data);
-        column_pack = column_cursor.fetch(column_operand, column_data);
+        row_pack = row_cursor.fetch(row_operand);
+        column_pack = column_cursor.fetch(column_operand);
       }
       MODALIGN_UNROLL
       for (int k = 0; k < kDepth; ++k) {
@@ -248,8 +254,7 @@ struct FmaBackend {
   }
 
   // visit(row, column, value) for each accumulator of this thread.
-  template <class Visit>
-  static MODALIGN_DEVICE void each(const Accumulators& sum, const Visit& visit) {
+  template <class Visit> static MODALIGN_DEVICE void each(const Accumulators& sum, const Visit& visit) {
     MODALIGN_UNROLL
     for (int i = 0; i < kMicro; ++i) {
       MODALIGN_UNROLL
@@ -257,18 +262,18 @@ struct FmaBackend {
     }
   }
 
-  // sum[row, d] += sum_k tile[row, k] values[k, d] for the `count` first columns k of the tile; values has Major::line (d is the line). Passes a barrier before it reads
-  // the tile.
-  static MODALIGN_DEVICE void multiply_values(Accumulators& sum, Shared<T> tile, int count, const Operand<T>& values, Global<const T> data, std::int64_t first_value,
-                                              std::int64_t line_begin, int lines, int shared_offset) {
+  // sum[row, d] += sum_k tile[row, k] values[k, d] for the `count` first columns k of the tile; values has Major::line (d is the line). Passes a
+  // barrier before it reads the tile.
+  static MODALIGN_DEVICE void multiply_values(Accumulators& sum, Shared<T> tile, int count, const Operand<T>& values, Global<const T> data,
+                                              std::int64_t first_value, std::int64_t line_begin, int lines, int shared_offset) {
     const Shared<T> buffers = shared<T>(shared_offset, 2 * kSlab);
     const int row_first = thread_index() / 16 * kVector, column_first = thread_index() % 16 * kVector;
     const Global<const T> base = data.at(first_value * values.depth_stride);
-    Cursor<Major::line> cursor(values, line_begin, lines, count);
+    Cursor<Major::line> cursor(values, base, line_begin, lines, count);
     MODALIGN_NO_UNROLL
     for (int k_begin = 0; k_begin < count; k_begin += kDepth) {
       const Shared<T> slab = buffers.at(k_begin / kDepth % 2 * kSlab);
-      cursor.store(slab, cursor.fetch(values, base));
+      cursor.store(slab, cursor.fetch(values));
       if (!MODALIGN_MUTATION("fma: drop the barrier after a value slab")) barrier();   // also: all have left the slab before last
       MODALIGN_UNROLL
       for (int k = 0; k < kDepth; ++k) {
@@ -282,27 +287,28 @@ struct FmaBackend {
   }
 };
 
-// ------------------------------------------------------------------------------------------------------------------------------------------- tensor core
-// 8 warps as 2 x 4, a warp owns 64 x 32 = 4 x 4 products of 16 x 8. Slabs of 32 along K travel by asynchronous copies through a ring of kStages buffers. The 16-byte
-// pieces of a slab are permuted so that the eight rows which ldmatrix reads at once lie in different banks.
-template <class Half, int Parts, Major RowMajor, Major ColumnMajor>
-struct MmaBackend {
+// --------------------------------------------------------------------------------------------------------------------------------------- tensor core
+// 8 warps as 2 x 4, a warp owns 64 x 32 = 4 x 4 products of 16 x 8. Slabs of 32 along K travel by asynchronous copies through a ring of kStages
+// buffers. The 16-byte pieces of a slab are permuted so that the eight rows which ldmatrix reads at once lie in different banks.
+template <class Half, int Parts, Major RowMajor, Major ColumnMajor> struct MmaBackend {
   using Source = Half;
   using Real = float;
-  static constexpr int kMinBlocks = Parts == 1 ? 2 : 1;         // two planes of fragments do not fit into 128 registers
+  static constexpr int kMinBlocks = Parts == 1 ? 2 : 1;   // two planes of fragments do not fit into 128 registers
   static constexpr int kRows = 128, kColumns = 128, kDepth = 32;
   static constexpr int kPitch = kRows + 8;
   static constexpr int kStages = Parts == 1 ? 4 : 2;
-  static constexpr int kPlane = kRows * kDepth;                 // elements
-  static constexpr int kStage = 2 * Parts * kPlane;             // rows' planes, then columns' planes
+  static constexpr int kPlane = kRows * kDepth;       // elements
+  static constexpr int kStage = 2 * Parts * kPlane;   // rows' planes, then columns' planes
   static constexpr int kTileBytes = kRows * kPitch * int(sizeof(float));
   static constexpr int kPipelineBytes = kStages * kStage * 2;
   static constexpr int kSharedBytes = larger(kTileBytes, kPipelineBytes);
-  static constexpr int kValueStages = Parts == 1 ? 2 : 1;       // what fits behind the tile in 99 KB
+  static constexpr int kValueStages = Parts == 1 ? 2 : 1;   // what fits behind the tile in 99 KB
   static constexpr int kValueBytes = kValueStages * Parts * kPlane * 2;
   static_assert(Parts == 1 || Parts == 2, "one plane or two");
 
-  struct Accumulators { float value[4][4][4]; };
+  struct Accumulators {
+    float value[4][4][4];
+  };
 
   static MODALIGN_DEVICE void clear(Accumulators& sum) {
     MODALIGN_UNROLL
@@ -315,63 +321,61 @@ struct MmaBackend {
     }
   }
 
-  template <Major major>
-  static MODALIGN_DEVICE int place(int line, int k) {
+  template <Major major> static MODALIGN_DEVICE int place(int line, int k) {
     if constexpr (major == Major::depth) return line * kDepth + ((k / 8) ^ (line / 2 % 4)) * 8 + k % 8;
     else return k * kRows + ((line / 8) ^ (k % 8)) * 8 + line % 8;
   }
 
   // This thread's two 16-byte pieces of every slab of an operand; moves on by one slab with each start.
-  template <Major major>
-  struct Cursor {
+  template <Major major> struct Cursor {
     static constexpr int kPieces = major == Major::depth ? kDepth / 8 : kRows / 8;
     static constexpr int kApart = kTileThreads / kPieces;   // lines (depth-major) or steps of K (line-major) from the first piece to the second
-    std::int64_t at, left;
-    int lines, target;
+    Global<const Half> from;                                // the first piece
+    int left, lines, target;                                // steps of K from it to the edge, lines from it to the edge, its element of a plane
 
     static MODALIGN_DEVICE int line() { return major == Major::depth ? thread_index() / kPieces : thread_index() % kPieces * 8; }
     static MODALIGN_DEVICE int k() { return major == Major::depth ? thread_index() % kPieces * 8 : thread_index() / kPieces; }
 
-    MODALIGN_DEVICE Cursor(const Operand<Half>& operand, std::int64_t line_begin, int line_count, std::int64_t depth)
-        : at((line_begin + line()) * operand.line_stride + k() * operand.depth_stride),
+    MODALIGN_DEVICE Cursor(const Operand<Half>& operand, Global<const Half> data, std::int64_t line_begin, int line_count, int depth)
+        : from(data.at((line_begin + line()) * operand.line_stride + k() * operand.depth_stride)),
           left((MODALIGN_MUTATION("tile: one step beyond the depth") ? depth + 1 : depth) - k()),
           lines(line_count - line()),
           target(place<major>(line(), k())) {}
 
     // Starts the copies into the planes of a stage; zeros beyond the edges.
-    MODALIGN_DEVICE void start(Shared<Half> planes, const Operand<Half>& operand, Global<const Half> data) {
+    MODALIGN_DEVICE void start(Shared<Half> planes, const Operand<Half>& operand) {
       MODALIGN_UNROLL
       for (int part = 0; part < Parts; ++part) {
         MODALIGN_UNROLL
         for (int piece = 0; piece < 2; ++piece) {
-          const std::int64_t beyond = left - (major == Major::line ? piece * kApart : 0);
+          const int beyond = left - (major == Major::line ? piece * kApart : 0);
           const int here = lines - (major == Major::depth ? piece * kApart : 0);
-          const int exist = here <= 0 || beyond <= 0 ? 0 : major == Major::depth ? (beyond < 8 ? int(beyond) : 8) : minimum(here, 8);
-          const std::int64_t first = at + part * operand.plane_stride + piece * kApart * (major == Major::depth ? operand.line_stride : operand.depth_stride);
+          const int exist = here <= 0 || beyond <= 0 ? 0 : minimum(major == Major::depth ? beyond : here, 8);
+          const std::int64_t first =
+              part * operand.plane_stride + piece * kApart * (major == Major::depth ? operand.line_stride : operand.depth_stride);
           const int to = part * kPlane + target + piece * kApart * (major == Major::depth ? kDepth : kRows);
           if (operand.vectors) {
-            copy_async_16(planes, to, data, exist > 0 ? first : 0, exist * 2);
+            copy_async_16(planes, to, from, first, exist * 2);   // reads nothing where nothing exists
           } else {
             const std::int64_t step = major == Major::depth ? operand.depth_stride : operand.line_stride;
             Pack<Half, 8> pack;
             MODALIGN_UNROLL
             for (int v = 0; v < 8; ++v) {
               pack[v] = from_float<Half>(0.0f);
-              if (v < exist) pack[v] = data[first + v * step];
+              if (v < exist) pack[v] = from[first + v * step];
             }
             store_pack(planes, to, pack);
           }
         }
       }
-      at += kDepth * operand.depth_stride;
+      from = from.at(kDepth * operand.depth_stride);
       left -= kDepth;
     }
   };
   static_assert(kPlane / 8 == 2 * kTileThreads, "two 16-byte pieces of each plane per thread and slab");
 
   // Rows (or columns) first ... first + 15 and depths k ... k + 15 of a plane as the registers of an mma operand.
-  template <Major major>
-  static MODALIGN_DEVICE void load_rows(std::uint32_t (&r)[4], Shared<Half> plane, int first, int k) {
+  template <Major major> static MODALIGN_DEVICE void load_rows(std::uint32_t (&r)[4], Shared<Half> plane, int first, int k) {
     const int matrix = lane() / 8, row = MODALIGN_MUTATION("mma: wrong lane of a fragment") ? (lane() + 1) % 8 : lane() % 8;
     if constexpr (major == Major::depth) load_matrix_x4(r, plane, place<major>(first + matrix % 2 * 8 + row, k + matrix / 2 * 8));
     else load_matrix_x4_transposed(r, plane, place<major>(first + matrix % 2 * 8, k + matrix / 2 * 8 + row));
@@ -391,8 +395,7 @@ struct MmaBackend {
   using Rows = std::uint32_t[Parts][4];
   using Columns = std::uint32_t[Parts][4][2];
 
-  template <Major major>
-  static MODALIGN_DEVICE void load_all_columns(Columns& b, Shared<Half> planes, int k) {
+  template <Major major> static MODALIGN_DEVICE void load_all_columns(Columns& b, Shared<Half> planes, int k) {
     MODALIGN_UNROLL
     for (int part = 0; part < Parts; ++part) {
       MODALIGN_UNROLL
@@ -410,16 +413,16 @@ struct MmaBackend {
     }
   }
 
-  static MODALIGN_DEVICE void multiply(Accumulators& sum, const Operand<Half>& row_operand, Global<const Half> row_data, const Operand<Half>& column_operand, Global<const Half> column_data,
-                                       const TileRange& range, std::int64_t depth) {
+  static MODALIGN_DEVICE void multiply(Accumulators& sum, const Operand<Half>& row_operand, Global<const Half> row_data,
+                                       const Operand<Half>& column_operand, Global<const Half> column_data, const TileRange& range, int depth) {
     const Shared<Half> ring = shared<Half>(0, kStages * kStage);
-    const int slabs = int(ceil_divide<std::int64_t>(depth, kDepth));
-    Cursor<RowMajor> row_cursor(row_operand, range.row_begin, range.rows, depth);
-    Cursor<ColumnMajor> column_cursor(column_operand, range.column_begin, range.columns, depth);
+    const int slabs = ceil_divide(depth, kDepth);
+    Cursor<RowMajor> row_cursor(row_operand, row_data, range.row_begin, range.rows, depth);
+    Cursor<ColumnMajor> column_cursor(column_operand, column_data, range.column_begin, range.columns, depth);
     const auto start = [&](int slab) {
       const Shared<Half> stage = ring.at(slab % kStages * kStage);
-      row_cursor.start(stage, row_operand, row_data);
-      column_cursor.start(stage.at(Parts * kPlane), column_operand, column_data);
+      row_cursor.start(stage, row_operand);
+      column_cursor.start(stage.at(Parts * kPlane), column_operand);
     };
     MODALIGN_NO_UNROLL
     for (int slab = 0; slab < kStages - 1; ++slab) {
@@ -469,8 +472,7 @@ struct MmaBackend {
     }
   }
 
-  template <class Visit>
-  static MODALIGN_DEVICE void each(const Accumulators& sum, const Visit& visit) {
+  template <class Visit> static MODALIGN_DEVICE void each(const Accumulators& sum, const Visit& visit) {
     MODALIGN_UNROLL
     for (int i = 0; i < 4; ++i) {
       MODALIGN_UNROLL
@@ -482,13 +484,13 @@ struct MmaBackend {
   }
 
   // The fp32 tile becomes row fragments: rounded to Half (Parts = 1) or split into two (Parts = 2).
-  static MODALIGN_DEVICE void multiply_values(Accumulators& sum, Shared<float> tile, int count, const Operand<Half>& values, Global<const Half> data, std::int64_t first_value,
-                                              std::int64_t line_begin, int lines, int shared_offset) {
+  static MODALIGN_DEVICE void multiply_values(Accumulators& sum, Shared<float> tile, int count, const Operand<Half>& values, Global<const Half> data,
+                                              std::int64_t first_value, std::int64_t line_begin, int lines, int shared_offset) {
     const Shared<Half> buffers = shared<Half>(shared_offset, kValueStages * Parts * kPlane);
     const Global<const Half> base = data.at(first_value * values.depth_stride);
     const int slabs = ceil_divide(count, kDepth);
-    Cursor<Major::line> cursor(values, line_begin, lines, count);
-    const auto start = [&](int slab) { cursor.start(buffers.at(slab % kValueStages * Parts * kPlane), values, base); };
+    Cursor<Major::line> cursor(values, base, line_begin, lines, count);
+    const auto start = [&](int slab) { cursor.start(buffers.at(slab % kValueStages * Parts * kPlane), values); };
     if (kValueStages == 2 && slabs > 0) start(0);
     copy_async_commit();
     MODALIGN_NO_UNROLL
@@ -525,7 +527,7 @@ struct MmaBackend {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------------------------------------- the walk
+// ------------------------------------------------------------------------------------------------------------------------------------------ the walk
 struct TileGrid {
   std::int64_t rows, columns, depth;
   int rows_per_tile, columns_per_tile;
@@ -538,9 +540,9 @@ struct WalkPosition {
   std::int64_t row, column;   // of the walk in the grid of walks
 };
 
-// max_*_walks = 0: one tile per walk.
-inline TileGrid make_grid(std::int64_t rows, std::int64_t columns, std::int64_t depth, int rows_per_tile, int columns_per_tile, std::int64_t max_row_walks = 0,
-                          std::int64_t max_column_walks = 0) {
+// max_*_walks = 0: one tile per walk. The depth is below 2^31.
+inline TileGrid make_grid(std::int64_t rows, std::int64_t columns, std::int64_t depth, int rows_per_tile, int columns_per_tile,
+                          std::int64_t max_row_walks = 0, std::int64_t max_column_walks = 0) {
   TileGrid grid{rows, columns, depth, rows_per_tile, columns_per_tile, 0, 0, 1, 1, 0, 0};
   grid.row_tiles = ceil_divide<std::int64_t>(rows, rows_per_tile);
   grid.column_tiles = ceil_divide<std::int64_t>(columns, columns_per_tile);
@@ -551,8 +553,7 @@ inline TileGrid make_grid(std::int64_t rows, std::int64_t columns, std::int64_t 
   return grid;
 }
 
-template <class Backend_, class Epilogue_>
-struct TileWalk {
+template <class Backend_, class Epilogue_> struct TileWalk {
   using Backend = Backend_;
   using Epilogue = Epilogue_;
   using Source = typename Backend::Source;
@@ -605,7 +606,7 @@ struct TileWalk {
         {
           typename Backend::Accumulators sum;
           Backend::clear(sum);
-          Backend::multiply(sum, rows, row_data, columns, column_data, range, grid.depth);
+          Backend::multiply(sum, rows, row_data, columns, column_data, range, int(grid.depth));
           Backend::deposit(sum, tile);
         }
         if (!MODALIGN_MUTATION("tile: drop the barrier before the epilogue")) barrier();
@@ -618,17 +619,16 @@ struct TileWalk {
   }
 };
 
-// --------------------------------------------------------------------------------------------------------------------------------- (a) store, accumulate
+// ----------------------------------------------------------------------------------------------------------------------------- (a) store, accumulate
 // out[batch, row, column] = factor * product + addend[batch, row, column]; addend == nullptr: none. The addend may be the output itself.
-template <class Backend, class Out>
-struct StoreTile {
+template <class Backend, class Out> struct StoreTile {
   using Real = typename Backend::Real;
   static constexpr int kSharedBytes = 0;
   static constexpr int kMinBlocks = 2;
   struct State {};
   Out* out;
   const Real* addend;
-  std::int64_t out_batch_stride, out_row_stride;         // contiguous along columns
+  std::int64_t out_batch_stride, out_row_stride;   // contiguous along columns
   std::int64_t addend_batch_stride, addend_row_stride;
   Real factor;
 
@@ -636,8 +636,9 @@ struct StoreTile {
   MODALIGN_DEVICE void end(State&, const TileRange&, std::int64_t, const WalkPosition&, int) const {}
   MODALIGN_DEVICE void consume(State&, Shared<Real> tile, const TileRange& range, std::int64_t batch, const WalkPosition&, int) const {
     const Global<Out> target = Global<Out>(out).at(batch * out_batch_stride + range.row_begin * out_row_stride + range.column_begin);
-    const Global<const Real> source = addend != nullptr ? Global<const Real>(addend).at(batch * addend_batch_stride + range.row_begin * addend_row_stride + range.column_begin)
-                                                        : Global<const Real>(addend);
+    const Global<const Real> source =
+        addend != nullptr ? Global<const Real>(addend).at(batch * addend_batch_stride + range.row_begin * addend_row_stride + range.column_begin)
+                          : Global<const Real>(addend);
     const int rows = MODALIGN_MUTATION("store: one row too many") ? range.rows + 1 : range.rows;
     const int column = thread_index() % Backend::kColumns;
     if (column >= range.columns) return;
@@ -650,25 +651,22 @@ struct StoreTile {
   static constexpr int kThreadsPerColumn = kTileThreads / Backend::kColumns;
 };
 
-// ---------------------------------------------------------------------------------------------------------------- (c) online statistics, log-sum-exp form
-// z = scale * product. Row slots [batch][column walk][rows] and column slots [batch][row walk][columns] of (maximum, sum of exp(z - maximum)).
-template <class Real>
-struct MaxSum {
+// ---------------------------------------------------------------------------------------------------------------- (c) online statistics, log-sum-exp
+// form z = scale * product. Row slots [batch][column walk][rows] and column slots [batch][row walk][columns] of (maximum, sum of exp(z - maximum)).
+template <class Real> struct MaxSum {
   Real max, sum;
 };
 // The statistics of two disjoint sets; -inf stands for nothing yet, NaN stays.
-template <class Real>
-MODALIGN_DEVICE MaxSum<Real> join(const MaxSum<Real>& a, const MaxSum<Real>& b) {
+template <class Real> MODALIGN_DEVICE MaxSum<Real> join(const MaxSum<Real>& a, const MaxSum<Real>& b) {
   if (b.sum == 0) return a;
   if (a.sum == 0) return b;
   const Real top = maximum(a.max, b.max);
   return {top, a.sum * exponential(a.max - top) + b.sum * exponential(b.max - top)};
 }
 
-template <class Backend>
-struct LogSumExpTile {
+template <class Backend> struct LogSumExpTile {
   using Real = typename Backend::Real;
-  static constexpr int kGroups = kTileThreads / Backend::kColumns;             // threads per column
+  static constexpr int kGroups = kTileThreads / Backend::kColumns;   // threads per column
   static constexpr int kSharedBytes = (2 * Backend::kRows + 2 * kTileThreads) * int(sizeof(Real));
   static constexpr int kMinBlocks = 2;
   struct State {};
@@ -691,15 +689,17 @@ struct LogSumExpTile {
 
   MODALIGN_DEVICE void begin(State&, const TileRange&, std::int64_t, const WalkPosition&, int shared_offset) const {
     const Shared<Real> row_pairs = shared<Real>(shared_offset, 2 * Backend::kRows);
-    for (int row = warp(); row < Backend::kRows; row += kTileWarps)      // the warp that will read it
+    for (int row = warp(); row < Backend::kRows; row += kTileWarps)   // the warp that will read it
       if (lane() == 0) write(row_pairs, row, {0, 0});
   }
-  MODALIGN_DEVICE void consume(State&, Shared<Real> tile, const TileRange& range, std::int64_t batch, const WalkPosition& walk, int shared_offset) const {
+  MODALIGN_DEVICE void consume(State&, Shared<Real> tile, const TileRange& range, std::int64_t batch, const WalkPosition& walk,
+                               int shared_offset) const {
     const Shared<Real> row_pairs = shared<Real>(shared_offset, 2 * Backend::kRows);
     const Shared<Real> column_pairs = shared<Real>(shared_offset + 2 * Backend::kRows * int(sizeof(Real)), 2 * kTileThreads);
     for (int row = warp(); row < range.rows; row += kTileWarps) {
       MaxSum<Real> mine{0, 0};
-      for (int column = lane(); column < range.columns; column += kWarpSize) mine = join(mine, MaxSum<Real>{scale * tile[row * Backend::kPitch + column], 1});
+      for (int column = lane(); column < range.columns; column += kWarpSize)
+        mine = join(mine, MaxSum<Real>{scale * tile[row * Backend::kPitch + column], 1});
       MODALIGN_UNROLL
       for (int step = kWarpSize / 2; step > 0; step /= 2) {
         const MaxSum<Real> other{shuffle_down(mine.max, step), shuffle_down(mine.sum, step)};
@@ -735,12 +735,11 @@ struct LogSumExpTile {
 };
 
 // out[batch, i] = log of the sum over all slots, in slot order; slots [batch][slot][count].
-template <class Real>
-struct FoldLogSumExp {
+template <class Real> struct FoldLogSumExp {
   static constexpr int kThreads = 128;
   const Pack<Real, 2>* slots;
-  Real* max;        // [batch, count]
-  Real* sum;        // [batch, count]
+  Real* max;   // [batch, count]
+  Real* sum;   // [batch, count]
   std::int64_t count, slot_count;
 
   LaunchPlan plan(std::int64_t batches, const char* key) const {
@@ -765,30 +764,33 @@ struct FoldLogSumExp {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------------------------- (d) value products
+// -------------------------------------------------------------------------------------------------------------------------------- (d) value products
 // out[batch, row, d] = sum over columns of exp(scale * product) values[batch, column, d], d < width <= kColumns; a walk meets all columns.
-template <class Backend, class Out>
-struct ValueProductTile {
+template <class Backend, class Out> struct ValueProductTile {
   using Source = typename Backend::Source;
   using Real = typename Backend::Real;
   static constexpr int kSharedBytes = Backend::kValueBytes;
   static constexpr int kMinBlocks = 1;   // the output rows stay in registers along the walk
-  struct State { typename Backend::Accumulators sum; };
+  struct State {
+    typename Backend::Accumulators sum;
+  };
   Real scale;
-  Operand<Source> values;       // Major::line: line = d, depth = column
+  Operand<Source> values;   // Major::line: line = d, depth = column
   int width;
-  Out* out;                     // [batch, rows, width]
+  Out* out;   // [batch, rows, width]
   std::int64_t rows;
 
   MODALIGN_DEVICE void begin(State& state, const TileRange&, std::int64_t, const WalkPosition&, int) const { Backend::clear(state.sum); }
-  MODALIGN_DEVICE void consume(State& state, Shared<Real> tile, const TileRange& range, std::int64_t batch, const WalkPosition&, int shared_offset) const {
+  MODALIGN_DEVICE void consume(State& state, Shared<Real> tile, const TileRange& range, std::int64_t batch, const WalkPosition&,
+                               int shared_offset) const {
     for (int index = thread_index(); index < Backend::kRows * Backend::kColumns; index += kTileThreads) {
       const int row = index / Backend::kColumns, column = index % Backend::kColumns;
       const Real z = tile[row * Backend::kPitch + column];
       tile[row * Backend::kPitch + column] = row < range.rows && column < range.columns ? exponential(scale * z) : Real(0);
     }
     // multiply_values begins with a barrier
-    Backend::multiply_values(state.sum, tile, range.columns, values, Global<const Source>(values.data).at(batch * values.batch_stride), range.column_begin, 0, width, shared_offset);
+    Backend::multiply_values(state.sum, tile, range.columns, values, Global<const Source>(values.data).at(batch * values.batch_stride),
+                             range.column_begin, 0, width, shared_offset);
   }
   MODALIGN_DEVICE void end(State& state, const TileRange& range, std::int64_t batch, const WalkPosition&, int) const {
     const Global<Out> target = Global<Out>(out).at((batch * rows + range.row_begin) * width);
@@ -799,4 +801,4 @@ struct ValueProductTile {
   }
 };
 
-}  // namespace modalign::cuda
+}   // namespace modalign::cuda

@@ -1,10 +1,10 @@
 /// @file gram_volume.cpp
-/// @brief The volume kernels and the forms of the tile engine in the emulator: every key of the compiled table, run through the very launch sequences of cuda/gram_volume.cu.
+/// @brief The volume kernels in the emulator: every key of the compiled table, run through the very launch sequences of cuda/gram_volume.cu.
 ///
-/// Running any key of a sequence runs the whole sequence (a backward key: the whole backward pass), so that each kernel reads what its predecessors wrote.
-/// Arguments of the pair ops: N, B, C, D, (m,) squared, eps; anchor [N, B, D] and other0 ... [N, C, D] (triangle: other0 = u, other1 = v), present bool [N, C, m] or missing.
-/// `<name>_batch_stride`, `<name>_row_stride`, `<name>_element_stride` replace the strides of a contiguous array, which may then have any shape.
-/// Backward: anchor, basis, factor, grad, need_anchor, need_others, workspace_bytes.
+/// Running any key of a sequence runs the whole sequence (a backward key: the whole backward pass), so that each kernel reads what its predecessors
+/// wrote. Arguments of the pair ops: N, B, C, D, (m,) squared, eps; anchor [N, B, D] and other0 ... [N, C, D] (triangle: other0 = u, other1 = v),
+/// present bool [N, C, m] or missing. `<name>_batch_stride`, `<name>_row_stride`, `<name>_element_stride` replace the strides of a contiguous array,
+/// which may then have any shape. Backward: anchor, basis, factor, grad, need_anchor, need_others, workspace_bytes.
 #include "cuda/gram_volume.cuh"
 
 #include <utility>
@@ -21,8 +21,7 @@ using simt::LaunchPlan;
 class HostArena {
  public:
   explicit HostArena(Run& run) : run_(run) {}
-  template <class U>
-  U* take(const char* name, std::int64_t count) { return run_.workspace<U>(name, count); }
+  template <class U> U* take(const char* name, std::int64_t count) { return run_.workspace<U>(name, count); }
 
  private:
   Run& run_;
@@ -40,17 +39,16 @@ std::int64_t stride(Run& run, const std::string& name, const char* which, std::i
   const std::string argument = name + "_" + which + "_stride";
   return run.has(argument.c_str()) ? run.integer(argument.c_str()) : contiguous;
 }
-template <class T>
-BatchedRows rows(Run& run, const std::string& name, std::int64_t count, std::int64_t D) {
+template <class T> BatchedRows rows(Run& run, const std::string& name, std::int64_t count, std::int64_t D) {
   return {run.input<T>(name.c_str()), stride(run, name, "batch", count * D), stride(run, name, "row", D), stride(run, name, "element", 1)};
 }
 PresenceMask presence(Run& run, std::int64_t count, int m) {
   if (!run.has("present")) return {nullptr, 0, 0, 0};
-  return {run.input<bool>("present"), stride(run, "present", "batch", count * m), stride(run, "present", "row", m), stride(run, "present", "element", 1)};
+  return {run.input<bool>("present"), stride(run, "present", "batch", count * m), stride(run, "present", "row", m),
+          stride(run, "present", "element", 1)};
 }
 
-template <class Geometry>
-PairProblem pair_sizes(Run& run) {
+template <class Geometry> PairProblem pair_sizes(Run& run) {
   PairProblem p{};
   p.N = run.integer("N"), p.B = run.integer("B"), p.C = run.integer("C"), p.D = run.integer("D");
   p.m = Geometry::kTriangle ? 2 : static_cast<int>(run.integer("m"));
@@ -58,25 +56,23 @@ PairProblem pair_sizes(Run& run) {
   p.eps = run.number("eps");
   return p;
 }
-template <class Geometry>
-std::vector<std::int64_t> factor_shape(const PairProblem& p) {
+template <class Geometry> std::vector<std::int64_t> factor_shape(const PairProblem& p) {
   return Geometry::kTriangle ? std::vector<std::int64_t>{p.N, p.C, 3} : std::vector<std::int64_t>{p.N, p.C, p.m, p.m};
 }
 
-template <class Geometry, class T>
-void pair_forward(Run& run) {
+template <class Geometry, class T> void pair_forward(Run& run) {
   using Real = real_of<T>;
   PairProblem p = pair_sizes<Geometry>(run);
   p.anchor = rows<T>(run, "anchor", p.B, p.D);
   for (int o = 0; o < p.m; ++o) p.others[o] = rows<T>(run, "other" + std::to_string(o), p.C, p.D);
   p.present = presence(run, p.C, p.m);
-  const PairForward output{run.output<T>("value", {p.N, p.B, p.C}), run.output<Real>("basis", {p.N, p.C, p.m, p.D}), run.output<Real>("factor", factor_shape<Geometry>(p))};
+  const PairForward output{run.output<T>("value", {p.N, p.B, p.C}), run.output<Real>("basis", {p.N, p.C, p.m, p.D}),
+                           run.output<Real>("factor", factor_shape<Geometry>(p))};
   HostArena arena(run);
   run_pair_forward<Geometry, T>(p, output, ForwardBuffers<T>(p, arena), launcher(run));
 }
 
-template <class Geometry, class T>
-void pair_backward(Run& run) {
+template <class Geometry, class T> void pair_backward(Run& run) {
   using Real = real_of<T>;
   PairProblem p = pair_sizes<Geometry>(run);
   p.anchor = rows<T>(run, "anchor", p.B, p.D);
@@ -95,8 +91,7 @@ void pair_backward(Run& run) {
   run_pair_backward<Geometry, T>(p, request, plan, BackwardBuffers<Geometry, T>(p, plan, arena), launcher(run));
 }
 
-template <class T>
-PairedGramVolumeProblem paired_problem(Run& run) {
+template <class T> PairedGramVolumeProblem paired_problem(Run& run) {
   PairedGramVolumeProblem p{};
   p.N = run.integer("N"), p.D = run.integer("D"), p.k = static_cast<int>(run.integer("k"));
   p.squared = run.flag("squared");
@@ -104,31 +99,48 @@ PairedGramVolumeProblem paired_problem(Run& run) {
   p.present = presence(run, p.N, p.k);
   return p;
 }
-template <class T>
-void paired_forward(Run& run) {
+template <class T> void paired_forward(Run& run) {
   const PairedGramVolumeProblem p = paired_problem<T>(run);
   HostArena arena(run);
   run_paired_forward<T>(p, run.output<T>("value", {p.N}), PairedBuffers<T>(p, arena), launcher(run));
 }
-template <class T>
-void paired_backward(Run& run) {
+template <class T> void paired_backward(Run& run) {
   const PairedGramVolumeProblem p = paired_problem<T>(run);
   HostArena arena(run);
   const T* grad = run.input<T>("grad");
-  run_paired_backward<T>(p, grad, stride(run, "grad", "row", 1), run.output<T>("grad_vectors", {p.N, p.k, p.D}), PairedBuffers<T>(p, arena), launcher(run));
+  run_paired_backward<T>(p, grad, stride(run, "grad", "row", 1), run.output<T>("grad_vectors", {p.N, p.k, p.D}), PairedBuffers<T>(p, arena),
+                         launcher(run));
 }
 
 // Which sequence a kernel type belongs to.
 template <class Kernel> struct Sequence;
-template <class G, class T> struct Sequence<PrepareForward<G, T>> { static void run(Run& r) { pair_forward<G, T>(r); } };
-template <class G, class T> struct Sequence<PrepareBackward<G, T>> { static void run(Run& r) { pair_backward<G, T>(r); } };
-template <class B, class G, class T> struct Sequence<TileWalk<B, CoefficientEpilogue<G, T>>> { static void run(Run& r) { pair_backward<G, T>(r); } };
-template <class B, class G, class T> struct Sequence<TileWalk<B, PairForwardEpilogue<G, T>>> { static void run(Run& r) { pair_forward<G, T>(r); } };
-template <class G, class T> struct Sequence<RowTerms<G, T>> { static void run(Run& r) { pair_backward<G, T>(r); } };
-template <class G, class T> struct Sequence<ColumnTerms<G, T>> { static void run(Run& r) { pair_backward<G, T>(r); } };
-template <class G, class T> struct Sequence<GradOthers<G, T>> { static void run(Run& r) { pair_backward<G, T>(r); } };
-template <class T> struct Sequence<PairedForward<T>> { static void run(Run& r) { paired_forward<T>(r); } };
-template <class T> struct Sequence<PairedBackward<T>> { static void run(Run& r) { paired_backward<T>(r); } };
+template <class G, class T> struct Sequence<PrepareForward<G, T>> {
+  static void run(Run& r) { pair_forward<G, T>(r); }
+};
+template <class G, class T> struct Sequence<PrepareBackward<G, T>> {
+  static void run(Run& r) { pair_backward<G, T>(r); }
+};
+template <class B, class G, class T> struct Sequence<TileWalk<B, CoefficientEpilogue<G, T>>> {
+  static void run(Run& r) { pair_backward<G, T>(r); }
+};
+template <class B, class G, class T> struct Sequence<TileWalk<B, PairForwardEpilogue<G, T>>> {
+  static void run(Run& r) { pair_forward<G, T>(r); }
+};
+template <class G, class T> struct Sequence<RowTerms<G, T>> {
+  static void run(Run& r) { pair_backward<G, T>(r); }
+};
+template <class G, class T> struct Sequence<ColumnTerms<G, T>> {
+  static void run(Run& r) { pair_backward<G, T>(r); }
+};
+template <class G, class T> struct Sequence<GradOthers<G, T>> {
+  static void run(Run& r) { pair_backward<G, T>(r); }
+};
+template <class T> struct Sequence<PairedForward<T>> {
+  static void run(Run& r) { paired_forward<T>(r); }
+};
+template <class T> struct Sequence<PairedBackward<T>> {
+  static void run(Run& r) { paired_backward<T>(r); }
+};
 
 // The two products are shared by the geometries; the volume runs them here. Their dtype is read off the key.
 void product(Run& run) {
@@ -138,12 +150,14 @@ void product(Run& run) {
   else if (dtype == "f16") pair_backward<VolumeGeometry, f16>(run);
   else pair_backward<VolumeGeometry, bf16>(run);
 }
-template <class B, class E> struct Sequence<TileWalk<B, E>> { static void run(Run& r) { product(r); } };
+template <class B, class E> struct Sequence<TileWalk<B, E>> {
+  static void run(Run& r) { product(r); }
+};
 
-template <class Kernel>
-KernelEntry entry(const std::string& key) {
+template <class Kernel> KernelEntry entry(const std::string& key) {
   const std::string family = key.substr(0, key.find('.'));
-  return {.key = key, .family = family, .run = &Sequence<Kernel>::run, .threads = Kernel::kThreads, .tags = {{"dtype", key.substr(key.rfind('.') + 1)}}};
+  return {
+      .key = key, .family = family, .run = &Sequence<Kernel>::run, .threads = Kernel::kThreads, .tags = {{"dtype", key.substr(key.rfind('.') + 1)}}};
 }
 
 const std::vector<Registration> kRegistrations = [] {
@@ -154,5 +168,5 @@ const std::vector<Registration> kRegistrations = [] {
   return all;
 }();
 
-}  // namespace
-}  // namespace modalign::host
+}   // namespace
+}   // namespace modalign::host
