@@ -125,7 +125,7 @@ def gram_volume_near_zero(maker, B, C, D, k, near_zero):
 
 
 @bench.case(
-    grid=[dict(B=1024, C=1024, D=256, k=3)],
+    grid=[dict(B=512, C=512, D=256, k=3)],
     quick=[dict(B=64, C=96, D=32, k=3)],
     reference=triangle_projected,
     flops=matmul_flops,
