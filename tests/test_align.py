@@ -423,3 +423,11 @@ def test_commands_without_their_packages_say_what_to_install():
     info = subprocess.run([sys.executable, "-c", code, "info"], capture_output=True, text=True)
     assert info.returncode == 0
     assert "torch" in info.stdout
+
+
+def test_figures_of_fresh_seeds_in_the_documentation():
+    rows = json.loads((REPOSITORY / "benchmarks/results/align_emoji_mini_fresh_seeds.json").read_text(encoding="utf-8"))["rows"]
+    page = " ".join((REPOSITORY / "docs/align.md").read_text(encoding="utf-8").split())
+    wanted = [f"{100 * rows[row]['mean_r10']:.1f}" for row in ("cca", "trained", "trained_random")]
+    assert "mean R@10 of {} for CCA, {} trained and {} trained from a random start".format(*wanted) in page
+    assert rows["trained"]["mean_r10"] >= rows["cca"]["mean_r10"] and rows["trained_random"]["mean_r10"] >= 0.9 * rows["cca"]["mean_r10"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,12 +27,14 @@ def align(
     data: Annotated[str, typer.Argument(metavar="DATA", help="emoji-mini (picture, text) or furniture-mini (picture, text, points)")],
     out: Annotated[Path | None, typer.Option(help="folder for the model, the figures and the report; default runs/DATA")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="splits and initialisations; the saved model is the first one's")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="first of the seeds; the stored features were reduced on the training items of seed 0")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="length of the training schedule; where to stop in it is chosen on validation items")] = 120,
     batch: Annotated[int, typer.Option(min=2, help="items per step")] = 256,
     width: Annotated[int | None, typer.Option(min=2, help="of the shared space; default 256, or the narrowest modality")] = None,
     hidden: Annotated[int, typer.Option(min=0, help="width of the non-linear branch of a head, 0 for purely affine heads")] = 256,
     temperature: Annotated[float, typer.Option(help="divides volumes and cosines")] = 0.07,
     pairwise_weight: Annotated[float, typer.Option(help="of the pairwise term beside the volume term")] = 1 / 3,
+    threads: Annotated[int, typer.Option(min=1, help="of torch; a training step on these data is too small to gain from more than one")] = 1,
     data_root: Annotated[Path | None, typer.Option(help="folder that holds the data folder; default: the package's own")] = None,
 ) -> None:
     """Learn light heads on frozen features of paired modalities and tell how well they match.
@@ -39,6 +42,7 @@ def align(
     Leaves model/ (safetensors and JSON), results.json, curves.png, retrieved.png and report.html in the output folder.
     """
     console = Console()
+    torch.set_num_threads(threads)
     folder = out or Path("runs") / data.replace("_", "-")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out must be a folder, got the file {folder}")
@@ -52,15 +56,16 @@ def align(
         task = bar.add_task("preparing", total=seeds * len(TRAINED_ROWS) * per_row)
 
         def advance(seed: int, row: str, step: int) -> None:
-            done = (seed * len(TRAINED_ROWS) + TRAINED_ROWS.index(row) + 1) * per_row
+            done = ((seed - first_seed) * len(TRAINED_ROWS) + TRAINED_ROWS.index(row) + 1) * per_row
             if step == 0:
                 bar.update(task, completed=done)
             else:
                 bar.update(task, description=f"seed {seed}: {'from CCA' if row == 'trained' else 'from random'}", advance=1)
 
-        experiment = run_experiment(dataset, seeds=seeds, steps=steps, batch=batch, overrides=overrides, progress=advance)
+        experiment = run_experiment(dataset, seeds=seeds, first_seed=first_seed, steps=steps, batch=batch, overrides=overrides, progress=advance)
 
-    command = f"modalign align {data} --seeds {seeds} --steps {steps} --batch {batch}"
+    first = f" --first-seed {first_seed}" if first_seed else ""
+    command = f"modalign align {data} --seeds {seeds}{first} --steps {steps} --batch {batch}"
     results = summary(experiment, command)
     for table in tables(results):
         console.print(table)
@@ -70,7 +75,7 @@ def align(
         "the test part was read once."
     )
     if any(result.transductive for result in experiment.seeds):
-        console.print("Seeds after the first are transductive: the stored features were reduced with a basis fitted on the training items of seed 0.")
+        console.print("Seeds other than 0 are transductive: the stored features were reduced with a basis fitted on the training items of seed 0.")
     for path in write_run(folder, experiment, results):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
@@ -79,8 +84,9 @@ def write_run(folder: Path, experiment: Experiment, results: dict) -> list[Path]
     """Write everything that a run leaves, each file whole or not at all."""
     from .report import curves_figure, html_report, png, retrieved_figure
 
-    split = experiment.dataset.splits(0)
-    extra = {"dataset": experiment.dataset.name, "split_seed": 0, "mean_r10": results["rows"]["trained"]["mean_r10_by_seed"][0]}
+    seed = experiment.seeds[0].seed
+    split = experiment.dataset.splits(seed)
+    extra = {"dataset": experiment.dataset.name, "split_seed": seed, "mean_r10": results["rows"]["trained"]["mean_r10_by_seed"][0]}
     figures = {"curves.png": png(curves_figure(experiment))}
     if experiment.dataset.sheet is not None:
         figures["retrieved.png"] = png(retrieved_figure(experiment, split.test))
@@ -109,18 +115,15 @@ def cells(figures: dict) -> list[str]:
 
 
 def tables(results: dict) -> list[Table]:
-    """One table per pair of directions."""
+    """One table per direction, narrow enough for 80 columns."""
     made = []
-    for pair in direction_pairs(results):
-        table = Table(title="   |   ".join(pair), title_justify="left", min_width=60)
+    for direction in results["rows"]["trained"]["directions"]:
+        table = Table(title=direction, title_justify="left")
         table.add_column("row", no_wrap=True)
-        for _ in pair:
-            for heading in ("R@1", "R@5", "R@10", "median"):
-                table.add_column(heading, justify="right", no_wrap=True)
+        for heading in ("R@1", "R@5", "R@10", "median"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for row, figures in results["rows"].items():
             label = {"cca": "CCA", "trained_random": "trained, random start"}.get(row, row)
-            table.add_row(
-                label, *(cell for direction in pair for cell in cells(figures["directions"][direction])), style="bold" if row == "trained" else None
-            )
+            table.add_row(label, *cells(figures["directions"][direction]), style="bold" if row == "trained" else None)
         made.append(table)
     return made

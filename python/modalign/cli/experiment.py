@@ -84,6 +84,7 @@ def run_experiment(
     dataset: PairedDataset,
     *,
     seeds: int = 3,
+    first_seed: int = 0,
     steps: int = 120,
     batch: int = 256,
     overrides: Mapping[str, Any] | None = None,
@@ -97,7 +98,7 @@ def run_experiment(
     widths = {name: x.shape[1] for name, x in dataset.modalities.items()}
     config = GramAlignerConfig(**({"modalities": widths, "width": min(256, *widths.values())} | dict(overrides or {})))
     experiment: Experiment | None = None
-    for seed in range(seeds):
+    for seed in range(first_seed, first_seed + seeds):
         split = dataset.splits(seed)
         fit, validation, train, test = (dataset.features(part) for part in (split.fit, split.validation, split.train, split.test))
         groups = dataset.groups
@@ -169,7 +170,7 @@ def summary(experiment: Experiment, command: str) -> dict[str, Any]:
         scores = [mean_r10(result.table[row]) for result in experiment.seeds]
         rows[row] = {"what": ROWS[row], "mean_r10": statistics.fmean(scores), "mean_r10_by_seed": scores, "directions": by_direction}
     data = experiment.dataset
-    split = data.splits(0)
+    split = data.splits(experiment.seeds[0].seed)
     return {
         "schema": SCHEMA,
         "command": command,

@@ -166,7 +166,7 @@ def html_report(results: dict[str, Any], figures: dict[str, bytes]) -> str:
     )
     if any(seed["transductive"] for seed in results["seeds"]):
         parts.append(
-            "<p class=note>Seeds after the first are transductive: "
+            "<p class=note>Seeds other than 0 are transductive: "
             "the stored features were reduced with a basis fitted on the training items of seed 0, "
             "among which are some of their test items (without pairing).</p>"
         )
