@@ -333,18 +333,19 @@ struct BackwardBuffers {
   T* row_values;       // the anchors of one row panel as value operand [D / P][kPanelRows][P]
   T* column_values;    // the basis rows as value operand [D / P][columns][P]
   T* column_gradient;  // G [columns][D], packed column order
-  T* statistics;       // [groups][1 + m (m + 1) / 2][lanes]: alpha, then S_pq for p >= q
-  T* slot_rows;        // [slots][kPanelRows][D]
-  T* slot_weights;     // [slots][kPanelRows]: sum_j w_ij
+  // Sums over all rows or columns that enter differences of large terms: in double whatever T is, they are few.
+  double* statistics;    // [groups][1 + m (m + 1) / 2][lanes]: alpha, then S_pq for p >= q
+  double* slot_weights;  // [slots][kPanelRows]: sum_j w_ij
+  T* slot_rows;          // [slots][kPanelRows][D]
   BackwardBuffers(const Sizes& s, int data, Arena& arena) : operands(s, data, arena) {
     const Columns<T> columns(s.C, s.D, s.m);
     const Slots slots = slots_of<T>(s, columns);
     row_values = arena.take<T>(packed_value_size<T>(kPanelRows, s.D));
     column_values = arena.take<T>(packed_value_size<T>(columns.count, s.D));
     column_gradient = arena.take<T>(columns.count * s.D);
-    statistics = arena.take<T>(columns.groups * (1 + s.m * (s.m + 1) / 2) * kLanes<T>);
+    statistics = arena.take<double>(columns.groups * (1 + s.m * (s.m + 1) / 2) * kLanes<T>);
     slot_rows = arena.take<T>(slots.count * kPanelRows * s.D);
-    slot_weights = arena.take<T>(slots.count * kPanelRows);
+    slot_weights = arena.take<double>(slots.count * kPanelRows);
   }
 };
 
@@ -365,11 +366,11 @@ struct BackwardEpilogue {
   T root_eps;
   Upstream grad;
   T* column_gradient;
-  T* statistics;
+  double* statistics;
   Scratch<T> upstream, e, a;
 
   // row_gradient [rows][D] and row_weight [rows] belong to this slot
-  void operator()(const Tile<T>& tile, T* row_gradient, T* row_weight) const {
+  void operator()(const Tile<T>& tile, T* row_gradient, double* row_weight) const {
     constexpr int W = kLanes<T>;
     const int m = sizes.m, per_group = 1 + m * (m + 1) / 2;
     const std::int64_t first_group = tile.column / (m * W), last_group = minimum((tile.column + tile.columns) / (m * W), (sizes.C + W - 1) / W);
@@ -380,12 +381,12 @@ struct BackwardEpilogue {
       const T row_square = operands.row_square[row];
       load_row<T>(dtype, grad.data, grad.offset + row * grad.row_stride + first_column * grad.column_stride, grad.column_stride, columns, upstream);
       bool loaded = false;
-      T weight = 0;
+      double weight = 0;
       for (std::int64_t group = first_group; group < last_group; ++group) {
         T* s = tile.data + i * tile.ld + group * m * W - tile.column;
         const T* data = operands.column_data + group * Geometry::kData * W;
         const T* W_up = upstream + (group - first_group) * W;
-        T* sums = statistics + group * per_group * W;
+        double* sums = statistics + group * per_group * W;
         T r[W], trust[W], w[W];
         geometry.residual(s, row_square, data, r, trust);
         int near_zero = 0;
@@ -417,7 +418,7 @@ struct BackwardEpilogue {
               for (int p = 0; p < m; ++p) add_scaled<T>(column_gradient + ((group * m + p) * W + l) * sizes.D, w_direct * kappa[p], e, sizes.D);
           }
         }
-        T* S = sums + W;
+        double* S = sums + W;
         for (int p = 0; p < m; ++p)
           for (int q = 0; q <= p; ++q, S += W)
             for (int l = 0; l < W; ++l) S[l] += w[l] * s[p * W + l] * s[q * W + l];
@@ -466,7 +467,7 @@ void backward(const Sizes& sizes, Scalar dtype, const BatchedRows& anchor, std::
                                                    Scratch<T>(columns.tile), Scratch<T>(D), Scratch<T>(D)};
       for (std::int64_t slot = begin; slot < end; ++slot) {
         T* row_gradient = to.grad_anchor ? buffers.slot_rows + slot * kPanelRows * D : nullptr;
-        T* row_weight = buffers.slot_weights + slot * kPanelRows;
+        double* row_weight = buffers.slot_weights + slot * kPanelRows;
         for (std::int64_t i = 0; i < rows; ++i) row_weight[i] = 0;
         if (row_gradient) for (std::int64_t k = 0; k < rows * D; ++k) row_gradient[k] = 0;
         for (std::int64_t block = slots.first_tile(slot); block < slots.first_tile(slot + 1); ++block) {
@@ -489,10 +490,10 @@ void backward(const Sizes& sizes, Scalar dtype, const BatchedRows& anchor, std::
       parallel_for(parallel, 0, rows, 8, [&](std::int64_t begin, std::int64_t end) {
         Scratch<T> line(D);
         for (std::int64_t i = begin; i < end; ++i) {
-          T weight = 0;
+          double weight = 0;
           for (std::int64_t slot = 0; slot < slots.count; ++slot) weight += buffers.slot_weights[slot * kPanelRows + i];
           unpack_row(buffers.operands.row_panels, first + i, D, static_cast<T*>(line));
-          for (std::int64_t k = 0; k < D; ++k) line[k] *= weight;
+          for (std::int64_t k = 0; k < D; ++k) line[k] *= static_cast<T>(weight);
           for (std::int64_t slot = 0; slot < slots.count; ++slot) add_scaled<T>(line, 1, buffers.slot_rows + (slot * kPanelRows + i) * D, D);
           store_row<T>(dtype, to.grad_anchor, (batch * sizes.B + first + i) * D, D, line);
         }
@@ -504,17 +505,17 @@ void backward(const Sizes& sizes, Scalar dtype, const BatchedRows& anchor, std::
       Scratch<T> G(m * D);
       for (std::int64_t j = begin; j < end; ++j) {
         const std::int64_t group = j / W, l = j % W;
-        const T* sums = buffers.statistics + group * per_group * W + l;
+        const double* sums = buffers.statistics + group * per_group * W + l;
         const T* x = basis + j * m * D;
         for (int p = 0; p < m; ++p) {
           const T* from = buffers.column_gradient + ((group * m + p) * W + l) * D;
           for (std::int64_t k = 0; k < D; ++k) G[p * D + k] = from[k];
           for (int q = 0; q < m; ++q) {   // G_p = (T^t A)_p - sum_q S_pq x_q
             const int high = p > q ? p : q, low = p > q ? q : p;
-            add_scaled<T>(G + p * D, -sums[(1 + high * (high + 1) / 2 + low) * W], x + q * D, D);
+            add_scaled<T>(G + p * D, -static_cast<T>(sums[(1 + high * (high + 1) / 2 + low) * W]), x + q * D, D);
           }
         }
-        geometry.finish(j, x, sums[0], G);
+        geometry.finish(j, x, static_cast<T>(sums[0]), G);
         store_row<T>(dtype, to.grad_others, (batch * sizes.C + j) * m * D, m * D, G);
       }
     });

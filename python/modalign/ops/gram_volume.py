@@ -43,7 +43,7 @@ def gram_volume(
         V[i, j] = sqrt(det G_ij) = d_j * |a_i - Q_j^T Q_j a_i|        R_j = L_j Q_j,  d_j = prod_p L_j[p, p]
 
     The second form is what is computed: candidates are factored once (Gram-Schmidt run twice), a tile of products ``a_i . Q_jp`` is squared and
-    summed, and pairs that lose digits that way (residual below 1 % of ``|a|^2``; half types 2 %) are recomputed from the vectors inside their tile,
+    summed, and pairs that lose digits that way (residual at most 1 % of ``|a|^2``; 2 % for half types on CUDA) are recomputed from the vectors inside their tile,
     forward and backward.
 
     >>> import torch
@@ -93,7 +93,7 @@ def gram_volume(
 
     Complexity
     ----------
-    2 B C m D FLOP and O(C m^2 D) for the factors; the backward is about twice that. Beyond inputs and the B x C result: the factors, C m D + C m^2
+    2 B C m D FLOP and O(C m^2 D) for the factors; the backward takes 6 B C m D. Beyond inputs and the B x C result: the factors, C m D + C m^2
     numbers.
 
     Paper: Cicchetti et al., "Gramian Multimodal Representation Learning and Alignment", ICLR 2025, section 3. The released code takes
