@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),$(CURDIR)/.venv)
 RUN := $(VENV)/bin
 HOSTS := $(CURDIR)/.venv-hosts
+export NO_MKDOCS_2_WARNING = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := CMakeLists.txt setup.py pyproject.toml requirements.lock $(shell find csrc -type f)
 
