@@ -663,3 +663,26 @@ def test_triangle_bad_values_stay_in_their_row_and_column():
 
 def test_public_names():
     assert ops.__all__ == ["gram_volume", "paired_gram_volume", "triangle_area"]
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype, huge", [(torch.float32, 1e20), (torch.bfloat16, 1e20), (torch.float64, 1e160)])
+def test_an_overflow_is_never_a_perfect_match(dtype, huge, device):
+    """Squared lengths beyond the accumulation type: infinite or NaN, as from the formula, not volume 0."""
+    anchor, other = torch.zeros(2, 8, dtype=dtype, device=device), torch.zeros(1, 8, dtype=dtype, device=device)
+    anchor[0, 0], anchor[1, 0], other[0, 1] = huge, 1, 1
+    for value in (gram_volume(anchor, [other]), 2 * triangle_area(anchor, other, -other)):
+        assert not torch.isfinite(value[0]).any() and torch.isfinite(value[1]).all()
+
+
+@on_each_device
+@pytest.mark.parametrize("upstream", [torch.ones, torch.randn])
+def test_gradient_errors_do_not_grow_with_the_number_of_anchors(upstream, device):
+    anchor, *others = (torch.nn.functional.normalize(torch.randn(n, 16, device=device), dim=-1) for n in (20_000, 8, 8))
+    weight = upstream(20_000, 8, device=device)
+    inputs = [anchor, *others]
+    exact = [v.double().requires_grad_() for v in inputs]
+    wanted = torch.autograd.grad(reference_gram_volume(exact[0], exact[1:]), exact, weight.double())
+    raised = [v.requires_grad_() for v in inputs]
+    for got, want in zip(torch.autograd.grad(gram_volume(raised[0], raised[1:]), raised, weight), wanted, strict=True):
+        assert (got - want).abs().max() <= 1e-5 * want.square().mean().sqrt()

@@ -4,7 +4,6 @@
 
 #include <limits>
 
-#include <limits>
 
 #include "common/vec.h"
 

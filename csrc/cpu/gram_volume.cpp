@@ -14,6 +14,8 @@
 
 #include "cpu/gram_volume.h"
 
+#include <limits>
+
 #include "common/vec.h"
 #include "cpu/gram_schmidt.h"
 #include "cpu/statistics.h"
@@ -23,13 +25,17 @@ namespace modalign::cpu {
 inline namespace MODALIGN_ISA {
 namespace {
 
-constexpr std::int64_t kPanelRows = 2 * kTileRows;   // rows whose gradient is gathered at once in backward
+constexpr std::int64_t kMaxPanelRows = 2 * kTileRows;   // rows whose gradient is gathered at once in backward
+constexpr std::int64_t kLaneBytes = 64 << 20;           // workspace that small problems side by side may take together
 constexpr std::int64_t kSmallProblem = std::int64_t(1) << 22;   // multiply-adds below which a batch of problems is spread over threads instead of each problem
 
 // The share of |a|^2 below which |a|^2 - |s|^2 is not trusted: its relative error there is about 4 eps / share.
 template <class T> constexpr T kNearZero = sizeof(T) == 4 ? T(1e-2) : T(1e-4);
 // A recomputed residual this small is rounding: identical, antiparallel and linearly dependent vectors give exactly zero.
+// An infinite |a|^2 trusts nothing and is near nothing: an overflow stays visible.
+template <class T> inline bool near_zero(T r, T trust) { return r <= kNearZero<T> * trust && trust < std::numeric_limits<T>::infinity(); }
 template <class T> constexpr T kRounding = 64 * kEpsilon<T> * kEpsilon<T>;
+template <class T> inline bool is_rounding(T r, T reference) { return r <= kRounding<T> * reference && reference < std::numeric_limits<T>::infinity(); }
 
 // Hands out pieces of one allocation; with a null base it only counts, so that sizes and pointers come from the same code.
 class Arena {
@@ -158,6 +164,7 @@ struct TriangleGeometry {
 struct Sizes {
   std::int64_t B, C, D;
   int m;
+  std::int64_t panel_rows() const { return minimum(kMaxPanelRows, round_up(B, kRegisterRows)); }
 };
 
 // Packed-column bookkeeping for C candidates of m vectors.
@@ -233,21 +240,13 @@ void unpack_row(const T* row_panels, std::int64_t r, std::int64_t D, T* out) {
   for (std::int64_t k = 0; k < D; ++k) out[k] = panel[k * kRegisterRows];
 }
 
-// One problem or many: many small ones are spread over the threads whole.
-template <class F>
-void for_each_problem(std::int64_t N, std::int64_t work, const Parallel& parallel, const F& f) {
-  if (N > 1 && work < kSmallProblem)
-    parallel_for(parallel, 0, N, maximum(1, (1 << 15) / maximum(work, 1)), [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t n = begin; n < end; ++n) f(n, kSerial);
-    });
-  else
-    for (std::int64_t n = 0; n < N; ++n) f(n, parallel);
+// Many small problems run side by side, each in a lane with a workspace of its own; the number of lanes is fixed by the problem.
+std::int64_t lanes_of(std::int64_t N, std::int64_t work, std::int64_t lane_bytes) {
+  return work < kSmallProblem ? maximum(1, minimum(minimum(N, 16), kLaneBytes / maximum(1, lane_bytes))) : 1;
 }
-// ... where each needs its own workspace, so that only a fixed number of lanes can run at once
-std::int64_t problem_lanes(std::int64_t N, std::int64_t work) { return work < kSmallProblem ? maximum(1, minimum(N, 16)) : 1; }
+
 template <class F>
-void for_each_problem_in_lanes(std::int64_t N, std::int64_t work, const Parallel& parallel, const F& f) {
-  const std::int64_t lanes = problem_lanes(N, work);
+void for_each_problem(std::int64_t N, std::int64_t lanes, const Parallel& parallel, const F& f) {
   if (lanes == 1) {
     for (std::int64_t n = 0; n < N; ++n) f(n, 0, parallel);
     return;
@@ -286,18 +285,18 @@ struct ForwardEpilogue {
         T* out = line + (group - first_group) * W;
         T r[W], trust[W];
         geometry.residual(s, row_square, data, r, trust);
-        int near_zero = 0;
-        for (int l = 0; l < W; ++l) near_zero |= r[l] <= kNearZero<T> * trust[l];
-        if (near_zero) {
+        int any = 0;
+        for (int l = 0; l < W; ++l) any |= near_zero(r[l], trust[l]);
+        if (any) {
           if (!loaded) unpack_row(operands.row_panels, row, sizes.D, static_cast<T*>(a));
           loaded = true;
           for (int l = 0; l < W; ++l) {
             const std::int64_t j = group * W + l;
-            if (!(r[l] <= kNearZero<T> * trust[l]) || j >= sizes.C) continue;
+            if (!near_zero(r[l], trust[l]) || j >= sizes.C) continue;
             T kappa[kMaxOthers];
             const T reference = geometry.direct(a, row_square, basis + j * m * sizes.D, kappa, e);
             r[l] = dot<T>(e, e, sizes.D);
-            if (r[l] <= kRounding<T> * reference) r[l] = 0;
+            if (is_rounding(r[l], reference)) r[l] = 0;
           }
         }
         if (squared) for (int l = 0; l < W; ++l) out[l] = data[l] * data[l] * (r[l] < 0 ? 0 : r[l]);   // keeps NaN
@@ -324,28 +323,28 @@ void forward(const Sizes& sizes, Scalar dtype, const BatchedRows& anchor, std::i
 
 template <class T>
 Slots slots_of(const Sizes& s, const Columns<T>& columns) {   // slot buffers stay within one copy of the rows and columns
-  return {(columns.count + columns.tile - 1) / columns.tile, (s.B + s.C) / kPanelRows};
+  return {(columns.count + columns.tile - 1) / columns.tile, (s.B + s.C) / maximum(1, s.panel_rows())};
 }
 
 template <class T>
 struct BackwardBuffers {
   Operands<T> operands;
-  T* row_values;       // the anchors of one row panel as value operand [D / P][kPanelRows][P]
+  T* row_values;       // the anchors of one row panel as value operand [D / P][panel rows][P]
   T* column_values;    // the basis rows as value operand [D / P][columns][P]
   T* column_gradient;  // G [columns][D], packed column order
   // Sums over all rows or columns that enter differences of large terms: in double whatever T is, they are few.
   double* statistics;    // [groups][1 + m (m + 1) / 2][lanes]: alpha, then S_pq for p >= q
-  double* slot_weights;  // [slots][kPanelRows]: sum_j w_ij
-  T* slot_rows;          // [slots][kPanelRows][D]
+  double* slot_weights;  // [slots][panel rows]: sum_j w_ij
+  T* slot_rows;          // [slots][panel rows][D]
   BackwardBuffers(const Sizes& s, int data, Arena& arena) : operands(s, data, arena) {
     const Columns<T> columns(s.C, s.D, s.m);
     const Slots slots = slots_of<T>(s, columns);
-    row_values = arena.take<T>(packed_value_size<T>(kPanelRows, s.D));
+    row_values = arena.take<T>(packed_value_size<T>(s.panel_rows(), s.D));
     column_values = arena.take<T>(packed_value_size<T>(columns.count, s.D));
     column_gradient = arena.take<T>(columns.count * s.D);
     statistics = arena.take<double>(columns.groups * (1 + s.m * (s.m + 1) / 2) * kLanes<T>);
-    slot_rows = arena.take<T>(slots.count * kPanelRows * s.D);
-    slot_weights = arena.take<double>(slots.count * kPanelRows);
+    slot_rows = arena.take<T>(slots.count * s.panel_rows() * s.D);
+    slot_weights = arena.take<double>(slots.count * s.panel_rows());
   }
 };
 
@@ -389,27 +388,27 @@ struct BackwardEpilogue {
         double* sums = statistics + group * per_group * W;
         T r[W], trust[W], w[W];
         geometry.residual(s, row_square, data, r, trust);
-        int near_zero = 0;
+        int any = 0;
         for (int l = 0; l < W; ++l) {
-          const bool direct = r[l] <= kNearZero<T> * trust[l];
-          near_zero |= direct;
+          const bool direct = near_zero(r[l], trust[l]);
+          any |= direct;
           const T residual = direct ? T(1) : r[l];   // not used where direct
           const T root = std::sqrt(residual);
           w[l] = direct ? T(0) : squared ? 2 * W_up[l] * data[l] * data[l] : W_up[l] * data[l] / root;
           sums[l] += w[l] * residual;                // alpha: W value, for both forms (squared: twice)
           weight += w[l];
         }
-        if (near_zero) {
+        if (any) {
           for (int l = 0; l < W; ++l) {
             const std::int64_t j = group * W + l;
-            if (!(r[l] <= kNearZero<T> * trust[l]) || j >= sizes.C) continue;
+            if (!near_zero(r[l], trust[l]) || j >= sizes.C) continue;
             for (int p = 0; p < m; ++p) s[p * W + l] = 0;
             if (!loaded) unpack_row(operands.row_panels, row, sizes.D, static_cast<T*>(a));
             loaded = true;
             T kappa[kMaxOthers];
             const T reference = geometry.direct(a, row_square, basis + j * m * sizes.D, kappa, e);
             const T residual = dot<T>(e, e, sizes.D);
-            if (residual <= kRounding<T> * reference) continue;
+            if (is_rounding(residual, reference)) continue;
             const T root = std::sqrt(residual), floor = root_eps * std::sqrt(reference);
             const T w_direct = squared ? 2 * W_up[l] * data[l] * data[l] : W_up[l] * data[l] / (root > floor ? root : floor);
             sums[l] += squared ? w_direct * residual : W_up[l] * data[l] * root;
@@ -434,7 +433,7 @@ template <class T, class Geometry>
 void backward(const Sizes& sizes, Scalar dtype, const BatchedRows& anchor, std::int64_t batch, bool squared, double eps, const T* basis, const Geometry& geometry,
               const PairBackward& to, const BackwardBuffers<T>& buffers, const Parallel& parallel) {
   constexpr int W = kLanes<T>;
-  const std::int64_t D = sizes.D;
+  const std::int64_t D = sizes.D, panel_rows = sizes.panel_rows();
   const int m = sizes.m, per_group = 1 + m * (m + 1) / 2;
   const Columns<T> columns(sizes.C, D, m);
   const Slots slots = slots_of<T>(sizes, columns);
@@ -451,23 +450,23 @@ void backward(const Sizes& sizes, Scalar dtype, const BatchedRows& anchor, std::
   for (std::int64_t k = 0; k < columns.groups * per_group * W; ++k) buffers.statistics[k] = 0;
   const Upstream grad{to.grad, batch * to.grad_batch_stride, to.grad_row_stride, to.grad_column_stride};
 
-  for (std::int64_t first = 0; first < sizes.B; first += kPanelRows) {
-    const std::int64_t rows = minimum(kPanelRows, sizes.B - first);
+  for (std::int64_t first = 0; first < sizes.B; first += panel_rows) {
+    const std::int64_t rows = minimum(panel_rows, sizes.B - first);
     if (to.grad_others) {
       Scratch<T> line(D);
       for (std::int64_t i = 0; i < rows; ++i) {
         unpack_row(buffers.operands.row_panels, first + i, D, static_cast<T*>(line));
-        pack_value_row<T>(line, D, kPanelRows, i, buffers.row_values);
+        pack_value_row<T>(line, D, panel_rows, i, buffers.row_values);
       }
     }
     parallel_for(parallel, 0, slots.count, 1, [&](std::int64_t begin, std::int64_t end) {
-      Scratch<T> data(kPanelRows * columns.tile), left(kPanelRows * round_up(columns.tile, kRegisterRows));
+      Scratch<T> data(panel_rows * columns.tile), left(panel_rows * round_up(columns.tile, kRegisterRows));
       const BackwardEpilogue<T, Geometry> epilogue{sizes, geometry, buffers.operands, basis, dtype, squared, static_cast<T>(std::sqrt(eps)), grad,
                                                    to.grad_others ? buffers.column_gradient : nullptr, buffers.statistics,
                                                    Scratch<T>(columns.tile), Scratch<T>(D), Scratch<T>(D)};
       for (std::int64_t slot = begin; slot < end; ++slot) {
-        T* row_gradient = to.grad_anchor ? buffers.slot_rows + slot * kPanelRows * D : nullptr;
-        double* row_weight = buffers.slot_weights + slot * kPanelRows;
+        T* row_gradient = to.grad_anchor ? buffers.slot_rows + slot * panel_rows * D : nullptr;
+        double* row_weight = buffers.slot_weights + slot * panel_rows;
         for (std::int64_t i = 0; i < rows; ++i) row_weight[i] = 0;
         if (row_gradient) for (std::int64_t k = 0; k < rows * D; ++k) row_gradient[k] = 0;
         for (std::int64_t block = slots.first_tile(slot); block < slots.first_tile(slot + 1); ++block) {
@@ -481,7 +480,7 @@ void backward(const Sizes& sizes, Scalar dtype, const BatchedRows& anchor, std::
           }
           if (to.grad_others) {   // T^t A
             pack_tile_columns<T>(data, tile.ld, tile.columns, rows, left);
-            value_product<T>(left, tile.columns, rows, buffers.row_values, kPanelRows, 0, D, buffers.column_gradient + column * D, D, Into::add);
+            value_product<T>(left, tile.columns, rows, buffers.row_values, panel_rows, 0, D, buffers.column_gradient + column * D, D, Into::add);
           }
         }
       }
@@ -491,10 +490,10 @@ void backward(const Sizes& sizes, Scalar dtype, const BatchedRows& anchor, std::
         Scratch<T> line(D);
         for (std::int64_t i = begin; i < end; ++i) {
           double weight = 0;
-          for (std::int64_t slot = 0; slot < slots.count; ++slot) weight += buffers.slot_weights[slot * kPanelRows + i];
+          for (std::int64_t slot = 0; slot < slots.count; ++slot) weight += buffers.slot_weights[slot * panel_rows + i];
           unpack_row(buffers.operands.row_panels, first + i, D, static_cast<T*>(line));
           for (std::int64_t k = 0; k < D; ++k) line[k] *= static_cast<T>(weight);
-          for (std::int64_t slot = 0; slot < slots.count; ++slot) add_scaled<T>(line, 1, buffers.slot_rows + (slot * kPanelRows + i) * D, D);
+          for (std::int64_t slot = 0; slot < slots.count; ++slot) add_scaled<T>(line, 1, buffers.slot_rows + (slot * panel_rows + i) * D, D);
           store_row<T>(dtype, to.grad_anchor, (batch * sizes.B + first + i) * D, D, line);
         }
       });
@@ -575,13 +574,31 @@ void candidate_basis(const TriangleAreaProblem& p, std::int64_t n, T* basis, T* 
   });
 }
 
-template <class Problem>
-std::int64_t forward_workspace(const Problem& p) {
+// Bytes of one lane: Buffers is Operands or BackwardBuffers.
+template <template <class> class Buffers, class Problem>
+std::int64_t lane_bytes(const Problem& p) {
   return with_real(p.dtype, [&](auto real) {
     using T = decltype(real);
     Arena arena(nullptr);
-    Operands<T>(sizes_of(p), data_of<T>(p), arena);
-    return arena.used() * problem_lanes(p.N, work_of(sizes_of(p)));
+    Buffers<T>(sizes_of(p), data_of<T>(p), arena);
+    return arena.used();
+  });
+}
+
+template <template <class> class Buffers, class Problem>
+std::int64_t workspace(const Problem& p) {
+  const std::int64_t bytes = lane_bytes<Buffers>(p);
+  return bytes * lanes_of(p.N, work_of(sizes_of(p)), bytes);
+}
+
+// f(n, buffers, parallel) for every problem n
+template <template <class> class Buffers, class T, class Problem, class F>
+void in_lanes(const Problem& p, void* workspace, const Parallel& parallel, const F& f) {
+  const Sizes sizes = sizes_of(p);
+  const std::int64_t bytes = lane_bytes<Buffers>(p);
+  for_each_problem(p.N, lanes_of(p.N, work_of(sizes), bytes), parallel, [&](std::int64_t n, std::int64_t lane, const Parallel& threads) {
+    Arena arena(static_cast<char*>(workspace) + lane * bytes);
+    f(n, Buffers<T>(sizes, data_of<T>(p), arena), threads);
   });
 }
 
@@ -590,10 +607,7 @@ void pair_forward(const Problem& p, const PairForward& to, void* workspace, cons
   const Sizes sizes = sizes_of(p);
   with_real(p.dtype, [&](auto real) {
     using T = decltype(real);
-    const std::int64_t lane_bytes = forward_workspace(p) / problem_lanes(p.N, work_of(sizes));
-    for_each_problem_in_lanes(p.N, work_of(sizes), parallel, [&](std::int64_t n, std::int64_t lane, const Parallel& threads) {
-      Arena arena(static_cast<char*>(workspace) + lane * lane_bytes);
-      const Operands<T> operands(sizes, data_of<T>(p), arena);
+    in_lanes<Operands, T>(p, workspace, parallel, [&](std::int64_t n, const Operands<T>& operands, const Parallel& threads) {
       T* basis = static_cast<T*>(to.basis);
       candidate_basis(p, n, basis, static_cast<T*>(to.factor), threads);
       forward(sizes, p.dtype, p.anchor, n, p.squared, basis + n * p.C * sizes.m * p.D, geometry_of<T>(p, to.factor, n), to.value, operands, threads);
@@ -602,24 +616,11 @@ void pair_forward(const Problem& p, const PairForward& to, void* workspace, cons
 }
 
 template <class Problem>
-std::int64_t backward_workspace(const Problem& p) {
-  return with_real(p.dtype, [&](auto real) {
-    using T = decltype(real);
-    Arena arena(nullptr);
-    BackwardBuffers<T>(sizes_of(p), data_of<T>(p), arena);
-    return arena.used() * problem_lanes(p.N, work_of(sizes_of(p)));
-  });
-}
-
-template <class Problem>
 void pair_backward(const Problem& p, const PairBackward& to, void* workspace, const Parallel& parallel) {
   const Sizes sizes = sizes_of(p);
   with_real(p.dtype, [&](auto real) {
     using T = decltype(real);
-    const std::int64_t lane_bytes = backward_workspace(p) / problem_lanes(p.N, work_of(sizes));
-    for_each_problem_in_lanes(p.N, work_of(sizes), parallel, [&](std::int64_t n, std::int64_t lane, const Parallel& threads) {
-      Arena arena(static_cast<char*>(workspace) + lane * lane_bytes);
-      const BackwardBuffers<T> buffers(sizes, data_of<T>(p), arena);
+    in_lanes<BackwardBuffers, T>(p, workspace, parallel, [&](std::int64_t n, const BackwardBuffers<T>& buffers, const Parallel& threads) {
       backward(sizes, p.dtype, p.anchor, n, p.squared, p.eps, static_cast<const T*>(to.basis) + n * p.C * sizes.m * p.D, geometry_of<T>(p, to.factor, n), to, buffers,
                threads);
     });
@@ -683,9 +684,9 @@ void paired_gram_volume_bwd(const PairedGramVolumeProblem& p, const void* grad, 
 
 extern const GramVolumeKernels kGramVolumeKernels;
 const GramVolumeKernels kGramVolumeKernels = {
-    forward_workspace<GramVolumeProblem>,   pair_forward<GramVolumeProblem>,   backward_workspace<GramVolumeProblem>,   pair_backward<GramVolumeProblem>,
-    forward_workspace<TriangleAreaProblem>, pair_forward<TriangleAreaProblem>, backward_workspace<TriangleAreaProblem>, pair_backward<TriangleAreaProblem>,
-    paired_gram_volume,                     paired_gram_volume_bwd,
+    workspace<Operands, GramVolumeProblem>,    pair_forward<GramVolumeProblem>,    workspace<BackwardBuffers, GramVolumeProblem>,    pair_backward<GramVolumeProblem>,
+    workspace<Operands, TriangleAreaProblem>,  pair_forward<TriangleAreaProblem>,  workspace<BackwardBuffers, TriangleAreaProblem>,  pair_backward<TriangleAreaProblem>,
+    paired_gram_volume,                        paired_gram_volume_bwd,
 };
 
 }  // inline namespace

@@ -36,6 +36,7 @@
 /// Registers  tiles at most 128 (two blocks of 256 threads per multiprocessor; two-plane products one block), one-warp kernels at most 168.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "cuda/tile.cuh"
@@ -92,8 +93,11 @@ template <class Real> MODALIGN_HOST_DEVICE constexpr Real machine_epsilon() {
   return sizeof(Real) == 8 ? Real(2.220446049250313e-16) : Real(1.1920928955078125e-07f);
 }
 
-// ------------------------------------------------------------------------------------------------------------------------------------------ modified
-// Gram-Schmidt One row of D reals spread over the lanes of a warp, element d in lane d % 32: in registers where it fits, else in place in global
+// An overflow must stay visible: where |a|^2 is infinite nothing is "near zero".
+template <class Real> MODALIGN_HOST_DEVICE constexpr bool is_finite(Real x) { return x - x == 0; }
+
+// ------------------------------------------------------------------------------------------------------------------------- modified Gram-Schmidt
+// One row of D reals spread over the lanes of a warp, element d in lane d % 32: in registers where it fits, else in place in global
 // memory.
 template <class Real> struct RegisterRow {
   static constexpr int kPieces = 128 / int(sizeof(Real));
@@ -324,7 +328,7 @@ template <class Geometry, class T> struct DirectPair {
     }
     square = warp_sum(sum);
     reference = warp_sum(start);
-    if (square <= view.rounding * reference) square = 0;   // false for NaN
+    if (square <= view.rounding * reference && is_finite(reference)) square = 0;   // false for NaN
   }
 };
 
@@ -590,7 +594,7 @@ template <class Geometry, class T> struct PairForwardEpilogue {
         load_candidate(s, tile, row * Backend::kPitch + slot * m, m);
         r = Geometry::residual(s, m, Real(squares[row]), column, trust);
       }
-      const bool near = exists && trust > 0 && column.scale != 0 && r <= view.near * trust;
+      const bool near = exists && trust > 0 && is_finite(trust) && column.scale != 0 && r <= view.near * trust;
       std::uint32_t pending = warp_ballot(near);
       for (int other = 0; pending != 0; ++other, pending >>= 1) {
         if ((pending & 1) == 0) continue;
@@ -673,7 +677,7 @@ template <class Geometry, class T> struct CoefficientEpilogue {
         load_candidate(s, tile, row * Backend::kPitch + slot * m, m);
         Real trust;
         const Real r = Geometry::residual(s, m, Real(squares[row]), column, trust);
-        near = trust > 0 && column.scale != 0 && r <= view.near * trust;
+        near = trust > 0 && is_finite(trust) && column.scale != 0 && r <= view.near * trust;
         if (!near) {
           const PairWeight<Real> pair = pair_weight(view.squared, grad.at(batch, range.row_begin + row, j), column.scale, r, Real(0));
           w = pair.weight;
@@ -1101,11 +1105,6 @@ inline PairView<Geometry, T> pair_view(const PairProblem& p, const real_of<T>* b
                                        const real_of<T>* row_square) {
   using Real = real_of<T>;
   constexpr Real epsilon = machine_epsilon<Real>();
-  double root = 0;   // sqrt(eps) without <cmath>, by Newton from above
-  if (p.eps > 0) {
-    root = p.eps > 1 ? p.eps : 1;
-    for (int i = 0; i < 200; ++i) root = (root + p.eps / root) / 2;
-  }
   PairView<Geometry, T> view{};
   view.anchor = static_cast<const T*>(p.anchor.data);
   view.anchor_batch_stride = p.anchor.batch_stride;
@@ -1123,7 +1122,7 @@ inline PairView<Geometry, T> pair_view(const PairProblem& p, const real_of<T>* b
   view.squared = p.squared;
   view.near = sizeof(Real) == 8 ? Real(1e-4) : Arithmetic<T>::kRounded ? Real(2e-2) : Real(1e-2);
   view.rounding = 64 * epsilon * epsilon;
-  view.root_eps = Real(root);
+  view.root_eps = Real(std::sqrt(p.eps));
   return view;
 }
 

@@ -1,6 +1,7 @@
 // gram_volume, triangle_area, paired_gram_volume: schemas, one check per op, CPU and CUDA entry points. ops/gram_volume.h says what the numbers are.
 #include "ops/gram_volume.h"
 
+#include <limits>
 #include <tuple>
 
 #include "common/check.h"
@@ -18,7 +19,7 @@ using Two = std::tuple<Tensor, Tensor>;
 
 BatchedRows batched_rows(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
-void check_eps(const char* op, double eps) { MODALIGN_CHECK(eps >= 0, op, ": eps must be at least 0, got ", eps); }
+void check_eps(const char* op, double eps) { MODALIGN_CHECK(eps >= 0 && eps < std::numeric_limits<double>::infinity(), op, ": eps must be finite and at least 0, got ", eps); }
 
 // [N, rows, D] beside an anchor [N, B, D]
 BatchedRows check_rows(const char* op, const char* argument, const Tensor& t, const Tensor& anchor, std::int64_t rows) {

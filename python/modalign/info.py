@@ -21,13 +21,13 @@ def _installed(package: str) -> str | None:
 
 
 def ops() -> dict[str, list[str]]:
-    """Every public op and the devices that its compiled kernels cover."""
-    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("modalign::") and not name.split(".")[0].endswith("_bwd"))
+    """Every op that has kernels and the devices they cover (`_wide` ops are the plain-torch path for more than 8 modalities)."""
+    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("modalign::") and not name.split(".")[0].endswith(("_bwd", "_wide")))
     return {
         name.removeprefix("modalign::"): [
             key
             for key in ("CPU", "CUDA")
-            if torch._C._dispatch_has_kernel_for_dispatch_key(name, key) or torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
+            if torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
         ]
         for name in names
     }

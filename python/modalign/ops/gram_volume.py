@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _arguments as arguments
 from ._gram_schmidt import NOISE, negligible, orthonormalize, root_of_volume, safe_sqrt, solve_transposed, squared_length, unit
-from ._registration import accumulation_dtype, autocast_is_on, call, functorch_is_active, refuse_forward_mode, register_pair, tie_to, to_autocast
+from ._registration import accumulation_dtype, autocast_is_on, call, refuse_forward_mode, register_pair, tie_to, to_autocast
 
 __all__ = ["gram_volume", "reference_gram_volume", "formula_gram_volume"]
 
@@ -168,6 +168,7 @@ def _volume(
 
 
 def _fake(anchor: Tensor, others: list[Tensor], present: Tensor | None, squared: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(all(t.device == anchor.device for t in [*others, *([] if present is None else [present])]), lambda: "gram_volume: tensors must be on one device")
     N, B, D = anchor.shape
     C, m, real = others[0].shape[1], len(others), accumulation_dtype(anchor.dtype)
     return anchor.new_empty((N, B, C)), anchor.new_empty((N, C, m, D), dtype=real), anchor.new_empty((N, C, m, m), dtype=real)
@@ -184,8 +185,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, basis, factor = output
     ctx.mark_non_differentiable(basis, factor)
     ctx.set_materialize_grads(False)
-    # `others` are kept only where tie_to will want them: where the anchor does not carry the graph itself.
-    ctx.save_for_backward(anchor, basis, factor, *([] if anchor.requires_grad and not functorch_is_active() else others))
+    ctx.save_for_backward(anchor, basis, factor, *others)  # `others` for tie_to alone
     ctx.squared, ctx.eps, ctx.m = squared, eps, len(others)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _arguments as arguments
 from ._gram_schmidt import NOISE, negligible, safe_sqrt, squared_length
-from ._registration import accumulation_dtype, autocast_is_on, call, functorch_is_active, refuse_forward_mode, register_pair, tie_to, to_autocast
+from ._registration import accumulation_dtype, autocast_is_on, call, refuse_forward_mode, register_pair, tie_to, to_autocast
 
 __all__ = ["triangle_area", "reference_triangle_area", "formula_triangle_area"]
 
@@ -46,7 +46,7 @@ def triangle_area(anchor: Tensor, u: Tensor, v: Tensor, *, squared: bool = False
     Gradient
     --------
     Closed form in all three; 0 where the area is 0 (collinear points, ``u_j = v_j``). Pairs that lose digits to cancellation (height^2 below 1 % of
-    ``|a|^2 + |u|^2``; half types 2 %) are recomputed from the vectors inside their tile. Double backward and forward mode raise.
+    ``|a|^2 + |u|^2``; 2 % for half types on CUDA) are recomputed from the vectors inside their tile. Double backward and forward mode raise.
 
     Edges
     -----
@@ -59,7 +59,7 @@ def triangle_area(anchor: Tensor, u: Tensor, v: Tensor, *, squared: bool = False
 
     Complexity
     ----------
-    4 B C D FLOP, the backward about twice that; beyond inputs and the B x C result 2 C D + 3 C numbers.
+    4 B C D FLOP, the backward 12 B C D; beyond inputs and the B x C result 2 C D + 3 C numbers.
 
     Paper: TRIANGLE, "Modalities alignment beyond pairs: triangle area similarity", NeurIPS 2025, section 3.
     """
@@ -111,8 +111,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, basis, factor = output
     ctx.mark_non_differentiable(basis, factor)
     ctx.set_materialize_grads(False)
-    # u and v are kept only where tie_to will want them: where the anchor does not carry the graph itself.
-    ctx.save_for_backward(anchor, basis, factor, *(() if anchor.requires_grad and not functorch_is_active() else (u, v)))
+    ctx.save_for_backward(anchor, basis, factor, u, v)  # u and v for tie_to alone
     ctx.squared, ctx.eps = squared, eps
 
 

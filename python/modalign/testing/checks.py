@@ -369,6 +369,15 @@ def check_double_backward(case: OpCase, device: str) -> None:
                 f"{case.name}/{sample.name}: second derivative by floating tensor {position}",
             )
         fresh = sample.requiring_grad()
+        leaves = fresh.differentiable()
+        for first in torch.autograd.grad(fresh.call(case.call).sum(), leaves, create_graph=True):
+            for position, leaf in enumerate(leaves):  # a mixed second derivative must not be 0 without a word either
+                _raises(
+                    lambda first=first, leaf=leaf: torch.autograd.grad(first.sum() + (leaf * leaf).sum(), leaf, retain_graph=True),
+                    RuntimeError,
+                    f"{case.name}: double backward is not supported",
+                    f"{case.name}/{sample.name}: mixed second derivative by floating tensor {position}",
+                )
         result = fresh.call(case.call)
         weight = torch.ones_like(result, requires_grad=True)
         first_gradients = torch.autograd.grad(result, fresh.differentiable(), weight, create_graph=True)
