@@ -2,7 +2,7 @@
 
 dtypes, double backward, determinism   tests/cases.py, where the battery tests each of them
 CPU                                    a compiled kernel is registered for the op
-CUDA                                   the catalogue of kernels that the emulator runs, the targets of `make wheel`, and the benchmark JSON files written on a GPU
+CUDA                                   the catalogue of kernels that the emulator runs, the targets of the last `make wheel` (benchmarks/results/wheel.json), and the benchmark JSON files written on a GPU
 paper                                  the first line of the op's file
 """
 
@@ -19,9 +19,8 @@ BLOCK = re.compile(r"(?<=<!-- ops -->\n).*?(?=<!-- /ops -->)", re.DOTALL)
 
 
 def cuda_targets() -> str:
-    listed = re.search(r'MODALIGN_CUDA_ARCHITECTURES="([^"]+)"', (ROOT / "Makefile").read_text())
-    assert listed, "the Makefile names the targets of a wheel"
-    names = [f"PTX {target[:-8]}" if target.endswith("-virtual") else f"sm_{target.removesuffix('-real')}" for target in listed[1].split(";")]
+    built = json.loads((ROOT / "benchmarks/results/wheel.json").read_text())["built"]["cuda_targets"]
+    names = [f"PTX {target[:-8]}" if target.endswith("-virtual") else f"sm_{target.removesuffix('-real')}" for target in built]
     return ", ".join(names)
 
 

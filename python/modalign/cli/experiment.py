@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__
+from ..bench import environment
 from ..data import PairedDataset
 from ..metrics import Retrieval, chance_retrieval, retrieval
 from ..models import (
@@ -196,11 +195,5 @@ def summary(experiment: Experiment, command: str) -> dict[str, Any]:
             }
             for result in experiment.seeds
         ],
-        "environment": {
-            "modalign": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
+        "environment": environment.describe(torch.device("cpu"), experiment.seeds[0].seed) | {"threads": torch.get_num_threads()},
     }

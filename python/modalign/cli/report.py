@@ -181,7 +181,8 @@ def html_report(results: dict[str, Any], figures: dict[str, bytes]) -> str:
         scores = "".join(f"<td>{100 * results['rows'][row]['mean_r10_by_seed'][number]:.1f}</td>" for row in ("cca", "trained", "trained_random"))
         closed = f"ridge {chosen['cca']['ridge']}, power {chosen['cca']['power']}"
         parts.append(f"<tr><td>{seed['seed']}<td>{closed}<td>{chosen['trained']['steps']}<td>{chosen['trained_random']['steps']}{scores}</tr>")
-    environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    facts = results["environment"]
+    environment = f"modalign {facts['modalign']['version']}, torch {facts['torch']}, python {facts['python']}, {facts['cpu']['model']}, {facts['threads']} threads"
     parts.append(f"</table><p class=note>{escape(environment)}. Data: {escape(data['licence'])}.</p></html>")
     return "\n".join(parts)
 

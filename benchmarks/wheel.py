@@ -1,0 +1,45 @@
+"""Builds the wheel with every CUDA target from an empty build folder and records how long it took: `make wheel`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+
+from modalign.bench import environment
+from modalign.data.storage import write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = "80-real;86-real;89-real;90a-real;90-virtual"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as build:
+        settings = {"MODALIGN_CUDA_ARCHITECTURES": os.environ.get("MODALIGN_CUDA_ARCHITECTURES", TARGETS), "MODALIGN_BUILD_DIR": build}
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "pip", "wheel", "-q", ".", "--no-build-isolation", "--no-deps", "-w", "dist"]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, check=True)
+        seconds = time.perf_counter() - start
+    wheel = max((ROOT / "dist").glob("modalign-*.whl"), key=lambda path: path.stat().st_mtime)
+    with zipfile.ZipFile(wheel) as archive:
+        built = json.loads(archive.read("modalign/_build.json"))
+    results = {
+        "seconds": round(seconds, 1),
+        "wheel": wheel.name,
+        "megabytes": round(wheel.stat().st_size / 2**20, 1),
+        "built": built,
+        "environment": environment.describe(torch.device("cpu"), 0),
+    }
+    write_json(ROOT / "benchmarks/results/wheel.json", results)
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
