@@ -367,6 +367,16 @@ def test_bad_numbers_stay_in_their_row_and_column(op, dtype, bad):
     assert np.array_equal(np.isnan(value), expected)
 
 
+@pytest.mark.parametrize("dtype, huge", [("f32", 1e20), ("bf16", 1e20), ("f64", 1e160)])
+@pytest.mark.parametrize("op", REFERENCE)
+def test_an_overflow_is_never_a_perfect_match(op, dtype, huge):
+    """|a|^2 beyond the accumulation type: infinite or NaN, never "near zero" and so 0."""
+    pairs = Pairs(op, dtype, B=6, C=7, D=12, m=2, near=False)
+    pairs.anchor[0, 2, 3] = huge
+    value = decode(dtype, pairs.forward().outputs["value"])[0]
+    assert not np.isfinite(value[2]).any() and np.isfinite(np.delete(value, 2, 0)).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_absent_vectors_are_never_read_into_a_result(dtype):
     pairs = Pairs("gram_volume", dtype, B=6, C=9, D=12, m=3, absent=True)
