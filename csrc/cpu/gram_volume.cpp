@@ -10,7 +10,7 @@
 // Backward   6 B C m D FLOPs: each tile of coefficients is made again, once, and used twice (T X and T^t A). Row panels are walked in order; inside a panel every
 //            thread owns whole column slots (at most kMaxSlots, their number fixed by the problem), adds the column side into its own rows of G and the row side into
 //            its slot's buffer; slots are added in order. No atomics, and the bits do not depend on the number of threads.
-// Precision  accumulation in float (double for double); the packed operands are widened, never rounded.
+// Precision  accumulation in float (double for double), the few sums over all rows or columns in double; the packed operands are widened, never rounded.
 
 #include "cpu/gram_volume.h"
 
