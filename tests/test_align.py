@@ -366,7 +366,7 @@ def test_search_command(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["align", "photos"], "name must be one of emoji_mini, furniture_mini, got 'photos'"),
+        (["align", "photos"], "name must be one of emoji_mini, furniture_mini or a folder of .npy or .safetensors files, got 'photos'"),
         (["align", "emoji-mini", "--temperature", "0"], "temperature must be positive, got 0.0"),
         (["align", "emoji-mini", "--width", "999"], "width must not exceed the narrowest modality, got 999"),
         (["align", "emoji-mini", "--out", __file__], "--out must be a folder, got the file"),

@@ -52,7 +52,7 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="load: name must be one of emoji_mini, furniture_mini, got 'photos'"):
+    with pytest.raises(ValueError, match="load: name must be one of emoji_mini, furniture_mini or a folder of .npy or .safetensors files, got 'photos'"):
         data.load("photos")
 
 
@@ -115,11 +115,12 @@ def test_statistics_come_from_the_given_items_only(dataset):
 
 
 def test_every_item_has_a_picture(dataset):
-    assert dataset.sheet_side >= 32
+    side = dataset.pictures.side
+    assert side >= 32
     blank = 0
     for item in range(len(dataset)):
         picture = dataset.picture(item)
-        assert picture.size == (dataset.sheet_side, dataset.sheet_side)
+        assert picture.size == (side, side)
         blank += min(low for low, _ in picture.getextrema()) > 250
     assert blank == 0
     with pytest.raises(IndexError, match="picture: item must be in 0.."):
@@ -189,7 +190,7 @@ def test_own_features():
         ({"a": torch.randn(40, 8), "b": torch.randn(40)}, r"modality 'b' must be a floating-point tensor \[N, D\], got torch.float32 \[40\]"),
         ({"a": torch.randn(40, 8), "b": torch.ones(40, 8, dtype=torch.int64)}, "modality 'b' must be a floating-point tensor"),
         ({"a": torch.randn(40, 8), "b": torch.full((40, 8), float("nan"))}, "modality 'b' must be finite, got 40 rows with NaN or Inf"),
-        ({"a": torch.randn(6, 8), "b": torch.randn(6, 8)}, "modalities must have at least 12 rows to be split, got 6"),
+        ({"a": torch.randn(6, 8), "b": torch.randn(6, 8)}, "from_features: expected at least 12 items to be split, got 6"),
     ],
 )
 def test_own_features_that_do_not_fit(modalities, message):

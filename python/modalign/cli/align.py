@@ -88,7 +88,7 @@ def write_run(folder: Path, experiment: Experiment, results: dict) -> list[Path]
     split = experiment.dataset.splits(seed)
     extra = {"dataset": experiment.dataset.name, "split_seed": seed, "mean_r10": results["rows"]["trained"]["mean_r10_by_seed"][0]}
     figures = {"curves.png": png(curves_figure(experiment))}
-    if experiment.dataset.sheet is not None:
+    if experiment.dataset.pictures is not None:
         figures["retrieved.png"] = png(retrieved_figure(experiment, split.test))
     page = html_report(results, figures).encode()  # everything is made before anything is written
     experiment.model.save_pretrained(folder / MODEL_FOLDER, extra=extra)

@@ -1,7 +1,7 @@
 """Paired data: what comes with the package, your own feature matrices, splits by caption, and the frozen encoders behind the features."""
 
 from .basis import FeatureBasis
-from .dataset import FeatureStatistics, PairedDataset, Split, available, from_features, load
+from .dataset import FeatureStatistics, PairedDataset, Split, available, from_features, from_folder, load
 from .encoders import EfficientNetLiteImageEncoder, EncoderUnavailable, MiniLMTextEncoder
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "Split",
     "available",
     "from_features",
+    "from_folder",
     "load",
 ]

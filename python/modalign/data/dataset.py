@@ -1,28 +1,31 @@
-"""Data sets of paired items: one feature matrix per modality, names, pictures, and splits that keep equal captions together."""
+"""Data sets of paired items: one feature matrix per modality, masks for what is missing, names, pictures, and splits that keep equal captions together."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .basis import FeatureBasis
+from .folder import FeatureFolder, is_feature_folder
+from .pictures import PictureArray, PictureSheet
 from .storage import read_tensors, verify_checksums
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["PairedDataset", "Split", "FeatureStatistics", "load", "available", "from_features"]
+__all__ = ["PairedDataset", "Split", "FeatureStatistics", "load", "available", "from_features", "from_folder"]
 
 FORMAT_VERSION = 1
 ROOT = Path(__file__).parent
+ROOT_VARIABLE = "MODALIGN_DATA_ROOT"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Split:
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Per modality: the mean [D], and one scale that brings the centred features to a root mean square of 1."""
+    """Per modality, over the items that have it: the mean [D], and one scale that brings the centred features to a root mean square of 1."""
 
     mean: dict[str, Tensor]
     scale: dict[str, float]
@@ -71,10 +74,13 @@ class PairedDataset:
     ----------
     name, licence, source : str
     modalities : dict of str to float32 Tensor [N, D_name], in a fixed order; row i of all of them is item i
+    present : dict of str to bool Tensor [N], for the modalities that some items lack; their rows there are zeros
     names : list of N strings; `keywords` a list of N lists of strings
     groups : int64 Tensor [N]; items of one group have the same caption (lower-cased) and count as hits for each other
-    bases : dict of str to FeatureBasis, for the modalities whose new items can be encoded
+    default : the modalities that `modalign align` takes unless told otherwise; all of them where empty
+    bases : dict of str to FeatureBasis, for the modalities whose stored features were reduced
     encoders : dict of str to the name of the frozen encoder
+    items : what is known of each item beyond its name: captions in other languages, author, licence
     """
 
     name: str
@@ -83,61 +89,111 @@ class PairedDataset:
     groups: Tensor
     test_size: int
     validation_size: int
+    present: dict[str, Tensor] = field(default_factory=dict)
     keywords: list[list[str]] = field(default_factory=list)
+    default: tuple[str, ...] = ()
     bases: dict[str, FeatureBasis] = field(default_factory=dict)
     encoders: dict[str, str] = field(default_factory=dict)
+    items: list[dict[str, Any]] = field(default_factory=list)
     licence: str = ""
     source: str = ""
     basis_seed: int | None = None
-    sheet: Path | None = None
-    sheet_side: int = 0
-    sheet_columns: int = 0
+    pictures: PictureSheet | PictureArray | None = None
+    folder: FeatureFolder | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def splits(self, seed: int = 0) -> Split:
-        """Split by caption group, the same on every machine: test, and a training part that is divided into fit and validation."""
+    def select(self, names: Sequence[str]) -> PairedDataset:
+        """The same items with these modalities only, in this order."""
+        unknown = [name for name in names if name not in self.modalities]
+        if unknown or len(set(names)) != len(names) or not names:
+            raise ValueError(f"PairedDataset.select: names must be different ones out of {list(self.modalities)}, got {list(names)}")
+        kept = {name: mask for name, mask in self.present.items() if name in names}
+        return replace(self, modalities={name: self.modalities[name] for name in names}, present=kept, default=())
+
+    def splits(self, seed: int = 0, pairs: int | None = None) -> Split:
+        """Split by caption group, the same on every machine: test, and a training part that is divided into fit and validation.
+
+        `pairs` keeps only so many training items (the first of an order that depends on the seed, so that the 100 of one call lie among the 200 of
+        another but for groups that do not fit in); the validation part then is a quarter of them, at most the usual size. The test part stays.
+        """
         groups = self.groups.tolist()
-        labels = {g: self.names[i].lower() for i, g in reversed(list(enumerate(groups)))}
+        labels = {g: self._label(i) for i, g in reversed(list(enumerate(groups)))}
         members: dict[int, list[int]] = {}
         for item, group in enumerate(groups):
             members.setdefault(group, []).append(item)
         test = _take(_ordered(groups, labels, f"{self.name}/test/{seed}"), members, self.test_size)
         held = set(test)
-        rest = [g for g in members if members[g][0] not in held]
-        validation = _take(_ordered(rest, labels, f"{self.name}/validation/{seed}"), members, self.validation_size)
         train = [i for i in range(len(self)) if i not in held]
+        validation_size = self.validation_size
+        if pairs is not None:
+            if not 8 <= pairs <= len(train):
+                raise ValueError(f"PairedDataset.splits: pairs must be in 8..{len(train)}, the training items of '{self.name}', got {pairs}")
+            train = _take(_ordered([groups[i] for i in train], labels, f"{self.name}/pairs/{seed}"), members, pairs)
+            validation_size = min(validation_size, pairs // 4)
+        rest = sorted({groups[i] for i in train})
+        validation = _take(_ordered(rest, labels, f"{self.name}/validation/{seed}"), members, validation_size)
         seen = set(validation)
         fit = [i for i in train if i not in seen]
         transductive = self.basis_seed is not None and seed != self.basis_seed
         return Split(seed, *(torch.tensor(part) for part in (train, fit, validation, test)), transductive)
 
+    def _label(self, item: int) -> str:
+        """What a group is ordered by: its key where one was given, else the caption."""
+        given = self.items[item].get("group") if self.items else None
+        return (given or self.names[item]).lower()
+
     def statistics(self, indices: Tensor) -> FeatureStatistics:
-        """Mean and scale over the given (training) items only."""
-        mean = {name: features[indices].mean(0) for name, features in self.modalities.items()}
-        scale = {name: float((features[indices] - mean[name]).square().mean().sqrt()) for name, features in self.modalities.items()}
+        """Mean and scale over the given (training) items only, of those that have the modality."""
+        mean, scale = {}, {}
+        for name, features in self.modalities.items():
+            chosen = features[self.available(name, indices)]
+            mean[name] = chosen.mean(0)
+            scale[name] = float((chosen - mean[name]).square().mean().sqrt())
         return FeatureStatistics(mean, scale)
+
+    def available(self, name: str, indices: Tensor) -> Tensor:
+        """Those of the given items that have a modality."""
+        return indices[self.present[name][indices]] if name in self.present else indices
 
     def features(self, indices: Tensor | None = None) -> dict[str, Tensor]:
         """The feature matrices, of the given items."""
         return {name: features if indices is None else features[indices] for name, features in self.modalities.items()}
 
-    @functools.cached_property
-    def _pictures(self) -> Image:
-        if self.sheet is None:
-            raise ValueError(f"PairedDataset.picture: data set '{self.name}' has no pictures")
-        from PIL import Image as images
+    def masks(self, indices: Tensor | None = None) -> dict[str, Tensor]:
+        """The masks of the modalities that some items lack, of the given items: True where an item has it."""
+        return {name: mask if indices is None else mask[indices] for name, mask in self.present.items()}
 
-        return images.open(self.sheet).convert("RGB")
+    def tokens(self, name: str) -> tuple[Tensor, Tensor]:
+        """Token features of a modality: ([T, D], int64 offsets [N + 1]); item i has the rows offsets[i] to offsets[i + 1]."""
+        return self._folder("tokens").tokens(name)
+
+    def layers(self, name: str) -> Tensor:
+        """Pooled output of every layer of a modality's encoder: [N, L, D]."""
+        return self._folder("layers").layers(name)
+
+    def _folder(self, what: str) -> FeatureFolder:
+        if self.folder is None:
+            raise ValueError(f"PairedDataset.{what}: data set '{self.name}' keeps pooled features only; `modalign prepare` makes sets with {what}")
+        return self.folder
+
+    def encode(self, name: str, inputs: Sequence[Any]) -> Tensor:
+        """New texts, pictures or recordings in the space of a modality's stored features, by its frozen encoder: [len(inputs), D_name]."""
+        from . import encoders
+
+        if name not in self.encoders:
+            raise ValueError(f"PairedDataset.encode: name must be a modality with a known encoder out of {sorted(self.encoders)}, got '{name}'")
+        features = encoders.make(self.encoders[name])(inputs)
+        return self.bases[name].project(features) if name in self.bases else features
 
     def picture(self, item: int) -> Image:
-        """The small picture of an item, RGB on white, `sheet_side` pixels square."""
+        """The small picture of an item, RGB on white."""
+        if self.pictures is None:
+            raise ValueError(f"PairedDataset.picture: data set '{self.name}' has no pictures")
         if not 0 <= item < len(self):
             raise IndexError(f"PairedDataset.picture: item must be in 0..{len(self) - 1}, got {item}")
-        row, column = divmod(item, self.sheet_columns)
-        side = self.sheet_side
-        return self._pictures.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
+        return self.pictures(item)
 
 
 def caption_groups(names: Sequence[str]) -> Tensor:
@@ -146,9 +202,21 @@ def caption_groups(names: Sequence[str]) -> Tensor:
     return torch.tensor([numbers.setdefault(name.lower(), len(numbers)) for name in names])
 
 
+def _parts(place: str, size: int, test_size: int | None, validation_size: int | None) -> tuple[int, int]:
+    """Sizes of test and validation part: a quarter of the items, and a sixth of the rest, unless given."""
+    if size < 12:
+        raise ValueError(f"{place}: expected at least 12 items to be split, got {size}")
+    test = size // 4 if test_size is None else test_size
+    validation = (size - test) // 6 if validation_size is None else validation_size
+    if test < 1 or validation < 1 or size - test - validation < 2:
+        raise ValueError(f"{place}: test_size and validation_size must be positive and leave items to train on, got {test} and {validation} of {size}")
+    return test, validation
+
+
 def from_features(
     modalities: Mapping[str, Tensor],
     *,
+    present: Mapping[str, Tensor] | None = None,
     names: Sequence[str] | None = None,
     name: str = "features",
     test_size: int | None = None,
@@ -156,7 +224,8 @@ def from_features(
 ) -> PairedDataset:
     """Make a data set of your own feature matrices: a mapping of modality names to float matrices [N, D], row i of all of them being item i.
 
-    Items with equal `names` form a group. By default a quarter of the items is the test part and a sixth of the rest validation.
+    Items with equal `names` form a group. `present` maps the modalities that some items lack to bool [N]; rows of absent items may hold anything.
+    By default a quarter of the items is the test part and a sixth of the rest validation.
 
     >>> import torch
     >>> data = from_features({"sound": torch.randn(40, 8), "text": torch.randn(40, 5)})
@@ -165,52 +234,107 @@ def from_features(
     """
     if len(modalities) < 2:
         raise ValueError(f"from_features: modalities must hold at least 2 matrices, got {len(modalities)}")
+    masks = {key: mask.detach().cpu() for key, mask in (present or {}).items()}
+    unknown = sorted(set(masks) - set(modalities))
+    if unknown:
+        raise ValueError(f"from_features: present must name modalities out of {list(modalities)}, got {unknown}")
     matrices: dict[str, Tensor] = {}
     for key, matrix in modalities.items():
         if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.is_floating_point():
             found = f"{matrix.dtype} {list(matrix.shape)}" if isinstance(matrix, Tensor) else type(matrix).__name__
             raise ValueError(f"from_features: modality '{key}' must be a floating-point tensor [N, D], got {found}")
-        bad = int((~torch.isfinite(matrix)).any(1).sum())
+        values = matrix.detach().cpu().float().contiguous()
+        if (mask := masks.get(key)) is not None:
+            if mask.dtype is not torch.bool or mask.shape != values.shape[:1]:
+                raise ValueError(f"from_features: present['{key}'] must be bool [{len(values)}], got {mask.dtype} {list(mask.shape)}")
+            if not bool(mask.any()):
+                raise ValueError(f"from_features: present['{key}'] must hold at least one item, got none")
+            values = torch.where(mask[:, None], values, 0)
+        bad = int((~torch.isfinite(values)).any(1).sum())
         if bad:
             raise ValueError(f"from_features: modality '{key}' must be finite, got {bad} rows with NaN or Inf")
-        matrices[key] = matrix.detach().float().contiguous()
+        matrices[key] = values
     rows = {key: matrix.shape[0] for key, matrix in matrices.items()}
     if len(set(rows.values())) != 1:
         raise ValueError(f"from_features: modalities must have equally many rows, got {rows}")
     size = next(iter(rows.values()))
-    if size < 12:
-        raise ValueError(f"from_features: modalities must have at least 12 rows to be split, got {size}")
+    test, validation = _parts("from_features", size, test_size, validation_size)
     labels = [f"item {i}" for i in range(size)] if names is None else list(names)
     if len(labels) != size:
         raise ValueError(f"from_features: names must have {size} entries, got {len(labels)}")
-    test = size // 4 if test_size is None else test_size
-    validation = (size - test) // 6 if validation_size is None else validation_size
-    if test < 1 or validation < 1 or size - test - validation < 2:
-        raise ValueError(
-            f"from_features: test_size and validation_size must be positive and leave items to train on, got {test} and {validation} of {size}"
-        )
-    return PairedDataset(name, matrices, labels, caption_groups(labels), test, validation)
+    lacking = {key: mask for key, mask in masks.items() if not bool(mask.all())}
+    return PairedDataset(name, matrices, labels, caption_groups(labels), test, validation, present=lacking)
 
 
-def available(root: Path = ROOT) -> list[str]:
-    """Names of the data sets that come with the package, or lie below another root."""
-    return sorted(path.parent.name for path in Path(root).glob("*/items.json"))
+def from_folder(folder: str | os.PathLike[str]) -> PairedDataset:
+    """Read a folder with one `.npy` or `.safetensors` file per modality (see `modalign.data.folder`); every complaint names file, expected, found.
+
+    >>> import numpy, tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> for name, width in (("sound", 8), ("text", 5)):
+    ...     numpy.save(f"{folder}/{name}.npy", numpy.random.randn(40, width))
+    >>> data = from_folder(folder)
+    >>> len(data), {name: list(features.shape) for name, features in data.modalities.items()}
+    (40, {'sound': [40, 8], 'text': [40, 5]})
+    """
+    read = FeatureFolder(Path(folder))
+    about, items = read.about, read.items
+    place = str(read.folder)
+    test, validation = _parts(place, read.size, about.get("test_size"), about.get("validation_size"))
+    described = about.get("modalities", {})
+    order = [name for name in described if name in read.modalities] + [name for name in read.modalities if name not in described]
+    return PairedDataset(
+        name=about.get("name", read.folder.resolve().name),
+        modalities={name: read.modalities[name] for name in order},
+        names=[item["name"] for item in items],
+        groups=caption_groups([item.get("group") or item["name"] for item in items]),
+        test_size=test,
+        validation_size=validation,
+        present=read.present,
+        keywords=[item.get("keywords", []) for item in items],
+        default=tuple(about.get("default", ())),
+        encoders={name: entry["encoder"] for name, entry in described.items() if "encoder" in entry},
+        items=items,
+        licence=about.get("licence", ""),
+        source=about.get("source", ""),
+        pictures=read.pictures(),
+        folder=read,
+    )
 
 
-def load(name: str, root: Path = ROOT) -> PairedDataset:
-    """Load a data set that comes with the package, or a folder of the same make below `root`; "emoji-mini" and "emoji_mini" are the same.
+def _roots(root: str | os.PathLike[str] | None) -> list[Path]:
+    """Where data sets are looked for: the given root, else that of the environment, and always the package itself."""
+    named = root if root is not None else os.environ.get(ROOT_VARIABLE)
+    return [ROOT] if named is None else [Path(named), ROOT]
 
-    The folder's checksums are verified first, so a damaged installation is reported and never trained on.
+
+def available(root: str | os.PathLike[str] | None = None) -> list[str]:
+    """Names of the data sets below `root` (or $MODALIGN_DATA_ROOT), and of those that come with the package."""
+    return sorted({path.parent.name for folder in _roots(root) for path in folder.glob("*/items.json")})
+
+
+def load(name: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> PairedDataset:
+    """Load a data set by name, or a feature folder by path.
+
+    Names are those of the data that come with the package and of what `modalign prepare` left below `root` (or below $MODALIGN_DATA_ROOT); "emoji-mini"
+    and "emoji_mini" are the same. Checksums are verified, so a damaged file is reported and never trained on.
 
     >>> data = load("emoji_mini")
     >>> len(data), list(data.modalities), data.names[0]
     (1849, ['picture', 'text'], 'light skin tone')
     """
-    key = name.replace("-", "_")
-    folder = Path(root) / key
+    key = os.fspath(name).replace("-", "_")
+    for folder in (place / key for place in _roots(root)):
+        if (folder / "items.json").is_file():
+            return _load_reduced(folder) if (folder / "features.safetensors").is_file() else from_folder(folder)
+    if is_feature_folder(Path(name)):
+        return from_folder(name)
     known = available(root)
-    if key not in known:
-        raise ValueError(f"load: name must be one of {', '.join(known) or f'the data folders below {root} (there are none)'}, got '{name}'")
+    raise ValueError(f"load: name must be one of {', '.join(known)} or a folder of .npy or .safetensors files, got '{os.fspath(name)}'")
+
+
+def _load_reduced(folder: Path) -> PairedDataset:
+    """The format of the committed data: all modalities in one file, reduced and rounded to eight bits, pictures on one sheet."""
     verify_checksums(folder)
     about = json.loads((folder / "items.json").read_text(encoding="utf-8"))
     if about["format"] != FORMAT_VERSION:
@@ -218,8 +342,9 @@ def load(name: str, root: Path = ROOT) -> PairedDataset:
     tensors = read_tensors(folder / "features.safetensors")
     bases = {modality: FeatureBasis.from_tensors(tensors, modality) for modality in about["modalities"]}
     names = [item["name"] for item in about["items"]]
+    sheet = about["pictures"]
     return PairedDataset(
-        name=key,
+        name=folder.name,
         modalities={modality: bases[modality].decode(tensors[modality]) for modality in about["modalities"]},
         names=names,
         groups=caption_groups(names),
@@ -228,10 +353,9 @@ def load(name: str, root: Path = ROOT) -> PairedDataset:
         keywords=[item["keywords"] for item in about["items"]],
         bases=bases,
         encoders={modality: entry["encoder"] for modality, entry in about["modalities"].items()},
+        items=about["items"],
         licence=about["licence"],
         source=about["source"],
         basis_seed=about["basis_seed"],
-        sheet=folder / about["pictures"]["file"],
-        sheet_side=about["pictures"]["side"],
-        sheet_columns=about["pictures"]["columns"],
+        pictures=PictureSheet(folder / sheet["file"], sheet["side"], sheet["columns"]),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "quantize",
     "dequantize",
     "sha256",
+    "read_checksums",
     "write_checksums",
     "verify_checksums",
 ]
@@ -40,7 +42,11 @@ def dequantize(values: Tensor, scale: Tensor, dim: int) -> Tensor:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def write_checksums(folder: Path) -> None:
@@ -49,15 +55,30 @@ def write_checksums(folder: Path) -> None:
     write_bytes(folder / CHECKSUMS, "".join(f"{sha256(folder / name)}  {name}\n" for name in files).encode())
 
 
-def verify_checksums(folder: Path) -> list[str]:
-    """Compare a data folder with its list; raises ValueError naming the first file that is missing or differs. Returns the names checked."""
-    names = []
-    for line in (folder / CHECKSUMS).read_text().splitlines():
-        expected, name = line.split("  ", 1)
+def read_checksums(folder: Path) -> dict[str, str]:
+    """The list of a data folder: file name to SHA-256."""
+    listed = {}
+    for number, line in enumerate((folder / CHECKSUMS).read_text(encoding="utf-8").splitlines(), 1):
+        digest, gap, name = line.partition("  ")
+        if not gap or len(digest) != 64:
+            raise ValueError(f"{folder / CHECKSUMS}: expected lines 'SHA-256  name', got {line!r} in line {number}")
+        listed[name] = digest
+    return listed
+
+
+def verify_checksums(folder: Path, names: Iterable[str] | None = None) -> list[str]:
+    """Compare a data folder (or some of its files) with its list; raises ValueError naming the first file that is missing or differs.
+
+    Returns the names checked.
+    """
+    listed = read_checksums(folder)
+    chosen = list(listed) if names is None else list(names)
+    for name in chosen:
+        if name not in listed:
+            raise ValueError(f"{folder / CHECKSUMS}: expected a line for {name}, got none")
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: expected a file listed in {CHECKSUMS}, got none")
         found = sha256(folder / name)
-        if found != expected:
-            raise ValueError(f"{folder / name}: expected SHA-256 {expected}, got {found}")
-        names.append(name)
-    return names
+        if found != listed[name]:
+            raise ValueError(f"{folder / name}: expected SHA-256 {listed[name]}, got {found}")
+    return chosen

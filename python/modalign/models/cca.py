@@ -36,8 +36,18 @@ class CanonicalCorrelation:
     correlation: Tensor  # [width]
 
     @classmethod
-    def fit(cls, features: Mapping[str, Tensor], config: CanonicalCorrelationConfig = CanonicalCorrelationConfig()) -> CanonicalCorrelation:
-        """Fit on training items: a mapping of modality to [N, D_p], row i of all of them being item i. Computed in float64."""
+    def fit(
+        cls,
+        features: Mapping[str, Tensor],
+        config: CanonicalCorrelationConfig = CanonicalCorrelationConfig(),
+        *,
+        present: Mapping[str, Tensor] | None = None,
+    ) -> CanonicalCorrelation:
+        """Fit on training items: a mapping of modality to [N, D_p], row i of all of them being item i. Computed in float64.
+
+        present : bool [N] for the modalities that some items lack; a modality's covariance is over the items that have it, a cross-covariance over
+        those that have both.
+        """
         if len(features) < 2:
             raise ValueError(f"CanonicalCorrelation.fit: features must hold at least 2 modalities, got {len(features)}")
         rows = {name: len(x) for name, x in features.items()}
@@ -48,11 +58,17 @@ class CanonicalCorrelation:
         if config.width > min(x.shape[1] for x in features.values()):
             widths = {name: x.shape[1] for name, x in features.items()}
             raise ValueError(f"CanonicalCorrelation.fit: width must not exceed the narrowest modality, got {config.width} and {widths}")
-        count = next(iter(rows.values()))
-        factors, whitened, means = [], [], []
-        for x in features.values():
-            mean = x.double().mean(0)
-            centred = x.double() - mean
+        total = next(iter(rows.values()))
+        factors, whitened, means, masks = [], [], [], []
+        for name, x in features.items():
+            mask = (present or {}).get(name)
+            exact = x.double()
+            mean = exact.mean(0) if mask is None else exact[mask].mean(0)
+            centred = exact - mean if mask is None else torch.where(mask[:, None], exact - mean, 0)
+            count = total if mask is None else int(mask.sum())
+            if count < 2:
+                raise ValueError(f"CanonicalCorrelation.fit: present['{name}'] must hold at least 2 items, got {count}")
+            masks.append(torch.ones(total, dtype=torch.float64) if mask is None else mask.double())
             covariance = centred.T @ centred / count
             ridge = config.ridge * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
             factor = torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance), dtype=torch.float64))
@@ -62,10 +78,17 @@ class CanonicalCorrelation:
         joint = torch.cat(whitened)
         matrix = joint @ joint.T
         start = 0
+        blocks = []
         for w in whitened:
-            block = slice(start, start + len(w))
-            matrix[block, block] = torch.eye(len(w), dtype=torch.float64)
+            blocks.append(slice(start, start + len(w)))
             start += len(w)
+        for p, row in enumerate(blocks):
+            for q, column in enumerate(blocks):
+                if p == q:
+                    matrix[row, row] = torch.eye(len(whitened[p]), dtype=torch.float64)
+                else:  # the sum is over the items that have both, of whom there may be fewer
+                    shared = float(masks[p] @ masks[q])
+                    matrix[row, column] *= float(masks[p].sum() * masks[q].sum()) ** 0.5 / shared if shared else 0.0
         values, vectors = torch.linalg.eigh(matrix)
         values, vectors = values.flip(0)[: config.width], vectors.flip(1)[:, : config.width]
         # The sign of an eigenvector is arbitrary: fix it by its largest entry.

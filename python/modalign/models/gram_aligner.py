@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -15,13 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .._files import write_bytes, write_json
 from .cca import CanonicalCorrelation
+from .reduction import PrincipalComponents
 
-__all__ = ["AlignerOutput", "AlignmentHead", "GramAligner", "GramAlignerConfig"]
+__all__ = ["HEADS", "LOSSES", "AlignerOutput", "AlignmentHead", "GramAligner", "GramAlignerConfig", "items_with"]
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+
+
+LOSSES = ("gram", "volume", "clip", "siglip")
+HEADS = ("linear", "lowrank", "mlp")
+SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0  # the published initial values
 
 
 @dataclass(frozen=True)
@@ -29,15 +38,23 @@ class GramAlignerConfig:
     """What a GramAligner is made of.
 
     modalities : feature width of each modality, in order; the first is the anchor unless `anchor` names another
-    width : of the shared space;  hidden : of the non-linear branch of a head, 0 for none
-    temperature : divides volumes and cosines;  pairwise_weight : of the pairwise term beside the volume term
+    components : number of principal components that a modality's features are reduced to inside its head, where they are
+    width : of the shared space
+    heads : "linear" (affine maps), "mlp" (an affine map plus a branch of width `hidden`, 0 for none), "lowrank" (orthogonal maps without bias plus a
+        gated branch of rank `hidden`, 0 for max(8, width / 4); `gate` is the gate's initial value, and 0, as published, keeps it shut for ever)
+    loss : "gram" (volume + pairwise_weight x pairwise), "volume", "clip" (pairwise alone), "siglip" (pairwise, sigmoid, learnable scale and bias)
+    temperature : divides volumes and cosines, not those of "siglip";  pairwise_weight : of the pairwise term beside the volume term of "gram"
     """
 
     modalities: dict[str, int]
+    components: dict[str, int] = field(default_factory=dict)
     anchor: str = ""
     width: int = 256
+    heads: str = "mlp"
     hidden: int = 256
+    gate: float = 0.05
     dropout: float = 0.3
+    loss: str = "gram"
     temperature: float = 0.07
     label_smoothing: float = 0.1
     pairwise_weight: float = 1 / 3
@@ -49,17 +66,32 @@ class GramAlignerConfig:
             object.__setattr__(self, "anchor", next(iter(self.modalities)))
         if self.anchor not in self.modalities:
             raise ValueError(f"GramAlignerConfig: anchor must be one of {list(self.modalities)}, got '{self.anchor}'")
+        for name, count in self.components.items():
+            if not 1 <= count <= self.modalities.get(name, 0):
+                raise ValueError(f"GramAlignerConfig: components['{name}'] must be in 1..{self.modalities.get(name, 0)}, got {count}")
+        for name, known in (("heads", HEADS), ("loss", LOSSES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"GramAlignerConfig: {name} must be one of {', '.join(known)}, got '{getattr(self, name)}'")
         if self.width < len(self.modalities):
             raise ValueError(f"GramAlignerConfig: width must be at least the number of modalities, got {self.width}")
         if self.hidden < 0:
             raise ValueError(f"GramAlignerConfig: hidden must not be negative, got {self.hidden}")
         if not self.temperature > 0:
             raise ValueError(f"GramAlignerConfig: temperature must be positive, got {self.temperature}")
-        for name in ("dropout", "label_smoothing"):
+        for name in ("gate", "dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"GramAlignerConfig: {name} must be in [0, 1), got {getattr(self, name)}")
         if self.pairwise_weight < 0:
             raise ValueError(f"GramAlignerConfig: pairwise_weight must not be negative, got {self.pairwise_weight}")
+        if self.heads == "lowrank" and self.gate == 0:
+            warnings.warn("GramAlignerConfig: gate = 0 shuts the low-rank branch for ever: no gradient reaches it", stacklevel=3)
+
+    @property
+    def branch(self) -> int:
+        """Width of the non-linear branch of a head, 0 for none."""
+        if self.heads == "lowrank":
+            return self.hidden or max(8, self.width // 4)
+        return self.hidden if self.heads == "mlp" else 0
 
 
 @dataclass
@@ -72,40 +104,59 @@ class AlignerOutput:
 
 
 class AlignmentHead(nn.Module):
-    """Features [B, D] to unit vectors [B, width]: an affine map plus a small non-linear branch that starts at zero.
+    """Features [B, D] to unit vectors [B, width]: an affine map plus, where the configuration asks for one, a non-linear branch that starts at zero.
 
-    Mean and scale of the training features are kept as buffers, so that a saved head takes raw features.
+    Mean, principal components and scale of the training features are kept as buffers, so that a saved head takes raw features.
     """
 
     mean: Tensor
     scale: Tensor
+    projection: Tensor | None
 
-    def __init__(self, features: int, width: int, hidden: int, dropout: float, generator: torch.Generator) -> None:
+    def __init__(self, name: str, config: GramAlignerConfig, generator: torch.Generator) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(features))
+        raw = config.modalities[name]
+        features, lowrank = config.components.get(name, raw), config.heads == "lowrank"
+        self.register_buffer("mean", torch.zeros(raw))
+        self.register_buffer("projection", torch.zeros(features, raw) if name in config.components else None)
         self.register_buffer("scale", torch.ones(()))
-        self.dropout = dropout
+        self.dropout = config.dropout
+        branch = config.branch
         # Layers are filled below from the given generator; the default filling would use up the caller's random numbers.
-        self.linear = nn.utils.skip_init(nn.Linear, features, width)
-        self.branch_in = nn.utils.skip_init(nn.Linear, features, hidden) if hidden else None
-        self.branch_out = nn.utils.skip_init(nn.Linear, hidden, width) if hidden else None
+        self.linear = nn.utils.skip_init(nn.Linear, features, config.width, bias=not lowrank)
+        self.branch_in = nn.utils.skip_init(nn.Linear, features, branch, bias=not lowrank) if branch else None
+        self.branch_out = nn.utils.skip_init(nn.Linear, branch, config.width, bias=not lowrank) if branch else None
+        # The gate is learnt as a logit; 0 is -inf there.
+        self.gate = nn.Parameter(torch.tensor(config.gate, dtype=torch.float64).logit().float()) if lowrank else None
         with torch.no_grad():
             for layer in (self.linear, self.branch_in):
                 if layer is not None:
-                    layer.weight.normal_(0, features**-0.5, generator=generator)
-                    layer.bias.zero_()
+                    if lowrank:
+                        layer.weight.copy_(_orthogonal(*layer.weight.shape, generator))
+                    else:
+                        layer.weight.normal_(0, features**-0.5, generator=generator)
+                        layer.bias.zero_()
             if self.branch_out is not None:
-                self.branch_out.weight.zero_()
-                self.branch_out.bias.zero_()
+                for value in self.branch_out.parameters():
+                    value.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = (x - self.mean) / self.scale
-        x = F.dropout(x, self.dropout, self.training)
+        x = x - self.mean
+        if self.projection is not None:
+            x = x @ self.projection.T
+        x = F.dropout(x / self.scale, self.dropout, self.training)
         y = self.linear(x)
         if self.branch_in is not None and self.branch_out is not None:
-            hidden = F.gelu(self.branch_in(x))
-            y = y + self.branch_out(F.dropout(hidden, self.dropout, self.training))
+            branch = self.branch_out(F.dropout(F.gelu(self.branch_in(x)), self.dropout, self.training))
+            y = y + (branch if self.gate is None else self.gate.sigmoid() * branch)
         return F.normalize(y, dim=-1)
+
+
+def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """A matrix with orthonormal rows or columns, whichever are fewer."""
+    q, r = torch.linalg.qr(torch.randn(max(rows, columns), min(rows, columns), generator=generator))
+    q = q * r.diagonal().sign()
+    return q if rows >= columns else q.T
 
 
 class GramAligner(nn.Module):
@@ -116,7 +167,10 @@ class GramAligner(nn.Module):
     V[i, j] is the Gramian volume of the anchor's item i with the other modalities' item j (`ops.gram_volume`), CE the mean of cross-entropy over
     rows and
     columns with the diagonal as target. The volume alone is blind to sign: antiparallel vectors have volume 0 too, and cosine retrieval suffers;
-    the pairwise term settles it.
+    the pairwise term settles it. `config.loss` chooses other combinations.
+
+    Items may lack modalities: a pair counts the items that have both, the volume is that of the vectors an item has (its n-th root, since fewer unit
+    vectors span a larger volume), and what is absent reaches neither the loss nor a gradient.
 
     >>> import torch
     >>> model = GramAligner(GramAlignerConfig({"picture": 6, "text": 5}, width=4, hidden=0), seed=0)
@@ -129,9 +183,10 @@ class GramAligner(nn.Module):
         super().__init__()
         self.config = config
         generator = torch.Generator().manual_seed(seed)
-        self.heads = nn.ModuleDict(
-            {name: AlignmentHead(features, config.width, config.hidden, config.dropout, generator) for name, features in config.modalities.items()}
-        )
+        self.heads = nn.ModuleDict({name: AlignmentHead(name, config, generator) for name in config.modalities})
+        if config.loss == "siglip":
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(SIGLIP_SCALE)))
+            self.logit_bias = nn.Parameter(torch.tensor(SIGLIP_BIAS))
 
     def set_statistics(self, mean: Mapping[str, Tensor], scale: Mapping[str, float]) -> None:
         """Take over mean [D] and scale of the training features of every modality."""
@@ -141,14 +196,32 @@ class GramAligner(nn.Module):
 
     @torch.no_grad()
     def start_from(self, solution: CanonicalCorrelation) -> None:
-        """Set the affine maps to a closed-form solution; the non-linear branches stay as they are (zero in a new model)."""
+        """Set the affine maps to a closed-form solution; the non-linear branches stay as they are (zero in a new model).
+
+        Maps without a bias ("lowrank") lose the solution's, which is 0 where both were fitted on the same items.
+        """
         for name, head in self.heads.items():
             weight, bias = solution.weight[name], solution.bias[name]
             if weight.shape != head.linear.weight.shape:
                 expected = list(head.linear.weight.shape)
                 raise ValueError(f"GramAligner.start_from: solution for '{name}' must be {expected}, got {list(weight.shape)}")
             head.linear.weight.copy_(weight * head.scale)
-            head.linear.bias.copy_(bias + weight @ head.mean)
+            if head.linear.bias is not None:
+                head.linear.bias.copy_(bias + weight @ head.mean)
+
+    @torch.no_grad()
+    def on_raw_features(self, reductions: Mapping[str, PrincipalComponents]) -> GramAligner:
+        """The same model with the reductions that its features went through built into its heads, for saving: it takes raw features."""
+        raw = {name: reductions[name].components.shape[1] if name in reductions else size for name, size in self.config.modalities.items()}
+        components = {name: self.config.modalities[name] for name in reductions}
+        made = GramAligner(replace(self.config, modalities=raw, components=components))
+        state = self.state_dict()
+        for name, reduction in reductions.items():
+            state[f"heads.{name}.projection"] = reduction.components
+            # P (x - m) - m' = P (x - (m + P^T m')), the rows of P being orthonormal
+            state[f"heads.{name}.mean"] = reduction.mean + state[f"heads.{name}.mean"] @ reduction.components
+        made.load_state_dict(state)
+        return made.train(self.training)
 
     def embed(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Unit vectors [B, width] for any of the modalities."""
@@ -159,23 +232,66 @@ class GramAligner(nn.Module):
                 raise ValueError(f"GramAligner.embed: features of '{name}' must be [B, {self.config.modalities[name]}], got {list(x.shape)}")
         return {name: self.heads[name](x) for name, x in features.items()}
 
-    def forward(self, features: Mapping[str, Tensor], *, groups: Tensor | None = None) -> AlignerOutput:
-        """Embeddings and loss of a batch [B, D_name] of every modality. Items of one group [B] are not used as each other's negatives."""
+    def forward(
+        self, features: Mapping[str, Tensor], *, present: Mapping[str, Tensor] | None = None, groups: Tensor | None = None
+    ) -> AlignerOutput:
+        """Embeddings and loss of a batch [B, D_name] of every modality.
+
+        present : bool [B] for the modalities that some items lack (given with no False in it, the loss is that of a set with missing modalities)
+        groups : int64 [B]; items of one group are not used as each other's negatives
+        """
         missing = [name for name in self.config.modalities if name not in features]
         if missing:
             raise ValueError(f"GramAligner.forward: features must hold every modality, got none for {missing}")
         embeddings = self.embed({name: features[name] for name in self.config.modalities})
-        if len(next(iter(embeddings.values()))) < 2:
+        size = len(next(iter(embeddings.values())))
+        for name, mask in (present or {}).items():
+            if name not in embeddings or mask.dtype is not torch.bool or mask.shape != (size,):
+                raise ValueError(f"GramAligner.forward: present must map modalities to bool [{size}], got {mask.dtype} {list(mask.shape)} for '{name}'")
+        if size < 2:
             return AlignerOutput(embeddings)
-        parts = {"volume": self._contrast(-self.volume(embeddings), groups)}
-        pairs = [self._contrast(embeddings[a] @ embeddings[b].T, groups) for a, b in combinations(embeddings, 2)]
-        parts["pairwise"] = torch.stack(pairs).mean()
-        return AlignerOutput(embeddings, parts["volume"] + self.config.pairwise_weight * parts["pairwise"], parts)
+        parts: dict[str, Tensor] = {}
+        if self.config.loss in ("gram", "volume"):
+            with_others = items_with(present, [self.config.anchor], size, any_of=[n for n in embeddings if n != self.config.anchor])
+            if with_others is None or len(with_others) > 1:
+                parts["volume"] = self._contrast(-self.volume(*_chosen(embeddings, present, with_others)), _take(groups, with_others))
+        if self.config.loss != "volume":
+            pairs = []
+            for a, b in combinations(embeddings, 2):
+                both = items_with(present, [a, b], size)
+                if both is None or len(both) > 1:
+                    pairs.append(self._pair(_take(embeddings[a], both), _take(embeddings[b], both), _take(groups, both)))
+            if pairs:
+                parts["pairwise"] = torch.stack(pairs).mean()
+        if not parts:
+            return AlignerOutput(embeddings)
+        weight = self.config.pairwise_weight if self.config.loss == "gram" else 1.0
+        terms = [value * (weight if name == "pairwise" else 1.0) for name, value in parts.items()]
+        return AlignerOutput(embeddings, torch.stack(terms).sum() if len(terms) > 1 else terms[0], parts)
 
-    def volume(self, embeddings: Mapping[str, Tensor]) -> Tensor:
-        """Gramian volume [B, C] of the anchor's B items with the C items of the others. Small means similar."""
+    def volume(self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Gramian volume [B, C] of the anchor's B items with the C items of the others. Small means similar.
+
+        With `present` (bool [C] for the modalities that some items lack) its n-th root, n being the number of vectors that an item has.
+        """
         anchor = self.config.anchor
-        return ops.gram_volume(embeddings[anchor], [embeddings[name] for name in self.config.modalities if name != anchor])
+        others = [name for name in self.config.modalities if name != anchor]
+        vectors = [embeddings[name] for name in others]
+        if not present:
+            return ops.gram_volume(embeddings[anchor], vectors)
+        full = torch.ones(len(vectors[0]), dtype=torch.bool, device=vectors[0].device)
+        mask = torch.stack([present.get(name, full) for name in others], dim=1)
+        return ops.gram_volume(embeddings[anchor], vectors, present=mask, normalize="root")
+
+    def _pair(self, x: Tensor, y: Tensor, groups: Tensor | None) -> Tensor:
+        if self.config.loss != "siglip":
+            return self._contrast(x @ y.T, groups)
+        logits = self.logit_scale.exp() * x @ y.T + self.logit_bias
+        sign = 2 * torch.eye(len(x), device=x.device) - 1
+        terms = F.softplus(-sign * logits)
+        if groups is not None:
+            terms = terms.masked_fill((groups[:, None] == groups).fill_diagonal_(False), 0)
+        return terms.sum() / len(x)
 
     def _contrast(self, similarity: Tensor, groups: Tensor | None) -> Tensor:
         logits = similarity / self.config.temperature
@@ -203,16 +319,8 @@ class GramAligner(nn.Module):
             "config": asdict(self.config),
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
-        for name, content in (
-            (WEIGHTS_FILE, weights),
-            (CONFIG_FILE, (json.dumps(about | {"extra": dict(extra or {})}, indent=1, allow_nan=False) + "\n").encode()),
-        ):
-            temporary = target / f".{name}.{os.getpid()}.partial"
-            try:
-                temporary.write_bytes(content)
-                os.replace(temporary, target / name)
-            finally:
-                temporary.unlink(missing_ok=True)
+        write_bytes(target / WEIGHTS_FILE, weights)
+        write_json(target / CONFIG_FILE, about | {"extra": dict(extra or {})})
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> GramAligner:
@@ -234,6 +342,28 @@ class GramAligner(nn.Module):
         model = cls(GramAlignerConfig(**about["config"]))
         model.load_state_dict(load(weights))
         return model.eval()
+
+
+def items_with(present: Mapping[str, Tensor] | None, all_of: Sequence[str], size: int, any_of: Sequence[str] = ()) -> Tensor | None:
+    """Indices of the items that have every modality of `all_of` and at least one of `any_of`; None where that is all items without a mask to look at."""
+    relevant = [name for name in [*all_of, *any_of] if name in (present or {})]
+    if present is None or not relevant:
+        return None
+    mask = torch.ones(size, dtype=torch.bool, device=present[relevant[0]].device)
+    for name in all_of:
+        mask = mask & present.get(name, mask)
+    if any_of and all(name in present for name in any_of):
+        mask = mask & torch.stack([present[name] for name in any_of]).any(0)
+    return mask.nonzero()[:, 0]
+
+
+def _take(values: Tensor | None, items: Tensor | None) -> Tensor | None:
+    return values if values is None or items is None else values[items]
+
+
+def _chosen(embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None, items: Tensor | None) -> tuple[dict, dict | None]:
+    """Embeddings and masks of the chosen items."""
+    return {n: _take(e, items) for n, e in embeddings.items()}, None if present is None else {n: _take(m, items) for n, m in present.items()}
 
 
 def _smoothed(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
