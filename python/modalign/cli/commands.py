@@ -11,6 +11,8 @@ from rich.console import Console
 
 from ..data import EncoderUnavailable
 from .align import align
+from .encode import encode
+from .prepare import prepare
 from .search import search
 
 P = ParamSpec("P")
@@ -45,6 +47,8 @@ def _plainly(command: Callable[P, R]) -> Callable[P, R]:
 
 app.command(no_args_is_help=True)(_plainly(align))
 app.command(no_args_is_help=True)(_plainly(search))
+app.command(no_args_is_help=True)(_plainly(prepare))
+app.command(no_args_is_help=True)(_plainly(encode))
 
 
 @app.command()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-__all__ = ["read_obj", "sample_surface", "unit_ball", "describe_points", "DESCRIPTOR_WIDTH"]
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["DESCRIPTOR_WIDTH", "PointCloud", "PointDescriptor", "describe_points", "read_obj", "sample_surface", "unit_ball"]
 
 Array = NDArray[np.float64]
 
@@ -67,3 +72,26 @@ def describe_points(points: Array, size: Array, seed: int = 0) -> NDArray[np.flo
     shares = [np.sqrt(histogram / histogram.sum()) for histogram in (distances, occupancy, heights)]
     extents = points.max(0) - points.min(0)
     return np.concatenate([*shares, extents, np.log(size)]).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class PointCloud:
+    """Points [P, 3] in the unit ball, y up, and the true width, depth and height in cm."""
+
+    points: Array
+    size: Array
+
+
+class PointDescriptor:
+    """`describe_points` as an encoder. Tokens are the points themselves."""
+
+    width = DESCRIPTOR_WIDTH
+    name = "point descriptor"
+    packages = ()
+
+    def __call__(self, clouds: Sequence[PointCloud]) -> Tensor:
+        """Describe clouds: [len(clouds), 590] float32."""
+        return torch.from_numpy(np.array([describe_points(cloud.points, cloud.size) for cloud in clouds], dtype=np.float32).reshape(-1, self.width))
+
+    def tokens(self, clouds: Sequence[PointCloud]) -> list[Tensor]:
+        return [torch.from_numpy(cloud.points).float() for cloud in clouds]

@@ -12,18 +12,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from .encoders import EfficientNetLiteImageEncoder, EncoderUnavailable, MiniLMTextEncoder
-from .writing import RawItems, require_file, write_data_folder
-
-FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
-ANNOTATIONS = ("usr/share/unicode/cldr/common/annotations/en.xml", "usr/share/unicode/cldr/common/annotationsDerived/en.xml")
-FONT_SIZE = 109  # the only size at which the bitmap font opens
-GLYPH = (136, 128)
-MAX_ADVANCE = 140  # a wider string is a sequence that the font does not have and would draw as several glyphs
-SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
+from .sources._items import item_text, require_file
+from .sources.emoji import SOURCE
+from .writing import RawItems, write_data_folder
 
 NOTICE = """emoji_mini: 1,849 picture-text pairs.
 
@@ -42,52 +36,15 @@ folder.
 """
 
 
-def read_annotations(root: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """English short names and keywords by character sequence."""
-    names: dict[str, str] = {}
-    keywords: dict[str, list[str]] = {}
-    for path in ANNOTATIONS:
-        for entry in ElementTree.parse(require_file(root, path, "unicode-cldr-core")).iter("annotation"):
-            sequence, text = entry.attrib["cp"], entry.text or ""
-            if entry.get("type") == "tts":
-                names[sequence] = text.strip()
-            else:
-                keywords[sequence] = [word.strip() for word in text.split("|")]
-    return names, keywords
-
-
 def read_items(root: Path) -> RawItems:
-    """Everything but the features: sequences that the font draws as one glyph, less skin-tone variants and glyphs that are pixel for pixel the
-    same.
-    """
-    from PIL import Image, ImageDraw, ImageFont, features
-
-    if not features.check("raqm"):
-        raise RuntimeError("rendering emoji needs Pillow with raqm (the wheels on PyPI have it): without it flags and joined sequences fall apart")
-    font = ImageFont.truetype(str(require_file(root, FONT, "fonts-noto-color-emoji")), FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
-    names, keywords = read_annotations(root)
+    """Everything but the features."""
     items = RawItems([], [], [], {}, {}, [])
-    drawn: set[bytes] = set()
-    for sequence, name in names.items():
-        variant = len(sequence) > 1 and any(character in SKIN_TONES for character in sequence)
-        if variant or sequence.isascii() or font.getlength(sequence) > MAX_ADVANCE:
-            continue
-        glyph = Image.new("RGBA", GLYPH, (0, 0, 0, 0))
-        ImageDraw.Draw(glyph).text((0, 0), sequence, font=font, embedded_color=True)
-        pixels = glyph.tobytes()
-        if glyph.getchannel("A").getextrema()[1] == 0 or pixels in drawn:
-            continue
-        drawn.add(pixels)
-        items.names.append(name)
-        # The first keyword list often repeats the name; a repeated phrase would only weigh the text towards it.
-        items.keywords.append([word for word in keywords.get(sequence, []) if word.lower() != name.lower()])
-        items.pictures.append(glyph)
-        items.extra.append({"character": sequence})
+    for item in SOURCE.read(root, ()).items:
+        items.names.append(item.name)
+        items.keywords.append(item.keywords)
+        items.pictures.append(item.inputs["picture"]())
+        items.extra.append(item.about)
     return items
-
-
-def item_text(name: str, keywords: list[str]) -> str:
-    return f"{name}: {', '.join(keywords)}" if keywords else name
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{len(items.names)} distinct pictures", flush=True)
         items.features["picture"] = EfficientNetLiteImageEncoder()(items.pictures)
         items.features["text"] = MiniLMTextEncoder()([item_text(*pair) for pair in zip(items.names, items.keywords, strict=True)])
-    except (FileNotFoundError, EncoderUnavailable, RuntimeError) as error:
+    except (OSError, ValueError, EncoderUnavailable) as error:
         print(f"prepare_emoji_mini: {error}", file=sys.stderr)
         return 1
     items.encoders = {"picture": EfficientNetLiteImageEncoder.name, "text": MiniLMTextEncoder.name}

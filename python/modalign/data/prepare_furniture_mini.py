@@ -9,24 +9,19 @@ surface.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-import zipfile
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .encoders import EfficientNetLiteImageEncoder, EncoderUnavailable, MiniLMTextEncoder
-from .points import describe_points, read_obj, sample_surface, unit_ball
-from .prepare_emoji_mini import item_text
-from .writing import RawItems, require_file, write_data_folder
+from .points import describe_points
+from .sources._items import item_text
+from .sources.furniture import SOURCE
+from .writing import RawItems, write_data_folder
 
-LIBRARY = "usr/share/sweethome3d/furniture/BlendSwap-CC-0.sh3f"
-CATALOGUE = "PluginFurnitureCatalog.properties"
-POINTS = 1024
-COLLECTION_TAG = "Blend Swap"  # on every item, so it says nothing
+LIBRARY = "BlendSwap-CC-0"
 
 NOTICE = """furniture_mini: picture, text and point features of furniture.
 
@@ -42,32 +37,17 @@ descriptor of our own for points.
 """
 
 
-def read_catalogue(text: str) -> list[dict[str, str]]:
-    """Items of a furniture catalogue: lines `key#number=value`."""
-    items: dict[int, dict[str, str]] = {}
-    for key, number, value in re.findall(r"^(\w+)#(\d+)=(.*)$", text, flags=re.MULTILINE):
-        items.setdefault(int(number), {})[key] = value.strip()
-    return [items[number] for number in sorted(items)]
-
-
 def read_items(root: Path) -> RawItems:
-    from PIL import Image
-
+    """Everything but the features of pictures and texts."""
     items = RawItems([], [], [], {}, {}, [])
     descriptors = []
-    with zipfile.ZipFile(require_file(root, LIBRARY, "sweethome3d-furniture")) as library:
-        # latin-1 with \\uXXXX escapes, as Java writes such files
-        catalogue = library.read(CATALOGUE).decode("latin-1").encode("latin-1").decode("unicode_escape")
-        for number, entry in enumerate(read_catalogue(catalogue)):
-            mesh = read_obj(library.read(entry["model"].lstrip("/")).decode("latin-1"))
-            points = unit_ball(sample_surface(*mesh, POINTS, seed=number))
-            size = np.array([float(entry[side]) for side in ("width", "depth", "height")])
-            descriptors.append(describe_points(points, size, seed=number))
-            items.names.append(entry["name"])
-            tags = [tag.strip() for tag in entry.get("tags", "").split(",")]
-            items.keywords.append([tag for tag in tags if tag and tag != COLLECTION_TAG])
-            items.pictures.append(Image.open(BytesIO(library.read(entry["icon"].lstrip("/")))).convert("RGBA"))
-            items.extra.append({"creator": entry.get("creator", "")})
+    for number, item in enumerate(item for item in SOURCE.read(root, ()).items if item.about["library"] == LIBRARY):
+        cloud = item.inputs["points"]()
+        descriptors.append(describe_points(cloud.points, cloud.size, seed=number))
+        items.names.append(item.name)
+        items.keywords.append(item.keywords)
+        items.pictures.append(item.inputs["picture"]())
+        items.extra.append({"creator": item.about["author"]})
     items.features["points"] = torch.from_numpy(np.stack(descriptors))
     return items
 
@@ -82,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{len(items.names)} items", flush=True)
         pictures = EfficientNetLiteImageEncoder()(items.pictures)
         texts = MiniLMTextEncoder()([item_text(*pair) for pair in zip(items.names, items.keywords, strict=True)])
-    except (FileNotFoundError, EncoderUnavailable) as error:
+    except (OSError, ValueError, EncoderUnavailable) as error:
         print(f"prepare_furniture_mini: {error}", file=sys.stderr)
         return 1
     items.features = {"picture": pictures, "text": texts, "points": items.features["points"]}

@@ -1,4 +1,4 @@
-"""Write a data folder: features.safetensors, items.json, pictures.webp, notices, SHA256SUMS. Shared by the `prepare_*` scripts."""
+"""Write the data folders that come with the package: features.safetensors, items.json, pictures.webp, notices, SHA256SUMS. Shared by the `prepare_*` scripts."""
 
 from __future__ import annotations
 
@@ -10,27 +10,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .basis import FeatureBasis
-from .dataset import FORMAT_VERSION, PairedDataset, caption_groups
+from .dataset import PairedDataset, caption_groups
 from .encoders import on_white_square
 from .storage import atomic_path, write_bytes, write_checksums, write_json, write_tensors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["RawItems", "require_file", "write_data_folder"]
+__all__ = ["RawItems", "write_data_folder"]
 
+FORMAT_VERSION = 1  # reduced features in one file; what `modalign prepare` writes is format 2
 BASIS_SEED = 0
-
-
-def require_file(root: Path, path: str, package: str) -> Path:
-    """A file of an unpacked Debian package below `root`; a missing one is reported with the package it comes from."""
-    found = root / path
-    if not found.is_file():
-        raise FileNotFoundError(
-            f"{found}: expected a file of the Debian package '{package}', got none. "
-            f"Unpack it with: apt-get download {package} && dpkg -x {package}_*.deb {root}"
-        )
-    return found
 
 
 @dataclass

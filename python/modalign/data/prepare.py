@@ -1,0 +1,111 @@
+"""Make a data set from its packages: read, draw, encode with the frozen encoders, write a feature folder below the data root."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .encoders import make
+from .shards import Encoding, Progress, file_identity, prepared
+from .sources import SOURCES, DebianPackage, Modality, Source
+
+__all__ = ["Prepared", "fetch", "missing_packages", "prepare"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What came of it."""
+
+    folder: Path
+    candidates: int  # items read
+    left_out: dict[str, int]  # while reading: reason and number
+    unreadable: dict[str, list[str]]  # while drawing and decoding: input, and files with their reasons
+    new: bool  # False: the folder had been there, made by the same settings
+
+
+def source_of(name: str) -> Source:
+    source = SOURCES.get(name)
+    if source is None:
+        raise ValueError(f"prepare: NAME must be one of {', '.join(SOURCES)}, got '{name}'")
+    return source
+
+
+def missing_packages(source: Source, root: Path) -> list[str]:
+    """The commands that get what is missing."""
+    return [package.command(root) for package in source.packages if not package.present(root)]
+
+
+def fetch(source: Source, root: Path) -> None:
+    """Download and unpack missing Debian packages; no root rights are needed and nothing is installed."""
+    for package in source.packages:
+        if not isinstance(package, DebianPackage) or package.present(root):
+            continue
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as folder:
+            for command in (["apt-get", "download", package.name], ["dpkg", "-x", "ARCHIVE", str(root.resolve())]):
+                archive = next((str(path) for path in Path(folder).glob("*.deb")), "")
+                try:
+                    done = subprocess.run([archive if word == "ARCHIVE" else word for word in command], cwd=folder, capture_output=True, text=True)
+                except FileNotFoundError as error:
+                    raise ValueError(f"prepare: --fetch needs the command '{command[0]}', got none; it comes with Debian and Ubuntu") from error
+                if done.returncode:
+                    raise ValueError(f"prepare: '{' '.join(command[:3])}' must succeed, got exit code {done.returncode}: {done.stderr.strip()}")
+
+
+def chosen_modalities(source: Source, languages: Sequence[str], tokens: bool) -> dict[str, Modality]:
+    modalities = source.modalities(languages)
+    return modalities if tokens else {name: dataclasses.replace(modality, tokens=None, layers=False) for name, modality in modalities.items()}
+
+
+def prepare(
+    name: str,
+    root: Path,
+    *,
+    languages: Sequence[str] | None = None,
+    tokens: bool = True,
+    limit: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Prepared:
+    """Prepare a data set in `root / name`, taking up an interrupted run where it stopped."""
+    source = source_of(name)
+    missing = missing_packages(source, root)
+    if missing:
+        raise ValueError(f"prepare: packages of '{name}' are missing below {root}. Get them with:\n  " + "\n  ".join(missing))
+    languages = source.languages if languages is None else tuple(languages)
+    reading = source.read(root, languages)
+    items = reading.items[:limit]
+    if not items:
+        raise ValueError(f"prepare: '{name}' must have items below {root}, got none; left out: {dict(Counter(reading.left_out)) or 'none'}")
+    modalities = chosen_modalities(source, languages, tokens)
+    there = {key: modality for key, modality in modalities.items() if any(modality.input in item.inputs for item in items)}
+    # The encoders' own order of names, so that the same set always has the same fingerprint.
+    names = dict.fromkeys(encoder for modality in there.values() for encoder in (modality.encoder, modality.tokens) if encoder is not None)
+    files = [root / file for package in source.packages if isinstance(package, DebianPackage) for file in package.files]
+    left_out = {reason: len(labels) for reason, labels in reading.left_out.items()}
+    encoding = Encoding(
+        folder=root / name,
+        items=items,
+        modalities=there,
+        encoders={encoder: make(encoder) for encoder in names},
+        required=source.required,
+        about={
+            "name": name,
+            "licence": source.licence,
+            "source": source.origin(root),
+            "test_size": min(source.test_size, len(items) // 4),  # a trial with --limit can be split as well
+            "validation_size": min(source.validation_size, len(items) // 8),
+            "default": list(source.default),
+            "left_out": left_out,
+        },
+        settings={"files": file_identity(files)},
+    )
+    if prepared(encoding.folder, encoding.fingerprint):
+        shutil.rmtree(encoding.folder / ".cache", ignore_errors=True)
+        return Prepared(encoding.folder, len(items), left_out, {}, new=False)
+    return Prepared(encoding.folder, len(items), left_out, encoding.run(progress), new=True)

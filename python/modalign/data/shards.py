@@ -1,0 +1,341 @@
+"""Encode items piece by piece, so that a kill at any moment loses at most one piece, and make a feature folder of the pieces.
+
+A shard is one file, written whole or not at all. Its content depends on the items and settings alone, so that a resumed run ends in the same bytes as
+one that was never interrupted. Shards lie in a folder named by a fingerprint of everything they depend on; another version of a package, another
+encoder or another setting makes another fingerprint, and what lies under the old one is never read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._files import write_json, write_tensors
+from .encoders import Encoded, on_white_square
+from .folder import FORMAT_VERSION
+from .sources import Item, Modality
+from .storage import CHECKSUMS, sha256, verify_checksums, write_checksums
+
+__all__ = ["Encoding", "encoder_identity", "file_identity", "prepared"]
+
+CACHE = ".cache"
+LOCK = ".lock"  # stays, as a mark that the folder is ours
+SHARD = 256  # items
+BATCH = 32  # items whose inputs are in memory at once
+PICTURE = "picture"
+PICTURE_SIDE = 128
+# Features, layers and tokens of one item and its small picture, generously; twice, since shards and result lie side by side for a moment.
+BYTES_PER_ITEM = 2 * 250_000
+Progress = Callable[[int, int], None]
+
+
+def encoder_identity(encoder: Any) -> dict[str, str]:
+    """What the output of an encoder depends on: its code and the versions of its packages."""
+    kind = encoder if inspect.isroutine(encoder) or isinstance(encoder, type) else type(encoder)
+    versions = {package: importlib.metadata.version(package) for package in getattr(encoder, "packages", ())}
+    try:
+        code = sha256(inspect.getfile(kind))
+    except (TypeError, OSError):  # built in, or typed at a prompt
+        code = "unknown"
+    return {"class": f"{kind.__module__}:{kind.__qualname__}", "code": code} | versions
+
+
+def file_identity(paths: Sequence[Path]) -> str:
+    """A digest of files and of all files below folders: names, sizes and times of change."""
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            status = file.lstat()
+            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def own_identity() -> dict[str, str]:
+    """Our own code that shards depend on, and the libraries that could round differently."""
+    here = Path(__file__).parent
+    code = [here / "shards.py", here / "points.py", here / "pads.py", *here.glob("sources/*.py"), *here.glob("encoders/*.py")]
+    digest = hashlib.sha256("".join(sha256(path) for path in sorted(code)).encode()).hexdigest()
+    versions = {}
+    for package in ("torch", "numpy", "pillow", "scipy", "resvg-py", "soundfile", "tokenizers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"modalign": digest, **versions}
+
+
+def prepared(folder: Path, fingerprint: str | None = None) -> bool:
+    """Whether the folder is a finished one (made by these very settings, where a fingerprint is given), with every file as it was written."""
+    try:
+        about = json.loads((folder / "items.json").read_text(encoding="utf-8"))
+        verify_checksums(folder)
+    except (OSError, ValueError):
+        return False
+    return fingerprint is None or about.get("fingerprint") == fingerprint
+
+
+@dataclass
+class Encoding:
+    """Items on their way to a feature folder.
+
+    A broken input of an item is reported and leaves the item out (if `required`) or the modality absent; with `strict`, it raises.
+    """
+
+    folder: Path
+    items: list[Item]
+    modalities: dict[str, Modality]
+    encoders: Mapping[str, Any]
+    required: Sequence[str]
+    about: dict[str, Any]  # name, licence, source, test_size, validation_size, default
+    settings: dict[str, Any]  # what the result depends on besides items, modalities and encoders
+    strict: bool = False
+    fingerprint: str = field(init=False)
+    widths: dict[str, int] = field(init=False, default_factory=dict)  # of each encoder's output, once seen
+
+    def __post_init__(self) -> None:
+        depends = {
+            "format": FORMAT_VERSION,
+            "shard": [SHARD, BATCH, PICTURE_SIDE],
+            "threads": torch.get_num_threads(),
+            "own": own_identity(),
+            "encoders": {name: encoder_identity(encoder) for name, encoder in self.encoders.items()},
+            "modalities": {name: asdict(modality) for name, modality in self.modalities.items()},
+            "items": [[item.name, item.keywords, sorted(item.inputs), item.names, item.group, item.about] for item in self.items],
+            "about": self.about,
+            "settings": self.settings,
+        }
+        self.fingerprint = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
+        self.cache = self.folder / CACHE / self.fingerprint
+
+    def run(self, progress: Progress = lambda done, total: None) -> dict[str, list[str]]:
+        """Encode what is missing, write the folder, remove the cache. Returns what was left out or absent: reasons and names."""
+        with self._alone():
+            self._demand_space()
+            for number, start in enumerate(range(0, len(self.items), SHARD)):
+                path = self._shard(number)
+                if not path.is_file():
+                    tensors, notes = self._encode(self.items[start : start + SHARD], lambda done, start=start: progress(start + done, len(self.items)))
+                    write_tensors(path, tensors, {"notes": json.dumps(notes)})
+                progress(min(start + SHARD, len(self.items)), len(self.items))
+            report = self._write()
+            shutil.rmtree(self.folder / CACHE)
+        return report
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two runs at once would remove each other's shards; and a folder of other files is no place for a data set, which replaces what is there."""
+        if self.folder.exists() and (not self.folder.is_dir() or (any(self.folder.iterdir()) and not (self.folder / LOCK).exists())):
+            found = "one with other files" if self.folder.is_dir() else "a file"
+            raise ValueError(f"{self.folder}: expected a new folder, an empty one or one that was written by the same command, got {found}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / LOCK, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ValueError(f"{self.folder}: expected a folder that no other run is writing, got one that is being written now") from error
+            yield
+
+    def _demand_space(self) -> None:
+        missing = sum(not self._shard(number).is_file() for number in range(-(-len(self.items) // SHARD)))
+        needed, free = missing * min(SHARD, len(self.items)) * BYTES_PER_ITEM, shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise ValueError(f"{self.folder}: expected about {needed / 1e9:.1f} GB of free disk space, got {free / 1e9:.1f} GB")
+
+    def _shard(self, number: int) -> Path:
+        return self.cache / f"{number:05d}.safetensors"
+
+    # ------------------------------------------------------------------------------------------------------------------------ one shard
+
+    def _encode(self, items: Sequence[Item], progress: Callable[[int], None]) -> tuple[dict[str, Tensor], list[list[str]]]:
+        notes: list[list[str]] = []  # item, input, reason
+        parts: dict[str, list[Tensor]] = {}
+        for start in range(0, len(items), BATCH):
+            batch = items[start : start + BATCH]
+            for name, tensor in self._encode_batch(batch, notes).items():
+                parts.setdefault(name, []).append(tensor)
+            progress(start + len(batch))
+        return {name: torch.cat(tensors) for name, tensors in parts.items()}, notes
+
+    def _encode_batch(self, items: Sequence[Item], notes: list[list[str]]) -> dict[str, Tensor]:
+        """Tensors of a batch. An item that is left out has kept = False and is absent from every modality."""
+        used = dict.fromkeys([*self.required, *(modality.input for modality in self.modalities.values())])
+        inputs: list[dict[str, Any]] = []
+        kept = torch.ones(len(items), dtype=torch.bool)
+        for row, item in enumerate(items):
+            made = {}
+            for name in used:
+                if name not in item.inputs:
+                    continue
+                try:
+                    made[name] = item.inputs[name]()
+                except (ValueError, OSError, MemoryError) as error:
+                    if self.strict:
+                        raise
+                    notes.append([item.about.get("file", item.name), name, str(error)])
+            kept[row] = all(name in made for name in self.required)
+            inputs.append(made if kept[row] else {})
+        tensors = {"kept": kept}
+        encoded: dict[tuple[str, str], Encoded | None] = {}
+        rows = {name: [row for row, made in enumerate(inputs) if name in made] for name in used}
+        for modality in self.modalities.values():
+            for encoder in (modality.encoder, modality.tokens):
+                key = (encoder, modality.input)
+                if encoder is not None and key not in encoded:
+                    uses = [m for m in self.modalities.values() if m.input == modality.input]
+                    tokens, layers = any(m.tokens == encoder for m in uses), any(m.layers and m.encoder == encoder for m in uses)
+                    chosen = [inputs[row][modality.input] for row in rows[modality.input]]
+                    encoded[key] = self._call(encoder, chosen, tokens, layers) if chosen else None
+        for name, modality in self.modalities.items():
+            there = rows[modality.input]
+            present = torch.zeros(len(items), dtype=torch.bool)
+            present[there] = True
+            tensors[f"{name}.present"] = present
+            pooled = encoded[modality.encoder, modality.input]
+            if pooled is None:
+                continue
+            tensors[f"{name}.features"] = pooled.pooled.float()
+            if modality.layers and pooled.layers is not None:
+                tensors[f"{name}.layers"] = halves(f"layers of {modality.encoder}", pooled.layers)
+            if modality.tokens is not None:
+                source = encoded[modality.tokens, modality.input]
+                if source is not None and source.tokens is not None:
+                    tensors[f"{name}.tokens"] = halves(f"tokens of {modality.tokens}", torch.cat(source.tokens))
+                    tensors[f"{name}.lengths"] = torch.tensor([len(tokens) for tokens in source.tokens])
+        if PICTURE in used:
+            import numpy as np
+
+            small = [np.array(on_white_square(inputs[row][PICTURE], PICTURE_SIDE)) for row in rows[PICTURE]]
+            tensors["pictures"] = torch.from_numpy(np.array(small, dtype=np.uint8).reshape(-1, PICTURE_SIDE, PICTURE_SIDE, 3))
+        return tensors
+
+    def _call(self, encoder: str, inputs: Sequence[Any], tokens: bool, layers: bool) -> Encoded:
+        encoded = run_encoder(encoder, self.encoders[encoder], inputs, tokens, layers)
+        width = encoded.pooled.shape[1]
+        if self.widths.setdefault(encoder, width) != width:
+            raise ValueError(f"encoder '{encoder}': output must have one width, got {self.widths[encoder]} and then {width}")
+        return encoded
+
+    # ------------------------------------------------------------------------------------------------------------------ the whole folder
+
+    def _column(self, name: str) -> list[Tensor]:
+        """A tensor of every shard that has it."""
+        from safetensors import safe_open
+
+        found = []
+        for number in range(-(-len(self.items) // SHARD)):
+            with safe_open(self._shard(number), "pt") as shard:
+                if name in shard.keys():  # noqa: SIM118  a safetensors file is no mapping
+                    found.append(shard.get_tensor(name))
+        return found
+
+    def _write(self) -> dict[str, list[str]]:
+        """Files first, then items.json, SHA256SUMS last: until then the folder does not count as a data set."""
+        from safetensors import safe_open
+
+        for file in ("items.json", CHECKSUMS):
+            (self.folder / file).unlink(missing_ok=True)
+        for file in self.folder.iterdir():
+            if file.is_file() and file.name != LOCK:
+                file.unlink()  # an earlier version of the set may have had other modalities
+        kept = torch.cat(self._column("kept"))
+        count = int(kept.sum())
+        if count == 0:
+            raise ValueError(f"{self.folder}: expected at least one item that can be encoded, got none of {len(self.items)}")
+        described = {}
+        for name, modality in self.modalities.items():
+            present = torch.cat(self._column(f"{name}.present"))[kept]
+            if bool(present.any()):
+                described[name] = self._write_modality(name, modality, present)
+        pictures = self._column("pictures")
+        if sum(len(part) for part in pictures) == count:
+            write_tensors(self.folder / "pictures.safetensors", {"pictures": torch.cat(pictures)})
+        items = [item_entry(item) for item, keep in zip(self.items, kept.tolist(), strict=True) if keep]
+        report: dict[str, list[str]] = {}
+        for number in range(-(-len(self.items) // SHARD)):
+            with safe_open(self._shard(number), "pt") as shard:
+                for item, name, reason in json.loads(shard.metadata()["notes"]):
+                    report.setdefault(name, []).append(f"{item}: {reason}")
+        about = self.about | {"default": [name for name in self.about["default"] if name in described]}
+        head = {"format": FORMAT_VERSION, **about, "fingerprint": self.fingerprint, "modalities": described, "unreadable": report}
+        write_json(self.folder / "items.json", head | {"items": items}, indent=None)
+        write_checksums(self.folder)
+        return report
+
+    def _write_modality(self, name: str, modality: Modality, present: Tensor) -> dict[str, Any]:
+        features = torch.cat(self._column(f"{name}.features"))
+        entry: dict[str, Any] = {"encoder": modality.encoder, "width": features.shape[1]}
+        if bool(present.all()):
+            write_tensors(self.folder / f"{name}.safetensors", {"features": features})
+        else:
+            matrix = torch.zeros(len(present), features.shape[1])
+            matrix[present] = features
+            write_tensors(self.folder / f"{name}.safetensors", {"features": matrix, "present": present})
+        if tokens := self._column(f"{name}.tokens"):
+            lengths = torch.zeros(len(present), dtype=torch.int64)
+            lengths[present] = torch.cat(self._column(f"{name}.lengths"))
+            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+            write_tensors(self.folder / f"{name}.tokens.safetensors", {"tokens": torch.cat(tokens), "offsets": offsets})
+            entry["tokens_encoder"] = modality.tokens
+        if layers := self._column(f"{name}.layers"):
+            stacked = torch.zeros(len(present), *layers[0].shape[1:], dtype=torch.float16)
+            stacked[present] = torch.cat(layers)
+            write_tensors(self.folder / f"{name}.layers.safetensors", {"layers": stacked})
+            entry["layers"] = stacked.shape[1]
+        if modality.language is not None:
+            entry["language"] = modality.language
+        return entry
+
+
+def item_entry(item: Item) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": item.name, "keywords": item.keywords}
+    if item.group is not None:
+        entry["group"] = item.group
+    if item.names:
+        entry["names"] = item.names
+    return entry | item.about
+
+
+def run_encoder(name: str, encoder: Any, inputs: Sequence[Any], tokens: bool, layers: bool) -> Encoded:
+    """Call an encoder, one of ours or somebody's own, and check what comes back."""
+    if layers or (tokens and hasattr(encoder, "encode")):
+        encoded = encoder.encode(inputs)
+    else:
+        encoded = Encoded(encoder(inputs), encoder.tokens(inputs) if tokens else None)
+    check_output(name, encoded.pooled, f"[{len(inputs)}, D]", len(inputs), 2)
+    if tokens:
+        if not isinstance(encoded.tokens, list) or len(encoded.tokens) != len(inputs):
+            found = f"{len(encoded.tokens)} of them" if isinstance(encoded.tokens, list) else type(encoded.tokens).__name__
+            raise ValueError(f"encoder '{name}': tokens must be a list of {len(inputs)} tensors [T, D], got {found}")
+        for matrix in encoded.tokens:
+            check_output(name, matrix, "[T, D] for each input's tokens", None, 2)
+        if len({matrix.shape[1] for matrix in encoded.tokens}) > 1:
+            raise ValueError(f"encoder '{name}': tokens must have one width, got {sorted({matrix.shape[1] for matrix in encoded.tokens})}")
+    if layers:
+        check_output(name, encoded.layers, f"[{len(inputs)}, L, D] for layers", len(inputs), 3)
+    return encoded
+
+
+def check_output(name: str, output: Any, expected: str, rows: int | None, dimensions: int) -> None:
+    if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() != dimensions or (rows is not None and len(output) != rows):
+        found = f"{str(output.dtype).removeprefix('torch.')} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"encoder '{name}': output must be a floating-point tensor {expected}, got {found}")
+    bad = int((~torch.isfinite(output)).sum())
+    if bad:
+        raise ValueError(f"encoder '{name}': output must be finite, got {bad} numbers that are NaN or Inf")
+
+
+def halves(what: str, values: Tensor) -> Tensor:
+    half = values.to(torch.float16)
+    if not bool(torch.isfinite(half).all()):
+        raise ValueError(f"{what}: expected numbers within ±65504 (they are kept as float16), got {float(values.abs().max()):.4g}")
+    return half

@@ -1,0 +1,131 @@
+"""Emoji: pictures drawn with Noto Color Emoji, names and keywords from the Unicode CLDR in some ninety languages."""
+
+from __future__ import annotations
+
+import functools
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._items import DebianPackage, Item, Modality, Reading, Source, item_text, picture_modalities, require_file, text_modalities
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["SOURCE"]
+
+FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+ANNOTATIONS = ("usr/share/unicode/cldr/common/annotations", "usr/share/unicode/cldr/common/annotationsDerived")
+FONT_SIZE = 109  # the only size at which the bitmap font opens
+GLYPH = (136, 128)
+MAX_ADVANCE = 140  # a wider string is a sequence that the font does not have and would draw as several glyphs
+SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
+
+
+def read_annotations(root: Path, language: str) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Short names and keywords by character sequence."""
+    names: dict[str, str] = {}
+    keywords: dict[str, list[str]] = {}
+    folder = require_file(root, ANNOTATIONS[0], "unicode-cldr-core")
+    if not (folder / f"{language}.xml").is_file():
+        there = ", ".join(sorted(path.stem for path in folder.glob("*.xml")))
+        raise ValueError(f"emoji: languages must be among those of {folder}, got '{language}'; there are {there}")
+    for place in ANNOTATIONS:
+        path = require_file(root, f"{place}/{language}.xml", "unicode-cldr-core")
+        try:
+            document = ElementTree.parse(path)
+        except ElementTree.ParseError as error:
+            raise ValueError(f"{path}: expected an XML file, got one that does not parse ({error})") from error
+        for entry in document.iter("annotation"):
+            sequence, text = entry.get("cp"), entry.text or ""
+            if sequence is None:
+                raise ValueError(f"{path}: expected an attribute 'cp' in every annotation, got none beside {text.strip()!r}")
+            if entry.get("type") == "tts":
+                names[sequence] = text.strip()
+            else:
+                keywords[sequence] = [word.strip() for word in text.split("|")]
+    return names, keywords
+
+
+def open_font(root: Path) -> Any:
+    from PIL import ImageFont, features
+
+    if not features.check("raqm"):
+        raise ValueError("emoji: Pillow must have raqm, got one without (the wheels on PyPI have it); flags and joined sequences would fall apart")
+    path = require_file(root, FONT, "fonts-noto-color-emoji")
+    try:
+        return ImageFont.truetype(str(path), FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
+    except OSError as error:
+        raise ValueError(f"{path}: expected a font with glyphs of size {FONT_SIZE}, got one that does not open ({error})") from error
+
+
+def draw(font: Any, sequence: str) -> Image:
+    from PIL import Image, ImageDraw
+
+    glyph = Image.new("RGBA", GLYPH, (0, 0, 0, 0))
+    ImageDraw.Draw(glyph).text((0, 0), sequence, font=font, embedded_color=True)
+    return glyph
+
+
+def words_beside(name: str, keywords: Sequence[str]) -> list[str]:
+    """The keyword list often repeats the name; a repeated phrase would only weigh the text towards it."""
+    return [word for word in keywords if word.lower() != name.lower()]
+
+
+def read(root: Path, languages: Sequence[str] = ()) -> Reading:
+    """Sequences that the font draws as one glyph, less skin-tone variants and glyphs that are pixel for pixel the same."""
+    font = open_font(root)
+    names, keywords = read_annotations(root, "en")
+    others = {language: read_annotations(root, language) for language in languages}
+    items: list[Item] = []
+    left_out: dict[str, list[str]] = {}
+    drawn: set[bytes] = set()
+    for sequence, name in names.items():
+        reason = None
+        if len(sequence) > 1 and any(character in SKIN_TONES for character in sequence):
+            reason = "a skin-tone variant"
+        elif sequence.isascii() or font.getlength(sequence) > MAX_ADVANCE:
+            reason = "no single glyph in the font"
+        else:
+            glyph = draw(font, sequence)
+            pixels = glyph.tobytes()
+            if glyph.getchannel("A").getextrema()[1] == 0:
+                reason = "no single glyph in the font"
+            elif pixels in drawn:
+                reason = "the same picture as an earlier item"
+            drawn.add(pixels)
+        if reason:
+            left_out.setdefault(reason, []).append(name)
+            continue
+        words = words_beside(name, keywords.get(sequence, []))
+        inputs: dict[str, Any] = {"picture": functools.partial(draw, font, sequence), "text": functools.partial(item_text, name, words)}
+        translated = {}
+        for language, (their_names, their_keywords) in others.items():
+            if their_name := their_names.get(sequence):
+                translated[language] = their_name
+                their_words = words_beside(their_name, their_keywords.get(sequence, []))
+                inputs[f"text_{language}"] = functools.partial(item_text, their_name, their_words)
+        items.append(Item(name, words, inputs, translated, about={"character": sequence}))
+    return Reading(items, left_out)
+
+
+def modalities(languages: Sequence[str]) -> dict[str, Modality]:
+    return picture_modalities() | text_modalities(languages)
+
+
+SOURCE = Source(
+    name="emoji",
+    packages=(
+        DebianPackage("fonts-noto-color-emoji", (FONT,), (9.9, 11)),
+        DebianPackage("unicode-cldr-core", ANNOTATIONS, (16.9, 230)),
+    ),
+    licence="Apache-2.0 AND Unicode-DFS-2016",
+    test_size=500,
+    validation_size=250,
+    default=("picture", "text"),
+    required=("picture", "text"),
+    languages=("de", "es", "fr", "ja", "ru"),
+    modalities=modalities,
+    read=read,
+)

