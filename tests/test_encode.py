@@ -1,0 +1,246 @@
+"""`modalign encode`: a feature folder of people's own pictures and captions, with any encoder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import miniature
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from modalign import data
+from modalign.cli import app
+from modalign.data import encode, encoders, shards
+from modalign.data.storage import read_tensors
+
+runner = CliRunner()
+REPOSITORY = Path(__file__).parent.parent
+COLOURS = ("red", "green", "blue", "gold", "black", "navy", "teal", "plum", "peru", "pink", "grey", "lime", "cyan", "tan")
+
+
+# Encoders that a person might write by mistake, where "module:Class" can reach them.
+
+
+class OneRow(miniature.ToyPictureEncoder):
+    def __call__(self, pictures):
+        return super().__call__(pictures)[:1]
+
+
+class Integers(miniature.ToyPictureEncoder):
+    def __call__(self, pictures):
+        return super().__call__(pictures).long()
+
+
+class NotFinite(miniature.ToyPictureEncoder):
+    def __call__(self, pictures):
+        return super().__call__(pictures) / 0
+
+
+class AList(miniature.ToyPictureEncoder):
+    def __call__(self, pictures):
+        return super().__call__(pictures).tolist()
+
+
+class ChangingWidth(miniature.ToyPictureEncoder):
+    def __init__(self):
+        self.width = 10
+
+    def __call__(self, pictures):
+        self.width += 1
+        return super().__call__(pictures)[:, : self.width]
+
+
+class Silent:
+    pass
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    lines = ["file,caption,group,caption_fr"]
+    for number, colour in enumerate(COLOURS):
+        Image.new("RGB", (30, 20 + number), colour).save(folder / f"{number}.png")
+        caption = "" if number == 3 else f"a {colour} card"
+        lines.append(f"{number}.png,{caption},g{number // 2},{'' if number > 5 else f'une carte {colour}'}")
+    (tmp_path / "captions.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def run(tmp_path, *options, encoder="miniature:ToyPictureEncoder"):
+    command = ["encode", str(tmp_path / "photos"), "--captions", str(tmp_path / "captions.csv"), "--out", str(tmp_path / "out")]
+    return runner.invoke(app, [*command, "--encoder", encoder, "--text-encoder", "miniature:ToyTextEncoder", *options], env={"COLUMNS": "300"})
+
+
+def test_a_folder_of_pictures_becomes_a_data_set(pictures, tmp_path):
+    result = run(tmp_path, "--tokens")
+    assert result.exit_code == 0, result.output
+    assert "1 of 14 items have an empty caption: their text is marked as missing" in result.output
+    loaded = data.load(tmp_path / "out")
+    assert len(loaded) == 14 and loaded.names[0] == "a red card" and loaded.names[3] == "3.png"
+    assert set(loaded.modalities) == {"picture", "text", "text_fr"}
+    assert read_tensors(tmp_path / "out/text.safetensors")["present"].logical_not().nonzero().flatten().tolist() == [3]
+    assert read_tensors(tmp_path / "out/text_fr.safetensors")["present"].sum() == 6
+    direct = miniature.ToyPictureEncoder()([Image.open(pictures / f"{number}.png") for number in range(14)])
+    assert torch.equal(read_tensors(tmp_path / "out/picture.safetensors")["features"], direct)
+    assert len(read_tensors(tmp_path / "out/picture.tokens.safetensors")["tokens"]) == 14 * 8
+    about = json.loads((tmp_path / "out/items.json").read_text())
+    assert about["modalities"]["picture"] == {"encoder": "miniature:ToyPictureEncoder", "width": 24, "tokens_encoder": "miniature:ToyPictureEncoder"}
+    assert [item["group"] for item in about["items"][:3]] == ["g0", "g0", "g1"]
+    assert "already encoded" in run(tmp_path, "--tokens").output
+    Image.new("RGB", (30, 20), "white").save(pictures / "0.png")
+    assert "wrote" in run(tmp_path, "--tokens").output  # a picture has changed
+
+
+def test_an_interrupted_run_is_taken_up(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD", 4)
+    encoded = []
+    call = miniature.ToyPictureEncoder.__call__
+
+    def interrupted(self, batch):
+        encoded.append(len(batch))
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        return call(self, batch)
+
+    monkeypatch.setattr(miniature.ToyPictureEncoder, "__call__", interrupted)
+    result = run(tmp_path)
+    assert result.exit_code == 130 and "continue by the same command" in result.output
+    assert run(tmp_path).exit_code == 0
+    assert encoded == [4, 4, 4, 4, 2]
+    features = read_tensors(tmp_path / "out/picture.safetensors")["features"]
+    assert torch.equal(features, call(miniature.ToyPictureEncoder(), [Image.open(pictures / f"{number}.png") for number in range(14)]))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("file,caption", "name,caption", "expected a first line with the columns file, caption and perhaps group, caption_LANG, got name,caption"),
+        ("caption_fr", "author", "expected a first line with the columns file, caption and perhaps group, caption_LANG, got file,caption,group,author"),
+        ("2.png", "two.png", "captions.csv, row 4: expected a file in"),
+        ("2.png", "../captions.csv", "got '../captions.csv', which is not there"),
+        ("2.png", "1.png", "captions.csv, row 4: expected each file once, got '1.png', which is in row 3 as well"),
+        ("a blue card", "a blue, card", "captions.csv, row 4: expected 4 fields, got 5"),
+        ("a blue card", '"a blue card', "expected a CSV file in UTF-8, got one that does not read"),
+    ],
+)
+def test_captions_that_do_not_fit(pictures, tmp_path, old, new, expected):
+    path = tmp_path / "captions.csv"
+    path.write_text(path.read_text().replace(old, new, 1))
+    result = run(tmp_path)
+    assert result.exit_code == 1 and expected in result.output and not (tmp_path / "out").exists()
+
+
+def test_captions_that_do_not_read(pictures, tmp_path):
+    path = tmp_path / "captions.csv"
+    path.write_bytes(path.read_bytes() + b"\xff\xfe")
+    assert f"{path}: expected a CSV file in UTF-8" in run(tmp_path).output
+    path.write_text("file,caption\n")
+    assert "expected at least one row below the first line, got none" in run(tmp_path).output
+    path.write_text("file,caption\n0.png,\n")
+    assert "expected at least one caption, got 1 empty ones" in run(tmp_path).output
+    path.unlink()
+    assert f"{path}: expected a CSV file, got one that does not open" in run(tmp_path).output
+    assert "photos2: expected a folder of pictures, got nothing of that name" in runner.invoke(
+        app, ["encode", str(tmp_path / "photos2"), "--captions", "c.csv", "--out", "o"], env={"COLUMNS": "300"}
+    ).output
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", miniature.png("red")[:45]])
+def test_broken_pictures_are_named_before_the_work_begins(pictures, tmp_path, content):
+    (pictures / "9.png").write_bytes(content)
+    result = run(tmp_path)
+    assert result.exit_code == 1 and f"{pictures / '9.png'}: expected a picture, got one that does not read" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_broken_further_down(pictures, tmp_path):
+    path = pictures / "9.jpg"
+    Image.effect_noise((200, 200), 90).save(path)
+    path.write_bytes(path.read_bytes()[:6000])
+    (tmp_path / "captions.csv").write_text("file,caption\n9.jpg,noise\n")
+    result = run(tmp_path)
+    assert result.exit_code == 1 and f"{path}: expected a picture, got one that does not read" in result.output
+    assert not (tmp_path / "out/items.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("encoder", "expected"),
+    [
+        ("OneRow", "output must be a floating-point tensor [14, D], got float32 [1, 24]"),
+        ("Integers", "output must be a floating-point tensor [14, D], got int64 [14, 24]"),
+        ("AList", "output must be a floating-point tensor [14, D], got list"),
+        ("NotFinite", "output must be finite, got"),
+        ("Silent", "must be callable with a list of inputs, got an object of Silent that is not"),
+        ("Missing", "'Missing' must be in module 'test_encode', got"),
+    ],
+)
+def test_encoders_that_do_not_do(pictures, tmp_path, encoder, expected):
+    result = run(tmp_path, encoder=f"test_encode:{encoder}")
+    assert result.exit_code == 1 and expected in result.output
+
+
+def test_an_encoder_of_changing_width(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "BATCH", 7)
+    assert "output must have one width, got 11 and then 12" in run(tmp_path, encoder="test_encode:ChangingWidth").output
+
+
+def test_tokens_are_checked():
+    class Encoder(miniature.ToyTextEncoder):
+        encode = property()  # not the way in
+
+        def __call__(self, texts):
+            return torch.zeros(len(texts), 3)
+
+        def tokens(self, texts):
+            return self.made
+
+    for made, expected in (
+        ([torch.zeros(2, 3)], "tokens must be a list of 2 tensors [T, D], got 1 of them"),
+        (torch.zeros(2, 2, 3), "tokens must be a list of 2 tensors [T, D], got Tensor"),
+        ([torch.zeros(2, 3), torch.zeros(3)], "output must be a floating-point tensor [T, D] for each input's tokens, got float32 [3]"),
+        ([torch.zeros(2, 3), torch.zeros(2, 4)], "tokens must have one width, got [3, 4]"),
+        ([torch.zeros(2, 3), torch.full((2, 3), torch.inf)], "output must be finite, got 6 numbers"),
+    ):
+        encoder = Encoder()
+        encoder.made = made
+        with pytest.raises(ValueError) as caught:
+            shards.run_encoder("mine", encoder, ["a", "b"], tokens=True, layers=False)
+        assert expected in str(caught.value)
+    with pytest.raises(ValueError, match="expected numbers within ±65504"):
+        shards.halves("tokens", torch.tensor([7e4]))
+
+
+def test_tokens_of_an_encoder_without_any(pictures, tmp_path, monkeypatch):
+    monkeypatch.delattr(miniature.ToyPictureEncoder, "tokens")
+    assert "must have a method tokens(inputs) for --tokens, got 'miniature:ToyPictureEncoder' without one" in run(tmp_path, "--tokens").output
+
+
+def test_the_folder_of_somebody_else_is_left_alone(pictures, tmp_path):
+    other = miniature.write(tmp_path / "out/thesis.tex", "chapter 1")
+    assert "got one with other files" in run(tmp_path).output and other.read_text() == "chapter 1"
+
+
+def test_names_of_encoders(tmp_path, monkeypatch):
+    assert isinstance(encoders.make("all-MiniLM-L6-v2"), data.MiniLMTextEncoder)
+    with pytest.raises(ValueError, match="name must be one of all-MiniLM-L6-v2, EfficientNet-Lite0, .*, or module:Class, got 'CLIP'"):
+        encoders.make("CLIP")
+    with pytest.raises(ValueError, match="the module of 'nowhere.to:Be' must be importable, got none named 'nowhere'"):
+        encoders.make("nowhere.to:Be")
+    monkeypatch.chdir(tmp_path)
+    miniature.write(tmp_path / "beside_me.py", "import torch\ndef flat(inputs):\n    return torch.zeros(len(inputs), 2)\n")
+    assert encoders.make("beside_me:flat")(["a"]).shape == (1, 2)
+
+
+def test_the_example_runs(tmp_path):
+    example = REPOSITORY / "examples/encode_your_pictures.py"
+    done = subprocess.run([sys.executable, str(example)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "24 items: picture [24, 12], text [24, 26]" in done.stdout
+    assert len(data.load(tmp_path / "my_pictures/features")) == 24
+    assert encode.read_captions(tmp_path / "my_pictures/captions.csv", tmp_path / "my_pictures")[1] == []
