@@ -115,7 +115,7 @@ def encode_folder(
         encoders=made,
         required=("picture",),
         about={"name": out.resolve().name, "licence": "", "source": f"{images.resolve().name}, {captions.name}", "default": ["picture", "text"]},
-        settings={"files": file_identity([images / item.about["file"] for item in items])},
+        settings={"files": file_identity(images, [images / item.about["file"] for item in items])},
         strict=True,
     )
     without = Counter("text" in item.inputs for item in items)[False]

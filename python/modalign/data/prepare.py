@@ -103,7 +103,7 @@ def prepare(
             "default": list(source.default),
             "left_out": left_out,
         },
-        settings={"files": file_identity(files)},
+        settings={"files": file_identity(root, files)},
     )
     if prepared(encoding.folder, encoding.fingerprint):
         shutil.rmtree(encoding.folder / ".cache", ignore_errors=True)

@@ -52,13 +52,13 @@ def encoder_identity(encoder: Any) -> dict[str, str]:
     return {"class": f"{kind.__module__}:{kind.__qualname__}", "code": code} | versions
 
 
-def file_identity(paths: Sequence[Path]) -> str:
-    """A digest of files and of all files below folders: names, sizes and times of change."""
+def file_identity(root: Path, paths: Sequence[Path]) -> str:
+    """A digest of files and of all files below folders: names (from `root`, which may move), sizes and times of change."""
     digest = hashlib.sha256()
     for path in paths:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             status = file.lstat()
-            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(f"{file.relative_to(root)} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
