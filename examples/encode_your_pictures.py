@@ -58,9 +58,7 @@ if __name__ == "__main__":
     images = Path("my_pictures")
     draw_pictures(images)
     # In your own work: encoder="EfficientNet-Lite0" and text_encoder="all-MiniLM-L6-v2", or leave both out.
-    encode_folder(
-        images, images / "captions.csv", images / "features", encoder="__main__:ColourEncoder", text_encoder="__main__:LetterEncoder"
-    )
+    encode_folder(images, images / "captions.csv", images / "features", encoder="__main__:ColourEncoder", text_encoder="__main__:LetterEncoder")
     dataset = load(images / "features")
     widths = ", ".join(f"{name} {list(matrix.shape)}" for name, matrix in dataset.modalities.items())
     print(f"{len(dataset)} items: {widths}")

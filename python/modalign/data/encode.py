@@ -43,7 +43,8 @@ def read_captions(path: Path, images: Path) -> tuple[list[Item], list[str]]:
     languages = {column: match[1] for column in columns if (match := LANGUAGE_COLUMN.fullmatch(column))}
     unknown = [column for column in columns if column not in (*REQUIRED_COLUMNS, "group", *languages)]
     if not set(REQUIRED_COLUMNS) <= set(columns) or unknown or len(set(columns)) < len(columns):
-        raise ValueError(f"{path}: expected a first line with the columns file, caption and perhaps group, caption_LANG, got {','.join(columns) or 'none'}")
+        found = ",".join(columns) or "none"
+        raise ValueError(f"{path}: expected a first line with the columns file, caption and perhaps group, caption_LANG, got {found}")
     items: list[Item] = []
     lines: dict[str, int] = {}
     for number, row in enumerate(rows[1:], 2):

@@ -98,8 +98,8 @@ def prepare(
             "name": name,
             "licence": source.licence,
             "source": source.origin(root),
-            "test_size": min(source.test_size, len(items) // 4),  # a trial with --limit can be split as well
-            "validation_size": min(source.validation_size, len(items) // 8),
+            "test_size": min(source.test_size, len(items) // 2),  # a trial with --limit can be split as well
+            "validation_size": min(source.validation_size, len(items) // 6),
             "default": list(source.default),
             "left_out": left_out,
         },

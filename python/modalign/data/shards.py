@@ -124,7 +124,7 @@ class Encoding:
             for number, start in enumerate(range(0, len(self.items), SHARD)):
                 path = self._shard(number)
                 if not path.is_file():
-                    tensors, notes = self._encode(self.items[start : start + SHARD], lambda done, start=start: progress(start + done, len(self.items)))
+                    tensors, notes = self._encode(start, progress)
                     write_tensors(path, tensors, {"notes": json.dumps(notes)})
                 progress(min(start + SHARD, len(self.items)), len(self.items))
             report = self._write()
@@ -156,14 +156,15 @@ class Encoding:
 
     # ------------------------------------------------------------------------------------------------------------------------ one shard
 
-    def _encode(self, items: Sequence[Item], progress: Callable[[int], None]) -> tuple[dict[str, Tensor], list[list[str]]]:
+    def _encode(self, first: int, progress: Progress) -> tuple[dict[str, Tensor], list[list[str]]]:
         notes: list[list[str]] = []  # item, input, reason
         parts: dict[str, list[Tensor]] = {}
-        for start in range(0, len(items), BATCH):
-            batch = items[start : start + BATCH]
-            for name, tensor in self._encode_batch(batch, notes).items():
+        last = min(first + SHARD, len(self.items))
+        for start in range(first, last, BATCH):
+            stop = min(start + BATCH, last)
+            for name, tensor in self._encode_batch(self.items[start:stop], notes).items():
                 parts.setdefault(name, []).append(tensor)
-            progress(start + len(batch))
+            progress(stop, len(self.items))
         return {name: torch.cat(tensors) for name, tensors in parts.items()}, notes
 
     def _encode_batch(self, items: Sequence[Item], notes: list[list[str]]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Write the data folders that come with the package: features.safetensors, items.json, pictures.webp, notices, SHA256SUMS. Shared by the `prepare_*` scripts."""
+"""Write the data folders that come with the package: features.safetensors, items.json, pictures.webp, notices, SHA256SUMS."""
 
 from __future__ import annotations
 

@@ -17,7 +17,10 @@ __all__ = ["SOURCE"]
 FOLDER = "usr/share/openclipart/svg"
 # Shapes without a meaning, drawings that are mostly writing, and marks.
 DROPPED = ("shapes/stars", "shapes/jigsaw", "special", "logos", "buttons")
-COLLECTIONS = re.compile(r"gramastar|\bcollection\b|\btheme\b|\bclipart by\b|\biconset\b|\bopen clip ?art\b|^(untitled|unknown|title|image|drawing)\W*\d*$", re.I)
+COLLECTIONS = re.compile(
+    r"gramastar|\bcollection\b|\btheme\b|\bclipart by\b|\biconset\b|\bopen clip ?art\b|^(untitled|unknown|title|image|drawing)\W*\d*$",
+    re.IGNORECASE,
+)
 COMMON = 8  # a title of more files than this names a collection, too
 KEYWORDS = 6
 DC = "{http://purl.org/dc/elements/1.1/}"

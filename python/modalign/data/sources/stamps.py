@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from ..encoders.speech import read_recording
-from ._items import DebianPackage, Item, Modality, Reading, Source, open_picture, picture_modalities, read_text, render_svg, require_file, text_modalities
+from ._items import (
+    DebianPackage,
+    Item,
+    Modality,
+    Reading,
+    Source,
+    open_picture,
+    picture_modalities,
+    read_text,
+    render_svg,
+    require_file,
+    text_modalities,
+)
 
 __all__ = ["SOURCE"]
 
