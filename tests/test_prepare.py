@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import miniature
 from modalign import data
 from modalign.cli import app
-from modalign.data import encoders, pads, shards
+from modalign.data import encoders, pads, prepare_emoji_mini, prepare_furniture_mini, shards
 from modalign.data.prepare import prepare
 from modalign.data.sources import SOURCES, clipart, footprints, furniture
 from modalign.data.storage import read_tensors, verify_checksums
@@ -164,6 +164,14 @@ def test_a_trial_without_tokens(tmp_path):
     assert "already prepared with these settings" in runner.invoke(app, command).output
     assert runner.invoke(app, command[:-3]).exit_code == 0  # other settings: made anew
     assert len(data.load("footprints", root)) == 40 and list((root / "footprints").glob("*.tokens.*"))
+
+
+def test_the_sets_of_the_package_are_made_of_the_same_sources(tmp_path):
+    emoji = prepare_emoji_mini.read_items(miniature.emoji_root(tmp_path / "emoji"))
+    assert emoji.names == list(miniature.EMOJI.values()) and emoji.extra[0] == {"character": "☀"} and emoji.pictures[0].size == (136, 128)
+    mini = prepare_furniture_mini.read_items(miniature.furniture_root(tmp_path / "furniture"))
+    assert (mini.names, mini.keywords, mini.extra) == (["Café chair"], [["Seat"]], [{"creator": "Bo"}])  # the CC0 library alone
+    assert mini.features["points"].shape == (1, 590)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- descriptors
