@@ -444,6 +444,15 @@ def test_a_damaged_result_is_made_again(tmp_path):
     assert prepare("footprints", root).new and file.read_bytes() == whole
 
 
+def test_what_an_earlier_version_left_goes_and_nothing_else(tmp_path):
+    root, languages = make_root("furniture", tmp_path)
+    prepare("furniture", root, languages=languages)
+    stray = miniature.write(root / "furniture/.text-x1.safetensors", "half of a file, left by a kill")
+    notes = miniature.write(root / "furniture/notes.txt", "mine")
+    prepare("furniture", root, languages=[])
+    assert not stray.exists() and not (root / "furniture/text_de.safetensors").exists() and notes.read_text() == "mine"
+
+
 def test_two_runs_at_once_and_full_disks_are_refused(tmp_path, monkeypatch):
     root, _ = make_root("footprints", tmp_path)
 

@@ -245,9 +245,9 @@ class Encoding:
 
         for file in ("items.json", CHECKSUMS):
             (self.folder / file).unlink(missing_ok=True)
-        for file in self.folder.iterdir():
-            if file.is_file() and file.name != LOCK:
-                file.unlink()  # an earlier version of the set may have had other modalities
+        for file in self.folder.iterdir():  # an earlier version may have had other modalities, a killed one has left a temporary file
+            if file.suffix == ".safetensors":
+                file.unlink()
         kept = torch.cat(self._column("kept"))
         count = int(kept.sum())
         if count == 0:
