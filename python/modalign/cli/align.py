@@ -2,128 +2,179 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .._files import write_bytes, write_json
 from ..data import load
-from ..data.dataset import ROOT
-from ..data.storage import write_bytes, write_json
-from .experiment import Experiment, run_experiment, summary
+from .experiment import Experiment, RunStore, run_experiment
+from .settings import AlignSettings, read_settings
+from .summary import summary
 
-__all__ = ["align"]
+__all__ = ["MODEL_FOLDER", "PROGRESS_FOLDER", "align"]
 
-# Rows whose progress is counted: each trains once to choose the number of steps and once more with it.
-TRAINED_ROWS = ("trained", "trained_random")
 MODEL_FOLDER = "model"
+PROGRESS_FOLDER = "progress"
+USUAL = AlignSettings()
+
+
+def _words(text: str) -> tuple[int | str, ...]:
+    """"100,200,all" as (100, 200, "all")."""
+    return tuple(int(word) if re.fullmatch(r"-?\d+", word) else word for word in (part.strip() for part in text.split(",")) if word)
 
 
 def align(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="emoji-mini (picture, text) or furniture-mini (picture, text, points)")],
+    context: typer.Context,
+    data: Annotated[str | None, typer.Argument(metavar="DATA", help="emoji-mini, furniture-mini, a prepared set, or a folder of feature files")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings below; flags overrule it")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for the model, the figures and the report; default runs/DATA")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="splits and initialisations; the saved model is the first one's")] = 3,
-    first_seed: Annotated[int, typer.Option(min=0, help="first of the seeds; the stored features were reduced on the training items of seed 0")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="length of the training schedule; where to stop in it is chosen on validation items")] = 120,
-    batch: Annotated[int, typer.Option(min=2, help="items per step")] = 256,
-    width: Annotated[int | None, typer.Option(min=2, help="of the shared space; default 256, or the narrowest modality")] = None,
-    hidden: Annotated[int, typer.Option(min=0, help="width of the non-linear branch of a head, 0 for purely affine heads")] = 256,
-    temperature: Annotated[float, typer.Option(help="divides volumes and cosines")] = 0.07,
-    pairwise_weight: Annotated[float, typer.Option(help="of the pairwise term beside the volume term")] = 1 / 3,
-    threads: Annotated[int, typer.Option(min=1, help="of torch; a training step on these data is too small to gain from more than one")] = 1,
-    data_root: Annotated[Path | None, typer.Option(help="folder that holds the data folder; default: the package's own")] = None,
+    modalities: Annotated[str, typer.Option(help="which, separated by commas, the first is the anchor; default: the data set's")] = "",
+    pairs: Annotated[str, typer.Option(help="numbers of training pairs, such as 100,200,all; the model is that of the last")] = "all",
+    loss: Annotated[str, typer.Option(help="gram (volume and pairs), volume, clip or siglip (pairs alone)")] = USUAL.loss,
+    heads: Annotated[str, typer.Option(help="linear, lowrank or mlp")] = USUAL.heads,
+    seeds: Annotated[int, typer.Option(min=1, help="splits and initialisations; the saved model is the first one's")] = USUAL.seeds,
+    first_seed: Annotated[int, typer.Option(min=0, help="first of the seeds; stored features may have been reduced on the training items of seed 0")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="length of the training schedule; where to stop in it is chosen on validation items")] = USUAL.steps,
+    batch: Annotated[int, typer.Option(min=2, help="items per step")] = USUAL.batch,
+    patience: Annotated[int, typer.Option(min=0, help="stop when so many evaluations in a row (one each 10 steps) bring nothing better; 0 never")] = 0,
+    width: Annotated[int, typer.Option(min=0, help="of the shared space; 0: 256, or the narrowest modality")] = 0,
+    hidden: Annotated[int, typer.Option(min=0, help="width of the branch of an mlp head, rank of a lowrank one; 0: the usual")] = USUAL.hidden,
+    reduce: Annotated[int, typer.Option(min=2, help="features wider than this are reduced to so many principal components of the training items")] = 256,
+    temperature: Annotated[float, typer.Option(help="divides volumes and cosines")] = USUAL.temperature,
+    pairwise_weight: Annotated[float, typer.Option(help="of the pairwise term beside the volume term of gram")] = USUAL.pairwise_weight,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = USUAL.device,
+    threads: Annotated[int, typer.Option(min=1, help="of torch; a training step on small data gains nothing from more than one")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was interrupted or killed; the result is the same bit for bit")] = False,
+    data_root: Annotated[Path | None, typer.Option(help="where `modalign prepare` left its sets; default $MODALIGN_DATA_ROOT")] = None,
 ) -> None:
     """Learn light heads on frozen features of paired modalities and tell how well they match.
 
-    Leaves model/ (safetensors and JSON), results.json, curves.png, retrieved.png and report.html in the output folder.
+    Leaves model/ (safetensors and JSON), config.toml, results.json, figures and report.html in the output folder.
     """
     console = Console()
-    torch.set_num_threads(threads)
-    folder = out or Path("runs") / data.replace("_", "-")
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if name not in ("config", "resume") and value is not None and context.get_parameter_source(name).name != "DEFAULT"
+    }
+    given |= {name: _words(given[name]) for name in ("modalities", "pairs") if name in given}
+    beside, settings = read_settings(config, given)
+    if "data" not in beside:
+        raise ValueError("DATA must be given, as an argument or in the configuration file, got none")
+    source = str(beside["data"])
+    folder = Path(beside.get("out") or Path("runs") / Path(source).name.replace("_", "-"))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out must be a folder, got the file {folder}")
-    dataset = load(data, data_root or ROOT)
-    console.print(f"[bold]{dataset.name}[/bold]: {len(dataset)} items, {', '.join(dataset.modalities)}; licence {dataset.licence}")
-    overrides = {"hidden": hidden, "temperature": temperature, "pairwise_weight": pairwise_weight} | ({"width": width} if width else {})
+    torch.set_num_threads(beside.get("threads", threads))
+    dataset = load(source, beside.get("data_root"))
+    chosen = dataset.select(settings.modalities or dataset.default or tuple(dataset.modalities))
+    lacking = "".join(f"; {name} of {int(mask.sum())}" for name, mask in chosen.present.items())
+    console.print(f"[bold]{dataset.name}[/bold]: {len(dataset)} items, {', '.join(chosen.modalities)}{lacking}; licence {dataset.licence or 'not stated'}")
 
+    identity = {"settings": settings.as_dict(), "data": chosen.digest(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    store = RunStore(folder / PROGRESS_FOLDER, identity, resume=resume)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    per_row = 2 * steps
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("preparing", total=seeds * len(TRAINED_ROWS) * per_row)
+        task = bar.add_task("preparing", total=None)
 
-        def advance(seed: int, row: str, step: int) -> None:
-            done = ((seed - first_seed) * len(TRAINED_ROWS) + TRAINED_ROWS.index(row) + 1) * per_row
-            if step == 0:
-                bar.update(task, completed=done)
-            else:
-                bar.update(task, description=f"seed {seed}: {'from CCA' if row == 'trained' else 'from random'}", advance=1)
+        def advance(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
 
-        experiment = run_experiment(dataset, seeds=seeds, first_seed=first_seed, steps=steps, batch=batch, overrides=overrides, progress=advance)
+        try:
+            experiment = run_experiment(dataset, settings, progress=advance, store=store)
+        except KeyboardInterrupt:
+            console.print(f"kept what is done in {store.folder}; the same command with --resume goes on", highlight=False, soft_wrap=True)
+            raise
 
-    first = f" --first-seed {first_seed}" if first_seed else ""
-    command = f"modalign align {data} --seeds {seeds}{first} --steps {steps} --batch {batch}"
-    results = summary(experiment, command)
+    results = summary(experiment, _command(source, settings))
     for table in tables(results):
         console.print(table)
-    console.print(
-        "Figures of the test part, mean ± standard deviation over seeds. "
-        "Steps, ridge and power were chosen on validation items of the training part; "
-        "the test part was read once."
-    )
+    spread = "mean ± standard deviation over seeds; ΔR@10: difference to CCA within a seed" if settings.seeds > 1 else "one seed, so no spread is known"
+    console.print(f"Figures of the test part, {spread}. Steps, ridge and power were chosen on validation items; the test part was read once.")
     if any(result.transductive for result in experiment.seeds):
         console.print("Seeds other than 0 are transductive: the stored features were reduced with a basis fitted on the training items of seed 0.")
-    for path in write_run(folder, experiment, results):
+    for path in write_run(folder, experiment, results, source):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    store.remove()
 
 
-def write_run(folder: Path, experiment: Experiment, results: dict) -> list[Path]:
+def _command(source: str, settings: AlignSettings) -> str:
+    """The command that repeats a run: data by name, and whatever differs from the usual."""
+    changed = []
+    for name, value in settings.as_dict().items():
+        if value != USUAL.as_dict()[name] or name in ("seeds", "steps", "batch"):
+            shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            changed.append(f"--{name.replace('_', '-')} {shown}")
+    return " ".join(["modalign align", Path(source).name, *changed])
+
+
+def write_run(folder: Path, experiment: Experiment, results: dict[str, Any], source: str) -> list[Path]:
     """Write everything that a run leaves, each file whole or not at all."""
-    from .report import curves_figure, html_report, png, retrieved_figure
+    from .report import Retrieved, confusion_figure, curve_figure, curves_figure, html_report, png, retrieved_figure
 
-    seed = experiment.seeds[0].seed
-    split = experiment.dataset.splits(seed)
-    extra = {"dataset": experiment.dataset.name, "split_seed": seed, "mean_r10": results["rows"]["trained"]["mean_r10_by_seed"][0]}
+    data = experiment.dataset
+    extra = {
+        "dataset": data.name,
+        "source": source,  # as it was typed: what `search` looks for
+        "split_seed": experiment.settings.first_seed,
+        "mean_r10": results["rows"]["trained"]["mean_r10_by_seed"][0],
+    }
+    retrieved = Retrieved(experiment)
+    confusions = retrieved.confusions()
     figures = {"curves.png": png(curves_figure(experiment))}
-    if experiment.dataset.pictures is not None:
-        figures["retrieved.png"] = png(retrieved_figure(experiment, split.test))
-    page = html_report(results, figures).encode()  # everything is made before anything is written
+    if len(results["curve"]) > 1:
+        figures["pairs.png"] = png(curve_figure(results))
+    if data.pictures is not None:
+        figures["retrieved.png"] = png(retrieved_figure(retrieved))
+        if confusions:
+            figures["confusions.png"] = png(confusion_figure(retrieved, confusions))
+    page = html_report(results, figures, confusions, data.names).encode()  # everything is made before anything is written
+    for stale in set(CAPTIONED) - set(figures):
+        (folder / stale).unlink(missing_ok=True)
     experiment.model.save_pretrained(folder / MODEL_FOLDER, extra=extra)
+    write_bytes(folder / "config.toml", experiment.settings.as_toml().encode())
     write_json(folder / "results.json", results)
     for name, content in figures.items():
         write_bytes(folder / name, content)
     write_bytes(folder / "report.html", page)
-    return [folder / name for name in (MODEL_FOLDER, "results.json", *figures, "report.html")]
+    return [folder / name for name in (MODEL_FOLDER, "config.toml", "results.json", *figures, "report.html")]
 
 
-def direction_pairs(results: dict) -> list[tuple[str, ...]]:
-    """Directions two by two, each with its reverse."""
-    pairs: dict[tuple[str, ...], list[str]] = {}
-    for direction in results["rows"]["trained"]["directions"]:
-        route, _, kind = direction.partition(", ")
-        pairs.setdefault((kind, *sorted(route.split(" → "))), []).append(direction)
-    return [tuple(pair) for pair in pairs.values()]
+CAPTIONED = ("curves.png", "pairs.png", "retrieved.png", "confusions.png")
 
 
-def cells(figures: dict) -> list[str]:
-    """R@1, R@5, R@10 in percent and the median rank, with their spread."""
-    recalls = [f"{100 * figures[k]['mean']:.1f} ± {100 * figures[k]['std']:.1f}" for k in ("r1", "r5", "r10")]
-    return [*recalls, f"{figures['median']['mean']:.1f} ± {figures['median']['std']:.1f}"]
+def tables(results: dict[str, Any]) -> list[Table]:
+    """One table per direction, narrow enough for 80 columns; joint scores side by side; the curve over numbers of pairs."""
+    from .report import HEADINGS, LABELS, cells, curve_cells, direction_pairs, joint_table
 
+    def made(title: str, headings: list[str], lines: list[list[str]], bold: str = "") -> Table:
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        lines = [[cell.replace(" ± ", "±") for cell in line] for line in lines]
+        for number, heading in enumerate(headings):
+            # headings may be broken at their spaces, figures never
+            table.add_column(heading, justify="right" if number else "left", min_width=max(len(line[number]) for line in lines))
+        for line in lines:
+            table.add_row(*line, style="bold" if line[0] == bold else None)
+        return table
 
-def tables(results: dict) -> list[Table]:
-    """One table per direction, narrow enough for 80 columns."""
-    made = []
-    for direction in results["rows"]["trained"]["directions"]:
-        table = Table(title=direction, title_justify="left")
-        table.add_column("row", no_wrap=True)
-        for heading in ("R@1", "R@5", "R@10", "median"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for row, figures in results["rows"].items():
-            label = {"cca": "CCA", "trained_random": "trained, random start"}.get(row, row)
-            table.add_row(label, *cells(figures["directions"][direction]), style="bold" if row == "trained" else None)
-        made.append(table)
-    return made
+    found = []
+    for direction in (direction for pair in direction_pairs(results) for direction in pair):
+        lines = [[LABELS[row], *cells(figures["directions"][direction], row)] for row, figures in results["rows"].items()]
+        found.append(made(direction, ["row", *HEADINGS], lines, LABELS["trained"]))
+    headings, lines = joint_table(results)
+    for route in dict.fromkeys(line[1] for line in lines):
+        chosen = [[line[0], *line[2:]] for line in lines if line[1] == route]
+        found.append(made(f"{route}: joint scores beside single pairs, R@10", [headings[0], *headings[2:]], chosen, LABELS["trained"]))
+    if len(results["curve"]) > 1:
+        rows = [LABELS[row] for row in results["rows"]]
+        found.append(made("mean R@10 by number of training pairs", ["pairs", *rows, "trained − CCA"], curve_cells(results)))
+    return found

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import math
-import statistics
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bench import environment
-from ..data import PairedDataset
+from .._files import write_json
+from ..data import PairedDataset, Split
 from ..metrics import Retrieval, chance_retrieval, retrieval
 from ..models import (
     CanonicalCorrelation,
+    Checkpoint,
     GramAligner,
     GramAlignerConfig,
+    PrincipalComponents,
     TrainingConfig,
     TrainingHistory,
     fit_aligner,
     select_correlation,
 )
+from ..models.gram_aligner import items_with
+from .settings import ALL, AlignSettings
 
-__all__ = ["ROWS", "Experiment", "SeedResult", "run_experiment", "summary"]
+__all__ = ["ROWS", "Experiment", "RunStore", "SeedResult", "mean_r10", "run_experiment"]
 
 # The rows of the table, in order: what each adds is visible from one to the next.
 ROWS = {
@@ -36,8 +42,9 @@ ROWS = {
     "trained": "the heads trained from there",
     "trained_random": "the heads trained from random weights",
 }
-SCHEMA = 1
 JOINT_VOLUME, JOINT_COSINES = "joint (volume)", "joint (sum of cosines)"
+
+Progress = Callable[[str, int, int], None]  # (what is going on, steps done, steps in all)
 
 
 @dataclass
@@ -45,155 +52,274 @@ class SeedResult:
     """`table` maps row -> direction ("picture → text") -> figures on the test part; `histories` those of the runs that chose the number of steps."""
 
     seed: int
+    train: int
     transductive: bool
     table: dict[str, dict[str, Retrieval]]
     chosen: dict[str, Any]
     histories: dict[str, TrainingHistory]
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> SeedResult:
+        table = {row: {way: Retrieval(**figures) for way, figures in by_way.items()} for row, by_way in content.pop("table").items()}
+        histories = {
+            row: TrainingHistory(h["loss"], {int(step): score for step, score in h["evaluated"].items()}, h["best_step"])
+            for row, h in content.pop("histories").items()
+        }
+        return cls(table=table, histories=histories, **content)
+
 
 @dataclass
 class Experiment:
+    """`results` holds one list of seeds per number of training pairs, in the order of `settings.pairs`; `model` is that of the last number's first seed
+    and takes raw features."""
+
     dataset: PairedDataset
-    model: GramAligner  # trained, of the first seed
+    settings: AlignSettings
+    model: GramAligner
     training: dict[str, TrainingConfig]
-    seeds: list[SeedResult] = field(default_factory=list)
+    results: dict[int | str, list[SeedResult]] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> list[SeedResult]:
+        return self.results[self.settings.pairs[-1]]
+
+    def split(self) -> Split:
+        """The split of the kept model."""
+        return split_of(self.dataset, self.settings.first_seed, self.settings.pairs[-1])
 
 
-def training_plans(steps: int, batch: int) -> dict[str, TrainingConfig]:
+class RunStore:
+    """Unfinished work of a run, in a folder that is removed when the run is complete: results of finished seeds, states of started ones."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool, seconds: float = 5.0) -> None:
+        self.folder, self.seconds = folder, seconds
+        kept = folder / "run.json"
+        identity = json.loads(json.dumps(identity))  # tuples become lists, as they will be read
+        if resume and kept.is_file():
+            before = json.loads(kept.read_text(encoding="utf-8"))
+            for key in sorted(set(before) | set(identity)):
+                if before.get(key) != identity.get(key):
+                    raise ValueError(
+                        f"{kept}: expected to go on with {key} = {before.get(key)!r}, got {identity.get(key)!r}; without --resume the run starts anew"
+                    )
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            write_json(kept, identity)
+
+    def result(self, unit: str) -> SeedResult | None:
+        path = self.folder / f"{unit}.json"
+        return SeedResult.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+    def keep(self, unit: str, result: SeedResult) -> None:
+        write_json(self.folder / f"{unit}.json", asdict(result))
+        for path in self.folder.glob(f"{unit}-*.safetensors"):
+            path.unlink()
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        return Checkpoint(self.folder / f"{name}.safetensors", self.seconds)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+def training_plans(settings: AlignSettings) -> dict[str, TrainingConfig]:
     """One plan per start. Affine maps that start from a solution move slowly, random ones as fast as the branches."""
-    from_solution = TrainingConfig(steps=steps, batch=batch)
+    from_solution = TrainingConfig(steps=settings.steps, batch=settings.batch, patience=settings.patience)
     return {"trained": from_solution, "trained_random": replace(from_solution, learning_rate=2e-3, affine_rate=1.0)}
 
 
+def split_of(dataset: PairedDataset, seed: int, pairs: int | str) -> Split:
+    return dataset.splits(seed, None if pairs == ALL else int(pairs))
+
+
 def directions(
-    embeddings: Mapping[str, Tensor], groups: Tensor, volume: Callable[[Mapping[str, Tensor]], Tensor] | None = None, anchor: str = ""
-) -> dict[str, Retrieval]:
-    """Retrieval both ways for every pair by cosine; for three and more modalities also with the others taken together, from the anchor and back."""
-    found = {f"{a} → {b}": retrieval(embeddings[a] @ embeddings[b].T, query_groups=groups) for a, b in permutations(embeddings, 2)}
+    embeddings: Mapping[str, Tensor],
+    groups: Tensor,
+    volume: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    anchor: str = "",
+    present: Mapping[str, Tensor] | None = None,
+) -> dict[str, tuple[Retrieval, Tensor]]:
+    """Retrieval both ways for every pair by cosine, among the items that have both; for three and more modalities also with the others taken together,
+    from the anchor and back, among the items that have all. With each figure the groups of its items, for the figure of chance."""
+
+    def among(names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
+        items = items_with(present, names, len(groups))
+        return {n: embeddings[n] if items is None else embeddings[n][items] for n in names}, groups if items is None else groups[items]
+
+    found: dict[str, tuple[Retrieval, Tensor]] = {}
+    for a, b in permutations(embeddings, 2):
+        e, who = among([a, b])
+        if len(who):
+            found[f"{a} → {b}"] = retrieval(e[a] @ e[b].T, query_groups=who), who
     if len(embeddings) > 2 and volume is not None:
-        joint = volume(embeddings)
-        cosines = torch.stack([embeddings[anchor] @ e.T for name, e in embeddings.items() if name != anchor]).sum(0)
-        for label, scores, larger in ((JOINT_VOLUME, joint, False), (JOINT_COSINES, cosines, True)):
-            found[f"{anchor} → others, {label}"] = retrieval(scores, query_groups=groups, larger_is_better=larger)
-            found[f"others → {anchor}, {label}"] = retrieval(scores.T, query_groups=groups, larger_is_better=larger)
+        e, who = among(list(embeddings))
+        if len(who):
+            cosines = torch.stack([e[anchor] @ other.T for name, other in e.items() if name != anchor]).sum(0)
+            for label, scores, larger in ((JOINT_VOLUME, volume(e), False), (JOINT_COSINES, cosines, True)):
+                found[f"{anchor} → others, {label}"] = retrieval(scores, query_groups=who, larger_is_better=larger), who
+                found[f"others → {anchor}, {label}"] = retrieval(scores.T, query_groups=who, larger_is_better=larger), who
     return found
 
 
 def run_experiment(
     dataset: PairedDataset,
+    settings: AlignSettings = AlignSettings(),
     *,
-    seeds: int = 3,
-    first_seed: int = 0,
-    steps: int = 120,
-    batch: int = 256,
-    overrides: Mapping[str, Any] | None = None,
-    progress: Callable[[int, str, int], None] | None = None,
+    progress: Progress | None = None,
+    store: RunStore | None = None,
 ) -> Experiment:
-    """Run the whole experiment. `progress(seed, row, step)` is called after every training step, and with step 0
-    when a row is done. Deterministic for its arguments on one machine."""
-    if seeds < 1:
-        raise ValueError(f"run_experiment: seeds must be at least 1, got {seeds}")
-    plans = training_plans(steps, batch)
-    widths = {name: x.shape[1] for name, x in dataset.modalities.items()}
-    config = GramAlignerConfig(**({"modalities": widths, "width": min(256, *widths.values())} | dict(overrides or {})))
-    experiment: Experiment | None = None
-    for seed in range(first_seed, first_seed + seeds):
-        split = dataset.splits(seed)
-        fit, validation, train, test = (dataset.features(part) for part in (split.fit, split.validation, split.train, split.test))
-        groups = dataset.groups
-        correlation = select_correlation(fit, validation, groups[split.validation], config.width)
-        solutions = {"fit": CanonicalCorrelation.fit(fit, correlation), "train": CanonicalCorrelation.fit(train, correlation)}
+    """Run the whole experiment. Deterministic for its arguments on one machine; with a `store` an unfinished run is taken up where it was."""
+    chosen = settings.modalities or dataset.default or tuple(dataset.modalities)
+    dataset = dataset.select(chosen)
+    plans = training_plans(settings)
+    units = [(pairs, seed) for pairs in settings.pairs for seed in range(settings.first_seed, settings.first_seed + settings.seeds)]
+    per_unit = 2 * settings.steps * len(plans)  # each plan trains once to choose the number of steps and once more with it
+    experiment = Experiment(dataset, settings, None, plans)  # type: ignore[arg-type]  # the model comes with its unit
+    for number, (pairs, seed) in enumerate(units):
+        unit = f"{pairs}-{seed}"
+        keeps_model = (pairs, seed) == (settings.pairs[-1], settings.first_seed)
+        result = store.result(unit) if store else None
+        if result is None:
 
-        def build(part: str, from_solution: bool, seed: int = seed, split: Any = split, solutions: Any = solutions) -> GramAligner:
-            model = GramAligner(config, seed=seed)
-            measured = dataset.statistics(split.fit if part == "fit" else split.train)
-            model.set_statistics(measured.mean, measured.scale)
-            if from_solution:
-                model.start_from(solutions[part])
-            return model.eval()
-
-        # Everything is chosen and trained before the test part is looked at.
-        models = {"untrained": build("train", False), "start": build("train", True)}
-        histories, chosen = {}, {"cca": {"ridge": correlation.ridge, "power": correlation.power}}
-        for row, plan in plans.items():
-
-            def report(step: int, row: str = row, seed: int = seed) -> None:
+            def report(what: str, steps: int, number: int = number, unit: tuple[int | str, int] = (pairs, seed)) -> None:
                 if progress is not None:
-                    progress(seed, row, step)
+                    progress(f"{unit[0]} pairs, seed {unit[1]}: {what}", number * per_unit + steps, len(units) * per_unit)
 
-            candidate = build("fit", row == "trained")
-            histories[row] = fit_aligner(
-                candidate, fit, groups[split.fit], plan, seed=seed, validation=(validation, groups[split.validation]), progress=report
-            )
-            best = histories[row].best_step
-            models[row] = build("train", row == "trained")
-            fit_aligner(models[row], train, groups[split.train], plan, seed=seed, stop_after=best, progress=report)
-            if progress is not None:
-                progress(seed, row, 0)  # done, however many steps were chosen
-            chosen[row] = {"steps": best}
-        with torch.no_grad():
-            embedded = {row: model.embed(test) for row, model in models.items()}
-        embedded["cca"] = solutions["train"].embed(test)
-        test_groups = groups[split.test]
-        table = {row: directions(e, test_groups, models["start"].volume, config.anchor) for row, e in embedded.items()}
-        chance = chance_retrieval(test_groups)
-        table["chance"] = dict.fromkeys(table["cca"], chance)
-        if experiment is None:
-            experiment = Experiment(dataset, models["trained"], plans)
-        experiment.seeds.append(SeedResult(seed, split.transductive, {row: table[row] for row in ROWS}, chosen, histories))
-    assert experiment is not None
+            model, result = _run_seed(dataset, settings, plans, pairs, seed, report, store)
+            if keeps_model:
+                experiment.model = model
+            if store:
+                if keeps_model:
+                    model.save_pretrained(store.folder / "model")
+                store.keep(unit, result)
+        elif keeps_model and store:
+            experiment.model = GramAligner.from_pretrained(store.folder / "model")
+        experiment.results.setdefault(pairs, []).append(result)
+    if progress is not None:
+        progress("done", len(units) * per_unit, len(units) * per_unit)
     return experiment
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Reduced features, masks and groups of some items, on the device."""
+
+    features: dict[str, Tensor]
+    present: dict[str, Tensor] | None
+    groups: Tensor
+
+
+def _run_seed(
+    dataset: PairedDataset,
+    settings: AlignSettings,
+    plans: Mapping[str, TrainingConfig],
+    pairs: int | str,
+    seed: int,
+    report: Callable[[str, int], None],
+    store: RunStore | None,
+) -> tuple[GramAligner, SeedResult]:
+    split, device = split_of(dataset, seed, pairs), torch.device(settings.device)
+    # Wide features lose to their leading components, and those are taken from the training items alone. One width for both fits.
+    wide = [name for name, x in dataset.modalities.items() if x.shape[1] > settings.reduce]
+    fewest = {name: len(dataset.available(name, split.fit)) for name in dataset.modalities}
+    reductions = {
+        part: {
+            name: PrincipalComponents.fit(dataset.modalities[name][dataset.available(name, items)], min(settings.reduce, fewest[name] - 1))
+            for name in wide
+        }
+        for part, items in (("fit", split.fit), ("train", split.train))
+    }
+
+    def part(items: Tensor, reduced_by: str) -> _Part:
+        features = {name: reductions[reduced_by][name](x) if name in wide else x for name, x in dataset.features(items).items()}
+        masks = {name: mask.to(device) for name, mask in dataset.masks(items).items()}
+        return _Part({name: x.to(device) for name, x in features.items()}, masks or None, dataset.groups[items].to(device))
+
+    fit, validation = part(split.fit, "fit"), part(split.validation, "fit")
+    train, test = part(split.train, "train"), part(split.test, "train")
+    widths = {name: x.shape[1] for name, x in train.features.items()}
+    config = GramAlignerConfig(
+        modalities=widths,
+        width=settings.width or min(256, *widths.values()),
+        heads=settings.heads,
+        hidden=settings.hidden or (256 if settings.heads == "mlp" else 0),
+        loss=settings.loss,
+        temperature=settings.temperature,
+        pairwise_weight=settings.pairwise_weight,
+    )
+
+    def on_cpu(of: _Part) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        return {n: x.cpu() for n, x in of.features.items()}, None if of.present is None else {n: m.cpu() for n, m in of.present.items()}
+
+    (fit_cpu, fit_masks), (held_cpu, held_masks), (train_cpu, train_masks) = on_cpu(fit), on_cpu(validation), on_cpu(train)
+    correlation = select_correlation(
+        fit_cpu, held_cpu, dataset.groups[split.validation], config.width, fit_present=fit_masks, validation_present=held_masks
+    )
+    solutions = {
+        "fit": CanonicalCorrelation.fit(fit_cpu, correlation, present=fit_masks),
+        "train": CanonicalCorrelation.fit(train_cpu, correlation, present=train_masks),
+    }
+
+    def build(what: str, from_solution: bool) -> GramAligner:
+        model = GramAligner(config, seed=seed)
+        shell = replace(dataset, modalities=fit_cpu if what == "fit" else train_cpu, present=(fit_masks if what == "fit" else train_masks) or {})
+        measured = shell.statistics(torch.arange(len(split.fit if what == "fit" else split.train)))
+        model.set_statistics(measured.mean, measured.scale)
+        if from_solution:
+            model.start_from(solutions[what])
+        return model.to(device).eval()
+
+    # Everything is chosen and trained before the test part is looked at.
+    models = {"untrained": build("train", False), "start": build("train", True)}
+    histories, chosen, done = {}, {"cca": {"ridge": correlation.ridge, "power": correlation.power}}, 0
+    for row, plan in plans.items():
+        label = "from CCA" if row == "trained" else "from random"
+
+        def checkpoint(phase: str, row: str = row) -> Checkpoint | None:
+            return store.checkpoint(f"{pairs}-{seed}-{row}-{phase}") if store else None
+
+        def step_done(step: int, offset: int = done, label: str = label) -> None:
+            report(label, offset + step)
+
+        candidate = build("fit", row == "trained")
+        histories[row] = fit_aligner(
+            candidate,
+            fit.features,
+            fit.groups,
+            plan,
+            seed=seed,
+            present=fit.present,
+            validation=(validation.features, validation.groups, validation.present),
+            progress=step_done,
+            checkpoint=checkpoint("choose"),
+        )
+        best = histories[row].best_step
+        models[row] = build("train", row == "trained")
+        fit_aligner(
+            models[row],
+            train.features,
+            train.groups,
+            plan,
+            seed=seed,
+            present=train.present,
+            stop_after=best,
+            progress=lambda step, after=step_done: after(plan.steps + step),  # noqa: B023
+            checkpoint=checkpoint("final"),
+        )
+        done += 2 * plan.steps
+        report(label, done)
+        chosen[row] = {"steps": best}
+    with torch.no_grad():
+        embedded = {row: model.embed(test.features) for row, model in models.items()}
+    embedded["cca"] = {name: e.to(device) for name, e in solutions["train"].embed({n: x.cpu() for n, x in test.features.items()}).items()}
+    found = {row: directions(e, test.groups, models["start"].volume, config.anchor, test.present) for row, e in embedded.items()}
+    table = {row: {way: figures for way, (figures, _) in by_way.items()} for row, by_way in found.items()}
+    table["chance"] = {way: chance_retrieval(who) for way, (_, who) in found["cca"].items()}
+    result = SeedResult(seed, len(split.train), split.transductive, {row: table[row] for row in ROWS}, chosen, histories)
+    return models["trained"].cpu().on_raw_features(reductions["train"]), result
 
 
 def mean_r10(table: Mapping[str, Retrieval]) -> float:
     """Mean R@10 over the cosine directions: the figure that rows are compared by."""
     values = [figures.r10 for direction, figures in table.items() if "joint" not in direction]
     return math.fsum(values) / len(values)
-
-
-def summary(experiment: Experiment, command: str) -> dict[str, Any]:
-    """Everything that tables and pages quote, as JSON: means and standard deviations over seeds, the figures of each seed, choices, environment."""
-    first = experiment.seeds[0].table["cca"]
-    rows: dict[str, Any] = {}
-    for row in ROWS:
-        by_direction = {}
-        for direction in first:
-            figures = [result.table[row][direction].as_dict() for result in experiment.seeds]
-            by_direction[direction] = {
-                key: {
-                    "mean": statistics.fmean(f[key] for f in figures),
-                    "std": statistics.stdev(f[key] for f in figures) if len(figures) > 1 else 0.0,
-                }
-                for key in figures[0]
-            }
-        scores = [mean_r10(result.table[row]) for result in experiment.seeds]
-        rows[row] = {"what": ROWS[row], "mean_r10": statistics.fmean(scores), "mean_r10_by_seed": scores, "directions": by_direction}
-    data = experiment.dataset
-    split = data.splits(experiment.seeds[0].seed)
-    return {
-        "schema": SCHEMA,
-        "command": command,
-        "dataset": {
-            "name": data.name,
-            "items": len(data),
-            "train": len(split.train),
-            "validation": len(split.validation),
-            "test": len(split.test),
-            "licence": data.licence,
-        },
-        "model": asdict(experiment.model.config) | {"parameters": sum(p.numel() for p in experiment.model.parameters())},
-        "training": {row: asdict(plan) for row, plan in experiment.training.items()},
-        "rows": rows,
-        "seeds": [
-            {
-                "seed": result.seed,
-                "transductive": result.transductive,
-                "chosen": result.chosen,
-                "table": {row: {direction: figures.as_dict() for direction, figures in table.items()} for row, table in result.table.items()},
-                "validation": {row: {str(step): score for step, score in history.evaluated.items()} for row, history in result.histories.items()},
-                "loss": {row: history.loss for row, history in result.histories.items()},
-            }
-            for result in experiment.seeds
-        ],
-        "environment": environment.describe(torch.device("cpu"), experiment.seeds[0].seed) | {"threads": torch.get_num_threads()},
-    }

@@ -5,15 +5,31 @@ from __future__ import annotations
 import base64
 import html
 import io
+import statistics
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
+from ..data import PairedDataset
+from ..models.gram_aligner import items_with
 from .experiment import Experiment
+from .summary import BASELINE
 
-__all__ = ["contact_sheet", "curves_figure", "html_report", "markdown_table", "png", "retrieved_figure"]
+__all__ = [
+    "Retrieved",
+    "confusion_figure",
+    "contact_sheet",
+    "curve_figure",
+    "curves_figure",
+    "html_report",
+    "joint_table",
+    "markdown_table",
+    "png",
+    "retrieved_figure",
+]
+
+DASH = "–"
 
 COLOURS = {"trained": "#1b6ca8", "trained_random": "#c8553d"}
 LABELS = {
@@ -67,31 +83,103 @@ def _short(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def retrieved_figure(experiment: Experiment, test: Tensor) -> Figure:
-    """What the trained model of the first seed finds among the test items: text → picture. The queries are spread evenly over the test part, not
-    picked.
-    """
-    data, model = experiment.dataset, experiment.model
-    query_name, picture_name = next((name for name in data.modalities if name != "picture"), ""), "picture"
-    if "text" in data.modalities:
-        query_name = "text"
-    with torch.no_grad():
-        embedded = model.embed({name: data.modalities[name][test] for name in (query_name, picture_name)})
-    chosen = torch.linspace(0, len(test) - 1, min(SHOWN_QUERIES, len(test))).round().long()
-    order = (embedded[query_name][chosen] @ embedded[picture_name].T).argsort(dim=1, descending=True, stable=True)[:, :SHOWN_RESULTS]
+def curve_figure(results: dict[str, Any]) -> Figure:
+    """Mean R@10 against the number of training pairs, with the standard deviation over seeds."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    counts = [point["train"] for point in results["curve"]]
+    for row, colour in {"cca": "#666666", **COLOURS, "chance": "#bbbbbb"}.items():
+        scores = [100 * point["rows"][row]["mean_r10"] for point in results["curve"]]
+        spread = [100 * _deviation(point["rows"][row]["mean_r10_by_seed"]) for point in results["curve"]]
+        axes.errorbar(counts, scores, spread, color=colour, marker="o", markersize=4, capsize=3, linewidth=1, label=LABELS[row])
+    axes.set(xscale="log", xlabel="training pairs", ylabel="mean R@10, test part")
+    axes.set_xticks(counts, [str(count) for count in counts], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+class Retrieved:
+    """What the trained model finds among the test items, from one modality (text where there is one) to another (pictures where there are any)."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        data = self.data = experiment.dataset
+        names = list(data.modalities)
+        self.query = "text" if "text" in names else next(name for name in names if name != "picture")
+        self.target = "picture" if "picture" in names else next(name for name in names if name != self.query)
+        test = experiment.split().test
+        both = items_with(data.masks(test), [self.query, self.target], len(test))
+        self.items = test if both is None else test[both]
+        with torch.no_grad():
+            embedded = experiment.model.embed({name: data.modalities[name][self.items] for name in (self.query, self.target)})
+        self.scores = embedded[self.query] @ embedded[self.target].T
+        self.order = self.scores.argsort(dim=1, descending=True, stable=True)
+        self.groups = data.groups[self.items]
+
+    def evenly(self) -> list[int]:
+        """Queries spread evenly over the test part, not picked."""
+        return torch.linspace(0, len(self.items) - 1, min(SHOWN_QUERIES, len(self.items))).round().long().tolist()
+
+    def confusions(self) -> list[dict[str, Any]]:
+        """The queries whose best wrong item lies farthest above the right one."""
+        right = self.scores.masked_fill(self.groups[:, None] != self.groups, -2).amax(1)
+        wrong, place = self.scores.masked_fill(self.groups[:, None] == self.groups, -2).max(1)
+        margin = wrong - right
+        worst = margin.argsort(descending=True, stable=True)[:SHOWN_QUERIES].tolist()
+        return [
+            {
+                "query": int(self.items[i]),
+                "found": int(self.items[place[i]]),
+                "cosine": float(wrong[i]),
+                "wanted": float(right[i]),
+                "rank": int((self.scores[i] > right[i]).sum()) + 1,
+            }
+            for i in worst
+            if margin[i] > 0
+        ]
+
+
+def retrieved_figure(retrieved: Retrieved) -> Figure:
+    """Queries, the item wanted, and the first items found, framed by whether they are of the query's caption."""
+    data, chosen = retrieved.data, retrieved.evenly()
     figure = Figure(figsize=(1.25 * (SHOWN_RESULTS + 2), 1.35 * len(chosen)), layout="constrained")
     grid = figure.subplots(len(chosen), SHOWN_RESULTS + 2, squeeze=False, width_ratios=[1.6] + [1] * (SHOWN_RESULTS + 1))
-    for line, position in enumerate(chosen.tolist()):
-        item = int(test[position])
+    for line, position in enumerate(chosen):
+        item = int(retrieved.items[position])
         words = grid[line][0]
         words.axis("off")
         words.text(1, 0.5, _wrapped(data.names[item]), ha="right", va="center", fontsize=9, transform=words.transAxes)
         _tile(grid[line][1], data.picture(item), "wanted", "black")
-        for axes, place in zip(grid[line][2:], order[line].tolist(), strict=False):
-            found = int(test[place])
+        places = retrieved.order[position, :SHOWN_RESULTS].tolist()
+        for axes, place in zip(grid[line][2:], places, strict=False):
+            found = int(retrieved.items[place])
             _tile(axes, data.picture(found), data.names[found], HIT if data.groups[found] == data.groups[item] else MISS)
-        for axes in grid[line][2 + order.shape[1] :]:
+        for axes in grid[line][2 + len(places) :]:
             axes.axis("off")
+    return figure
+
+
+def confusion_figure(retrieved: Retrieved, confusions: list[dict[str, Any]]) -> Figure:
+    """Pairs of pictures: the one wanted and the wrong one that the model put first."""
+    data, columns = retrieved.data, 4
+    rows = -(-len(confusions) // columns)
+    figure = Figure(figsize=(2.6 * columns, 1.7 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2 * columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for place, entry in enumerate(confusions):
+        row, column = divmod(place, columns)
+        for offset, item, score, colour in ((0, entry["query"], entry["wanted"], "black"), (1, entry["found"], entry["cosine"], "#c8553d")):
+            axes = grid[row][2 * column + offset]
+            axes.axis("on")
+            _tile(axes, data.picture(item), data.names[item], colour)
+            axes.set_xlabel(f"{'wanted' if offset == 0 else 'found'} {score:.2f}", fontsize=7)
     return figure
 
 
@@ -101,11 +189,11 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(_short(text, 60), 18)
 
 
-def contact_sheet(data: Any, items: list[int], scores: list[float], title: str) -> Figure:
+def contact_sheet(data: PairedDataset, items: list[int], scores: list[float], title: str) -> Figure:
     """Pictures of items with names and scores, six to a row."""
-    columns = min(6, len(items))
+    columns = max(1, min(6, len(items)))
     rows = -(-len(items) // columns)
-    figure = Figure(figsize=(1.5 * columns, 1.75 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(1.5 * max(columns, 3), 1.75 * rows + 0.4), layout="constrained")
     figure.suptitle(_short(title, 80), fontsize=11)
     grid = figure.subplots(rows, columns, squeeze=False)
     for place, axes in enumerate(grid.flat):
@@ -117,18 +205,85 @@ def contact_sheet(data: Any, items: list[int], scores: list[float], title: str) 
     return figure
 
 
+# ---------------------------------------------------------------------------------------------------------------------------------------------- tables
+
+
+def direction_pairs(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Directions two by two, each with its reverse."""
+    pairs: dict[tuple[str, ...], list[str]] = {}
+    for direction in results["rows"]["trained"]["directions"]:
+        route, _, kind = direction.partition(", ")
+        pairs.setdefault((kind, *sorted(route.split(" → "))), []).append(direction)
+    return [tuple(pair) for pair in pairs.values()]
+
+
+HEADINGS = ("R@1", "R@5", "R@10", "median", "ΔR@10")
+
+
+def _with_spread(figure: dict[str, float], factor: float, seeds: int, sign: str = "") -> str:
+    """Mean ± standard deviation; one seed has none."""
+    return f"{factor * figure['mean']:{sign}.1f}" + (f" ± {factor * figure['std']:.1f}" if seeds > 1 else "")
+
+
+def cells(figures: dict[str, Any], row: str) -> list[str]:
+    """R@1, R@5, R@10 in percent, median rank, and the paired difference of R@10 to CCA, with their spread over seeds."""
+    difference = figures["r10_difference"]
+    seeds = difference["seeds"]
+    shown = DASH if row in (BASELINE, "chance") else _with_spread(difference, 100, seeds, "+")
+    return [*(_with_spread(figures[k], 100, seeds) for k in ("r1", "r5", "r10")), _with_spread(figures["median"], 1, seeds), shown]
+
+
+def joint_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """R@10 of the joint scores beside that of every single pair, per row: (headings, lines). Empty for two modalities."""
+    directions = list(results["rows"]["trained"]["directions"])
+    joint = [way for way in directions if "joint" in way]
+    if not joint:
+        return [], []
+    anchor = joint[0].split(" → ")[0]
+    headings, lines = ["row", "query"], []
+    forward = [way for way in directions if "joint" not in way and way.startswith(f"{anchor} → ")]
+    headings += ["volume", "sum of cosines", *(f"{way.split(' → ')[1]} alone" for way in forward)]
+    for row, entry in results["rows"].items():
+        ways = entry["directions"]
+        for back in (False, True):
+            route = f"others → {anchor}" if back else f"{anchor} → others"
+            chosen = [f"{route}, joint (volume)", f"{route}, joint (sum of cosines)"]
+            chosen += [" → ".join(reversed(way.split(" → "))) if back else way for way in forward]
+            seeds = ways[chosen[0]]["r10_difference"]["seeds"]
+            lines.append([LABELS[row], route, *(_with_spread(ways[way]["r10"], 100, seeds) for way in chosen)])
+    return headings, lines
+
+
 def markdown_table(results: dict[str, Any]) -> str:
     """The table as documentation quotes it: `python -m modalign.cli.report results.json`."""
-    from .align import cells, direction_pairs
-
     blocks = []
-    for pair in direction_pairs(results):
-        lines = ["| row | " + " | ".join(f"{direction} {heading}" for direction in pair for heading in ("R@1", "R@5", "R@10", "median")) + " |"]
-        lines.append("|---|" + "---:|" * (4 * len(pair)))
+    for direction in (direction for pair in direction_pairs(results) for direction in pair):
+        lines = [f"| {direction} | " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * len(HEADINGS)]
         for row, figures in results["rows"].items():
-            lines.append(f"| {LABELS[row]} | " + " | ".join(cell for direction in pair for cell in cells(figures["directions"][direction])) + " |")
+            lines.append(f"| {LABELS[row]} | " + " | ".join(cells(figures["directions"][direction], row)) + " |")
         blocks.append("\n".join(lines))
+    headings, lines = joint_table(results)
+    if lines:
+        table = ["| " + " | ".join(headings) + " |", "|---|---|" + "---:|" * (len(headings) - 2), *("| " + " | ".join(line) + " |" for line in lines)]
+        blocks.append("\n".join(table))
+    if len(results["curve"]) > 1:
+        blocks.append("\n".join(_curve_lines(results)))
     return "\n\n".join(blocks)
+
+
+def curve_cells(results: dict[str, Any]) -> list[list[str]]:
+    """Mean R@10 by number of training pairs: one line per number, rows as columns, the paired difference to CCA behind."""
+    lines = []
+    for point in results["curve"]:
+        seeds = len(point["rows"]["cca"]["mean_r10_by_seed"])
+        scores = [_with_spread({"mean": entry["mean_r10"], "std": _deviation(entry["mean_r10_by_seed"])}, 100, seeds) for entry in point["rows"].values()]
+        lines.append([str(point["train"]), *scores, _with_spread(point["rows"]["trained"]["difference"], 100, seeds, "+")])
+    return lines
+
+
+def _curve_lines(results: dict[str, Any]) -> list[str]:
+    headings = ["training pairs", *(LABELS[row] for row in results["rows"]), "trained − CCA"]
+    return ["| " + " | ".join(headings) + " |", "|" + "---:|" * len(headings), *("| " + " | ".join(line) + " |" for line in curve_cells(results))]
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -137,54 +292,77 @@ td:first-child,th:first-child{text-align:left}tr.best{font-weight:600}img{max-wi
 code{background:#f4f4f4;padding:.1rem .3rem}.note{color:#666}"""
 
 
-def html_report(results: dict[str, Any], figures: dict[str, bytes]) -> str:
-    """One page with everything inside: no script, no link to another file."""
-    from .align import cells, direction_pairs
+def _html_table(headings: list[str], lines: list[list[str]], best: int | None = None) -> str:
+    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
+    body = "".join(
+        f"<tr{' class=best' if number == best else ''}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>"
+        for number, line in enumerate(lines)
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
 
+
+CAPTIONS = {
+    "curves.png": "Training",
+    "pairs.png": "With fewer pairs",
+    "retrieved.png": "What is retrieved",
+    "confusions.png": "What is confused: the item wanted, and the wrong one put first",
+}
+
+
+def html_report(results: dict[str, Any], figures: dict[str, bytes], confusions: list[dict[str, Any]], names: list[str]) -> str:
+    """One page with everything inside: no script, no link to another file."""
     data, escape = results["dataset"], html.escape
+    held = ", ".join(f"{name} {count}" for name, count in data["modalities"].items())
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         f"<title>{escape(data['name'])}: alignment</title><style>{STYLE}</style>",
         f"<h1>{escape(data['name'])}: how well do the modalities match?</h1>",
-        f"<p>{data['items']} items; {data['train']} to train on, of which {data['validation']} for validation; {data['test']} to test. "
+        f"<p>{data['items']} items ({escape(held)}); {data['train']} to train on, of which {data['validation']} for validation; {data['test']} to test. "
         f"Made by <code>{escape(results['command'])}</code>.</p>",
     ]
-    for pair in direction_pairs(results):
-        heads = "".join(f"<th colspan=4>{escape(direction)}</th>" for direction in pair)
-        parts.append(f"<table><tr><th></th>{heads}</tr><tr><th>row</th>{'<th>R@1<th>R@5<th>R@10<th>median' * len(pair)}</tr>")
-        for row, figures_of_row in results["rows"].items():
-            content = "".join(f"<td>{cell}</td>" for direction in pair for cell in cells(figures_of_row["directions"][direction]))
-            parts.append(
-                f"<tr{' class=best' if row == 'trained' else ''}><td title='{escape(figures_of_row['what'])}'>{LABELS[row]}</td>{content}</tr>"
-            )
-        parts.append("</table>")
+    order = list(results["rows"])
+    for direction in (direction for pair in direction_pairs(results) for direction in pair):
+        lines = [[LABELS[row], *cells(results["rows"][row]["directions"][direction], row)] for row in order]
+        parts.append(_html_table([direction, *HEADINGS], lines, order.index("trained")))
+    headings, lines = joint_table(results)
+    if lines:
+        parts += ["<h2>Joint scores beside single pairs, R@10</h2>", _html_table(headings, lines)]
     parts.append("<p class=note>" + "; ".join(f"<b>{LABELS[row]}</b>: {escape(entry['what'])}" for row, entry in results["rows"].items()) + ".</p>")
+    seeds = len(results["rows"]["cca"]["mean_r10_by_seed"])
     parts.append(
-        "<p class=note>Recall in percent and median rank (1 is best) on the test part, mean ± standard deviation over seeds. "
-        "A hit is any candidate of the same caption. "
-        "Steps, ridge and power were chosen on validation items; the test part was read once.</p>"
+        f"<p class=note>Recall in percent and median rank (1 is best) on the test part, {'mean ± standard deviation over' if seeds > 1 else 'one of'} "
+        f"{seeds} seed{'s' if seeds > 1 else ': no spread is known'}; ΔR@10 is the difference to CCA within a seed. A hit is any candidate of the same "
+        "group. Steps, ridge and power were chosen on validation items; the test part was read once.</p>"
     )
     if any(seed["transductive"] for seed in results["seeds"]):
         parts.append(
-            "<p class=note>Seeds other than 0 are transductive: "
-            "the stored features were reduced with a basis fitted on the training items of seed 0, "
+            "<p class=note>Seeds other than 0 are transductive: the stored features were reduced with a basis fitted on the training items of seed 0, "
             "among which are some of their test items (without pairing).</p>"
         )
-    captions = {"curves.png": "Training", "retrieved.png": "What is retrieved"}
+    if len(results["curve"]) > 1:
+        parts += ["<h2>Mean R@10 by number of training pairs</h2>"]
+        parts.append(_html_table(["training pairs", *(LABELS[row] for row in order), "trained − CCA"], curve_cells(results)))
     for name, content in figures.items():
-        parts.append(f"<h2>{captions.get(name, name)}</h2><img alt='{name}' src='data:image/png;base64,{base64.b64encode(content).decode()}'>")
-    parts.append(
-        "<h2>Seeds</h2><table><tr><th>seed<th>CCA<th>steps<th>steps, random start<th>mean R@10, CCA<th>trained<th>trained, random start</tr>"
-    )
-    for number, seed in enumerate(results["seeds"]):
-        chosen = seed["chosen"]
-        scores = "".join(f"<td>{100 * results['rows'][row]['mean_r10_by_seed'][number]:.1f}</td>" for row in ("cca", "trained", "trained_random"))
+        parts.append(f"<h2>{CAPTIONS[name]}</h2><img alt='{name}' src='data:image/png;base64,{base64.b64encode(content).decode()}'>")
+    if confusions:
+        lines = [[names[e["query"]], names[e["found"]], f"{e['cosine']:.2f}", f"{e['wanted']:.2f}", str(e["rank"])] for e in confusions]
+        parts.append(_html_table(["query", "found instead", "its cosine", "cosine of the right one", "rank of the right one"], lines))
+    lines = []
+    for seed in results["seeds"]:
+        chosen, scores = seed["chosen"], [_mean_r10(seed["table"][row]) for row in ("cca", "trained", "trained_random")]
         closed = f"ridge {chosen['cca']['ridge']}, power {chosen['cca']['power']}"
-        parts.append(f"<tr><td>{seed['seed']}<td>{closed}<td>{chosen['trained']['steps']}<td>{chosen['trained_random']['steps']}{scores}</tr>")
+        steps = [str(chosen[row]["steps"]) for row in ("trained", "trained_random")]
+        lines.append([str(seed["seed"]), str(seed["train"]), closed, *steps, *(f"{100 * score:.1f}" for score in scores)])
+    heads = ["seed", "pairs", "CCA", "steps", "steps, random start", "mean R@10, CCA", "trained", "trained, random start"]
+    parts += ["<h2>Seeds</h2>", _html_table(heads, lines)]
     facts = results["environment"]
     environment = f"modalign {facts['modalign']['version']}, torch {facts['torch']}, python {facts['python']}, {facts['cpu']['model']}, {facts['threads']} threads"
-    parts.append(f"</table><p class=note>{escape(environment)}. Data: {escape(data['licence'])}.</p></html>")
+    parts.append(f"<p class=note>{escape(environment)}. Data: {escape(data['licence'] or 'licence not stated')}.</p></html>")
     return "\n".join(parts)
+
+
+def _mean_r10(table: dict[str, dict[str, float]]) -> float:
+    return statistics.fmean(figures["r10"] for direction, figures in table.items() if "joint" not in direction)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
-"""`modalign search`: words in, pictures out."""
+"""`modalign search`: words, a picture or both in, pictures out."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from ..data import MiniLMTextEncoder, PairedDataset, load
-from ..data.dataset import ROOT
-from ..data.storage import write_bytes
+from .. import ops
+from .._files import write_bytes
+from ..data import PairedDataset, load
 from ..models import GramAligner
 from ..models.gram_aligner import CONFIG_FILE, read_config
 from .align import MODEL_FOLDER
@@ -22,47 +24,97 @@ __all__ = ["find", "search"]
 
 def search(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="what `modalign align` wrote: its output folder, or the model folder in it")],
-    words: Annotated[list[str], typer.Argument(metavar="WORDS", help="anything: the words need not occur in a name")],
-    top: Annotated[int, typer.Option(min=1, help="how many pictures")] = 12,
+    words: Annotated[list[str] | None, typer.Argument(metavar="WORDS", help="anything: the words need not occur in a name")] = None,
+    picture: Annotated[Path | None, typer.Option(help="a picture to search by, alone or together with words")] = None,
+    target: Annotated[str, typer.Option(help="modality to search among; default: pictures, or what the query is not")] = "",
+    top: Annotated[int, typer.Option(min=1, help="how many items")] = 12,
     out: Annotated[Path | None, typer.Option(help="contact sheet to write; default MODEL/search.png")] = None,
-    data_root: Annotated[Path | None, typer.Option(help="folder that holds the data folder; default: the package's own")] = None,
+    data: Annotated[str | None, typer.Option(help="data set to search in, of the same modalities; default: the one the model was trained on")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="where `modalign prepare` left its sets; default $MODALIGN_DATA_ROOT")] = None,
 ) -> None:
-    """Embed words with the frozen text encoder and show the nearest pictures of the data set that the model was trained on."""
+    """Embed words, a picture or both with the frozen encoders and show the nearest items of the data set.
+
+    One query is ranked by cosine; two at once by the volume that they span with an item, small means near.
+    """
     console = Console()
     folder = model / MODEL_FOLDER if (model / MODEL_FOLDER / CONFIG_FILE).is_file() else model
-    name = read_config(folder)["extra"].get("dataset")
-    if name is None:
-        raise ValueError(f"MODEL must have been trained on a data set with pictures, got none named in {folder / CONFIG_FILE}")
+    extra = read_config(folder)["extra"]
+    source = data or extra.get("source", extra.get("dataset"))
+    if source is None:
+        raise ValueError(f"MODEL must have been trained on a named data set, got none in {folder / CONFIG_FILE}; name one with --data")
     sheet = out or model / "search.png"
     if sheet.suffix.lower() != ".png":
         raise ValueError(f"--out must end in .png, got {sheet}")
-    dataset = load(name, data_root or ROOT)
-    query = " ".join(words).strip()
-    items, scores = find(GramAligner.from_pretrained(folder), dataset, query, top)
-    from .report import contact_sheet, png
+    query = " ".join(words or []).strip()
+    if not query and picture is None:
+        raise ValueError("WORDS or --picture must be given, got neither")
+    aligner, dataset = GramAligner.from_pretrained(folder), load(source, data_root)
+    inputs: dict[str, Any] = ({"text": query} if query else {}) | ({"picture": _open(picture)} if picture is not None else {})
+    shown = " and ".join([f'"{query}"'] * bool(query) + [str(picture)] * (picture is not None))
+    features = {}
+    for name, value in inputs.items():
+        modality = _modality_of(name, aligner)
+        features[modality] = dataset.encode(modality, [value])
+    items, scores = find(aligner, dataset, features, top, target)
+    kind = "cosine" if len(features) == 1 else "volume"
 
-    console.print(f'"{query}" among {len(dataset)} pictures of {dataset.name}', markup=False, highlight=False)
+    console.print(f"{shown} among {len(dataset)} items of {dataset.name}", markup=False, highlight=False)
     table = Table()
-    for heading, side in (("", "right"), ("name", "left"), ("cosine", "right")):
+    for heading, side in (("", "right"), ("name", "left"), (kind, "right")):
         table.add_column(heading, justify=side)
     for place, (item, score) in enumerate(zip(items, scores, strict=True), 1):
         table.add_row(str(place), dataset.names[item], f"{score:.3f}")
     console.print(table)
-    write_bytes(sheet, png(contact_sheet(dataset, items, scores, query)))
+    if dataset.pictures is None:
+        console.print(f"{dataset.name} has no pictures to show, so no contact sheet was written")
+        return
+    from .report import contact_sheet, png
+
+    write_bytes(sheet, png(contact_sheet(dataset, items, scores, f"{shown} ({kind})")))
     console.print(f"wrote {sheet}", highlight=False, soft_wrap=True)
 
 
+def _open(path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a picture, got no such file")
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: expected a picture that Pillow opens, got one that it does not ({error})") from error
+    return picture
+
+
+def _modality_of(kind: str, model: GramAligner) -> str:
+    """The modality of a model that words or a picture belong to: "text" itself or one of its languages, "picture" itself or another encoder's."""
+    fitting = [name for name in model.config.modalities if name == kind or name.startswith(f"{kind}_")]
+    if not fitting:
+        raise ValueError(f"MODEL must align a modality '{kind}' to be searched by one, got {list(model.config.modalities)}")
+    return kind if kind in fitting else fitting[0]
+
+
 @torch.no_grad()
-def find(model: GramAligner, dataset: PairedDataset, query: str, top: int) -> tuple[list[int], list[float]]:
-    """The `top` items whose pictures lie nearest to the query's text: (items, cosines)."""
-    if not query:
-        raise ValueError("WORDS must not be empty, got ''")
-    if dataset.encoders.get("text") != MiniLMTextEncoder.name or "picture" not in model.config.modalities or "text" not in model.config.modalities:
-        raise ValueError(
-            f"MODEL must align pictures with texts of {MiniLMTextEncoder.name}, got {list(model.config.modalities)} with {dataset.encoders}"
-        )
-    features = dataset.bases["text"].project(MiniLMTextEncoder()([query]))
-    embedded = model.embed({"text": features, "picture": dataset.modalities["picture"]})
-    similarity = (embedded["text"] @ embedded["picture"].T)[0]
-    order = similarity.argsort(descending=True, stable=True)[: min(top, len(dataset))]
-    return order.tolist(), similarity[order].tolist()
+def find(model: GramAligner, dataset: PairedDataset, query: Mapping[str, Tensor], top: int, target: str = "") -> tuple[list[int], list[float]]:
+    """The `top` items nearest to a query: (items, scores).
+
+    query : features [1, D] by modality. Of one modality, items are ranked by the cosine with their `target` vector, scores falling; of several, by the
+        volume that the query's vectors span with it, scores rising.
+    target : modality of the items; default "picture", unless the query is a picture alone: then the first other one
+    """
+    names = list(model.config.modalities)
+    if not target:
+        target = "picture" if "picture" in names and list(query) != ["picture"] else next(name for name in names if name not in query)
+    unknown = [name for name in (target, *query) if name not in names or name not in dataset.modalities]
+    if unknown or not query:
+        raise ValueError(f"find: query and target must be modalities of model and data set out of {names}, got {unknown or 'no query'}")
+    candidates = dataset.available(target, torch.arange(len(dataset)))
+    embedded = {name: model.embed({name: features})[name] for name, features in query.items()}
+    items = model.embed({target: dataset.modalities[target][candidates]})[target]
+    if len(query) == 1:
+        scores = items @ next(iter(embedded.values()))[0]
+    else:
+        scores = ops.gram_volume(items, list(embedded.values()))[:, 0]
+    order = scores.argsort(descending=len(query) == 1, stable=True)[: min(top, len(candidates))]
+    return candidates[order].tolist(), scores[order].tolist()

@@ -165,6 +165,14 @@ class PairedDataset:
         """The masks of the modalities that some items lack, of the given items: True where an item has it."""
         return {name: mask if indices is None else mask[indices] for name, mask in self.present.items()}
 
+    def digest(self) -> str:
+        """SHA-256 over captions, groups, features and masks: two data sets that train alike have the same."""
+        digest = hashlib.sha256(json.dumps([self.names, self.groups.tolist(), self.test_size, self.validation_size]).encode())
+        for name, tensor in [*self.modalities.items(), *self.present.items()]:
+            digest.update(f"{name} {list(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
+
     def tokens(self, name: str) -> tuple[Tensor, Tensor]:
         """Token features of a modality: ([T, D], int64 offsets [N + 1]); item i has the rows offsets[i] to offsets[i + 1]."""
         return self._folder("tokens").tokens(name)

@@ -2,14 +2,17 @@
 
 from .cca import CanonicalCorrelation, CanonicalCorrelationConfig
 from .gram_aligner import AlignerOutput, GramAligner, GramAlignerConfig
-from .training import TrainingConfig, TrainingHistory, fit_aligner, select_correlation, validation_score
+from .reduction import PrincipalComponents
+from .training import Checkpoint, TrainingConfig, TrainingHistory, fit_aligner, select_correlation, validation_score
 
 __all__ = [
     "AlignerOutput",
     "CanonicalCorrelation",
     "CanonicalCorrelationConfig",
+    "Checkpoint",
     "GramAligner",
     "GramAlignerConfig",
+    "PrincipalComponents",
     "TrainingConfig",
     "TrainingHistory",
     "fit_aligner",

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import permutations
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .._files import read_tensors, write_tensors
 from ..metrics import retrieval
 from .cca import CanonicalCorrelation, CanonicalCorrelationConfig
-from .gram_aligner import GramAligner
+from .gram_aligner import GramAligner, items_with
 
-__all__ = ["TrainingConfig", "TrainingHistory", "fit_aligner", "select_correlation", "validation_score"]
+__all__ = ["Checkpoint", "TrainingConfig", "TrainingHistory", "fit_aligner", "select_correlation", "validation_score"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,7 @@ class TrainingConfig:
     """Steps of AdamW over mini-batches; linear warm-up over the first tenth, then a cosine to zero.
 
     learning_rate is that of the non-linear branches; the affine maps take `affine_rate` times it (small where they start from a solution).
+    patience : leave the loop when so many evaluations in a row have not been the best; 0 never
     """
 
     steps: int = 120
@@ -30,14 +38,20 @@ class TrainingConfig:
     affine_rate: float = 0.1
     weight_decay: float = 0.01
     evaluate_every: int = 10
+    patience: int = 0
     clip_norm: float = 2.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainingConfig: {name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("steps", 1), ("batch", 2), ("evaluate_every", 1), ("patience", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"TrainingConfig: {name} must be at least {least}, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"TrainingConfig: learning_rate must be positive, got {self.learning_rate}")
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rate that step 1, 2, ... takes."""
+        warm_up = max(1, self.steps // 10)
+        return min(1.0, step / warm_up) * 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps))
 
 
 @dataclass
@@ -48,17 +62,35 @@ class TrainingHistory:
     evaluated: dict[int, float] = field(default_factory=dict)
     best_step: int = 0
 
+    def evaluations_since_best(self) -> int:
+        return sum(step > self.best_step for step in self.evaluated)
 
-def validation_score(embeddings: Mapping[str, Tensor], groups: Tensor, volume: Tensor | None = None) -> float:
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a training run keeps its state, and how many seconds of work a kill may cost. Ctrl-C costs none: the state is written first."""
+
+    path: Path
+    seconds: float = 5.0
+
+
+def validation_score(
+    embeddings: Mapping[str, Tensor], groups: Tensor, volume: Tensor | None = None, present: Mapping[str, Tensor] | None = None
+) -> float:
     """What choices are made by: mean R@10 over all ordered pairs of modalities, with mean R@1 to settle near ties (weight 1/10).
 
     Given the volume matrix [B, B] of three or more modalities, both its directions count like a pair's: a model is meant to be good at the joint
-    score too.
+    score too. A pair counts the items that have both modalities.
     """
-    found = [retrieval(embeddings[a] @ embeddings[b].T, query_groups=groups) for a, b in permutations(embeddings, 2)]
+    found = []
+    for a, b in permutations(embeddings, 2):
+        both = items_with(present, [a, b], len(groups))
+        x, y, who = (v if both is None else v[both] for v in (embeddings[a], embeddings[b], groups))
+        if len(who):
+            found.append(retrieval(x @ y.T, query_groups=who))
     if volume is not None:
         found += [retrieval(v, query_groups=groups, larger_is_better=False) for v in (volume, volume.T)]
-    return math.fsum(f.r10 + 0.1 * f.r1 for f in found) / len(found)
+    return math.fsum(f.r10 + 0.1 * f.r1 for f in found) / max(1, len(found))
 
 
 def select_correlation(
@@ -68,13 +100,17 @@ def select_correlation(
     width: int,
     ridges: Sequence[float] = (0.1, 0.3, 1.0, 3.0),
     powers: Sequence[float] = (0.5, 1.0),
+    *,
+    fit_present: Mapping[str, Tensor] | None = None,
+    validation_present: Mapping[str, Tensor] | None = None,
 ) -> CanonicalCorrelationConfig:
     """Choose ridge and power of the closed-form baseline on validation items, so that the learned model is measured against its best form."""
     best, chosen = -1.0, None
     for ridge in ridges:
         for power in powers:
             config = CanonicalCorrelationConfig(width, ridge, power)
-            score = validation_score(CanonicalCorrelation.fit(fit, config).embed(validation), validation_groups)
+            solution = CanonicalCorrelation.fit(fit, config, present=fit_present)
+            score = validation_score(solution.embed(validation), validation_groups, present=validation_present)
             if score > best:
                 best, chosen = score, config
     if chosen is None:
@@ -89,15 +125,20 @@ def fit_aligner(
     config: TrainingConfig,
     *,
     seed: int,
+    present: Mapping[str, Tensor] | None = None,
     stop_after: int | None = None,
-    validation: tuple[Mapping[str, Tensor], Tensor] | None = None,
+    validation: tuple[Mapping[str, Tensor], Tensor] | tuple[Mapping[str, Tensor], Tensor, Mapping[str, Tensor] | None] | None = None,
     progress: Callable[[int], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> TrainingHistory:
     """Train in place. The result depends on the arguments and the seed alone (and the machine's arithmetic), not on the caller's random state.
 
+    present : bool [N] for the modalities that some items lack
     stop_after : leave the loop after that many steps of the schedule (a number chosen on validation items before)
-    validation : (features, groups) looked at every `evaluate_every` steps and at step 0. The model keeps its last weights; the best step is in the
-    history.
+    validation : (features, groups) or (features, groups, present), looked at every `evaluate_every` steps and at step 0. The model keeps its last
+        weights; the best step is in the history.
+    checkpoint : the state of the run is kept there and taken up again, to the same result bit for bit; a file of another run raises. It is written at
+        the end too, so that a finished run is not repeated.
     """
     history = TrainingHistory()
     total = config.steps if stop_after is None else stop_after
@@ -105,49 +146,125 @@ def fit_aligner(
         raise ValueError(f"fit_aligner: stop_after must be in 0..{config.steps}, got {stop_after}")
     affine = [p for name, p in model.named_parameters() if ".linear." in name]
     branch = [p for name, p in model.named_parameters() if ".linear." not in name]
-    rate = config.learning_rate
-    parameters = [{"params": affine, "lr": rate * config.affine_rate}] + ([{"params": branch, "lr": rate}] if branch else [])
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    warm_up = max(1, config.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    groups_of_rates = [(affine, config.learning_rate * config.affine_rate)] + ([(branch, config.learning_rate)] if branch else [])
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "lr": rate} for parameters, rate in groups_of_rates], betas=(0.9, 0.98), weight_decay=config.weight_decay
     )
+    device = next(model.parameters()).device
     count = len(groups)
     batch = min(config.batch, count)
 
     def evaluate(step: int) -> None:
         if validation is not None:
             model.eval()
+            held_features, held_groups, held_present = (*validation, None)[:3]
             with torch.no_grad():
-                embeddings = model.embed(validation[0])
-                volume = model.volume(embeddings) if len(embeddings) > 2 else None  # of two, the volume is the cosine over again
-                history.evaluated[step] = validation_score(embeddings, validation[1], volume)
+                embeddings = model.embed(held_features)
+                # of two, the volume is the cosine over again; a tuple with something missing has no volume to compare
+                volume = model.volume(embeddings) if len(embeddings) > 2 and not held_present else None
+                history.evaluated[step] = validation_score(embeddings, held_groups, volume, held_present)
             if history.evaluated[step] > history.evaluated.get(history.best_step, -1.0):
                 history.best_step = step
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _held_interrupts() as interrupted:
         torch.manual_seed(seed)
-        evaluate(0)
         queue = torch.empty(0, dtype=torch.int64)
-        for step in range(1, total + 1):
+        run = _Run(checkpoint, model, optimizer, history, {"model": asdict(model.config), "training": asdict(config), "seed": seed, "total": total})
+        start, queue = run.resume(queue)
+        if start == 0:
+            evaluate(0)
+        for step in range(start + 1, total + 1):
+            if config.patience and history.evaluations_since_best() >= config.patience:
+                break
             if len(queue) < batch:
                 queue = torch.randperm(count)
-            chosen, queue = queue[:batch], queue[batch:]
+            chosen, queue = queue[:batch].to(device), queue[batch:]
+            for group, (_, rate) in zip(optimizer.param_groups, groups_of_rates, strict=True):
+                group["lr"] = rate * config.rate(step)
             model.train()
-            output = model({name: x[chosen] for name, x in features.items()}, groups=groups[chosen])
+            masks = None if present is None else {name: mask[chosen] for name, mask in present.items()}
+            output = model({name: x[chosen] for name, x in features.items()}, present=masks, groups=groups[chosen])
             if output.loss is None:
-                raise ValueError(f"fit_aligner: features must have at least 2 items, got {count}")
+                raise ValueError(f"fit_aligner: features must have at least 2 items with common modalities, got a batch of {len(chosen)} without")
             optimizer.zero_grad(set_to_none=True)
             output.loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
-            schedule.step()
             history.loss.append(float(output.loss.detach()))
             if not math.isfinite(history.loss[-1]):
                 raise ValueError(f"fit_aligner: the loss must stay finite, got {history.loss[-1]} at step {step}; features may hold NaN or Inf")
             if step % config.evaluate_every == 0 or step == total:
                 evaluate(step)
+            run.keep(step, queue, now=step == total or interrupted())
             if progress is not None:
                 progress(step)
+            if interrupted():
+                raise KeyboardInterrupt
     model.eval()
     return history
+
+
+class _Run:
+    """State of a training run as one safetensors file: weights, moments of the optimiser, random state, what is left of the epoch; history as JSON."""
+
+    def __init__(
+        self, checkpoint: Checkpoint | None, model: GramAligner, optimizer: torch.optim.Optimizer, history: TrainingHistory, identity: dict
+    ) -> None:
+        self.checkpoint, self.model, self.optimizer, self.history = checkpoint, model, optimizer, history
+        self.identity = json.dumps(identity, sort_keys=True)
+        self.written = time.monotonic()
+        self.device = next(model.parameters()).device
+
+    def keep(self, step: int, queue: Tensor, now: bool) -> None:
+        if self.checkpoint is None or not (now or time.monotonic() - self.written >= self.checkpoint.seconds):
+            return
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in self.optimizer.state[parameter].items()}
+        tensors |= {"queue": queue.clone(), "random": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        history = {"step": step, "identity": self.identity, **asdict(self.history)}
+        write_tensors(self.checkpoint.path, tensors, {"history": json.dumps(history)})
+        self.written = time.monotonic()
+
+    def resume(self, queue: Tensor) -> tuple[int, Tensor]:
+        """Take up what the file holds: (steps done, what is left of the epoch)."""
+        if self.checkpoint is None or not self.checkpoint.path.is_file():
+            return 0, queue
+        from safetensors import safe_open
+
+        path = self.checkpoint.path
+        tensors = read_tensors(path)
+        with safe_open(path, "pt") as file:
+            kept = json.loads((file.metadata() or {}).get("history", "{}"))
+        if kept.get("identity") != self.identity:
+            raise ValueError(f"{path}: expected the state of this very run, got that of another ({kept.get('identity')} instead of {self.identity})")
+        self.model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")})
+        for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            prefix = f"optimizer.{index}."
+            state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            # as torch does: moments beside their parameter, the counter of steps where it was
+            self.optimizer.state[parameter] = {name: value if name == "step" else value.to(parameter.device) for name, value in state.items()}
+        torch.set_rng_state(tensors["random"])
+        if "random_cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
+        self.history.loss = kept["loss"]
+        self.history.evaluated = {int(step): score for step, score in kept["evaluated"].items()}
+        self.history.best_step = kept["best_step"]
+        return kept["step"], tensors["queue"]
+
+
+@contextlib.contextmanager
+def _held_interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits for the end of a step, so that the state which is written then is that of a whole step."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    if not ours:  # only the main thread may set handlers; who ignores Ctrl-C goes on doing so
+        yield lambda: False
+        return
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,100 @@
+"""What an alignment run is asked to do: one dataclass, filled from a TOML file, from flags, or in Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models.gram_aligner import HEADS, LOSSES
+
+__all__ = ["ALL", "AlignSettings", "read_settings"]
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class AlignSettings:
+    """Settings of `modalign align`; every field is a flag and a key of the configuration file.
+
+    modalities : which of the data set's, the first is the anchor; none: the data set's default
+    pairs : numbers of training items, or "all"; the model kept is that of the last
+    loss, heads : see GramAlignerConfig;  hidden : width of the branch of "mlp", rank of that of "lowrank", 0 for the usual (256; a quarter of width)
+    width : of the shared space, 0 for 256 or the narrowest modality;  reduce : features wider than this are first reduced to so many principal components
+    """
+
+    modalities: tuple[str, ...] = ()
+    pairs: tuple[int | str, ...] = (ALL,)
+    loss: str = "gram"
+    heads: str = "mlp"
+    seeds: int = 3
+    first_seed: int = 0
+    steps: int = 120
+    batch: int = 256
+    patience: int = 0
+    width: int = 0
+    hidden: int = 0
+    reduce: int = 256
+    temperature: float = 0.07
+    pairwise_weight: float = 1 / 3
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("modalities", "pairs"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for item in fields(self):
+            value, kind = getattr(self, item.name), type(item.default)
+            if kind is float and type(value) is int:
+                object.__setattr__(self, item.name, float(value))
+            elif type(value) is not kind:
+                raise ValueError(f"align: {item.name} must be {kind.__name__}, got {value!r}")
+        for name, least in (("seeds", 1), ("first_seed", 0), ("steps", 1), ("batch", 2), ("patience", 0), ("hidden", 0), ("reduce", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"align: {name} must be at least {least}, got {getattr(self, name)}")
+        if self.width < 0 or self.width == 1:
+            raise ValueError(f"align: width must be at least 2, or 0 for the usual, got {self.width}")
+        for name, known in (("loss", LOSSES), ("heads", HEADS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"align: {name} must be one of {', '.join(known)}, got '{getattr(self, name)}'")
+        if not self.pairs or len(set(self.pairs)) != len(self.pairs) or any(type(p) is not int and p != ALL for p in self.pairs):
+            raise ValueError(f"align: pairs must be different numbers or '{ALL}', got {list(self.pairs)}")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"align: device must be cpu or cuda, got '{self.device}'") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"align: device must be one that torch sees, got '{self.device}' and no GPU (torch {torch.__version__})")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def as_toml(self) -> str:
+        """The configuration file of this run: scalars and lists are written alike in TOML and JSON."""
+        return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in self.as_dict().items())
+
+
+def read_settings(path: str | os.PathLike[str] | None, flags: Mapping[str, Any]) -> tuple[dict[str, Any], AlignSettings]:
+    """(keys beside the settings, settings) of a TOML file, overruled by flags. The file may also name `data`, `data_root`, `out` and `threads`."""
+    content: dict[str, Any] = {}
+    if path is not None:
+        if sys.version_info >= (3, 11):
+            import tomllib
+        else:
+            import tomli as tomllib
+        try:
+            content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: expected TOML, got a file that does not parse ({error})") from error
+        known = {item.name for item in fields(AlignSettings)} | {"data", "data_root", "out", "threads"}
+        unknown = sorted(set(content) - known)
+        if unknown:
+            raise ValueError(f"{path}: expected keys among {sorted(known)}, got unknown {unknown}")
+    merged = content | dict(flags)
+    beside = {name: merged.pop(name) for name in ("data", "data_root", "out", "threads") if name in merged}
+    return beside, AlignSettings(**merged)

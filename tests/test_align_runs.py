@@ -1,0 +1,428 @@
+"""Runs of `modalign align` beyond the defaults: interrupted and killed runs, configuration files, fewer pairs, missing modalities, heads, losses; search by
+pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from modalign import data, models
+from modalign.cli import app
+from modalign.cli.experiment import RunStore, run_experiment
+from modalign.cli.report import joint_table
+from modalign.cli.search import find
+from modalign.cli.settings import AlignSettings, read_settings
+from modalign.cli.summary import summary
+
+REPOSITORY = Path(__file__).parent.parent
+runner = CliRunner()
+
+
+def made_up(items=120, missing=True, seed=0):
+    """Three views of the same 6 hidden numbers; a third of the items has no touch."""
+    random = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(items, 6, generator=random)
+    views = {}
+    for name, width in (("sound", 20), ("text", 16), ("touch", 12)):
+        noise = torch.randn(items, width - 6, generator=random)
+        views[name] = torch.cat([2 * hidden, noise], 1) @ torch.randn(width, width, generator=random)
+    present = {"touch": torch.rand(items, generator=random) > 1 / 3} if missing else None
+    return data.from_features(views, present=present, names=[f"thing {i // 2}" for i in range(items)], name="made_up")
+
+
+def write_folder(folder: Path, dataset) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, features in dataset.modalities.items():
+        np.save(folder / f"{name}.npy", features.numpy())
+    for name, mask in dataset.present.items():
+        np.save(folder / f"{name}.present.npy", mask.numpy())
+    (folder / "names.txt").write_text("".join(f"{name}\n" for name in dataset.names))
+    return folder
+
+
+QUICK = AlignSettings(seeds=1, steps=12, batch=32)
+
+# ------------------------------------------------------------------ interrupted and killed
+
+
+def start(arguments, cwd):
+    # A child of a shell in the background may ignore SIGINT; a terminal's child does not.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from modalign.cli import main; sys.argv = ['modalign', *sys.argv[1:]]; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "align", *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, child, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+ARGUMENTS = ["set", "--seeds", "2", "--steps", "200", "--batch", "64", "--pairs", "40,all"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    write_folder(folder / "set", made_up())
+    whole = start([*ARGUMENTS, "--out", "out"], folder)
+    assert whole.wait(timeout=300) == 0, whole.communicate()
+    return everything_in(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("how", "when"),
+    [
+        (signal.SIGINT, "run.json"),
+        (signal.SIGKILL, "*-trained-choose.safetensors"),
+        (signal.SIGKILL, "all-0.json"),
+    ],
+    ids=["interrupt", "kill in a seed", "kill between seeds"],
+)
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, uninterrupted, how, when):
+    """The resumed run leaves what an uninterrupted one does, byte for byte."""
+    write_folder(tmp_path / "set", made_up())
+    child = start([*ARGUMENTS, "--out", "out"], tmp_path)
+    progress = tmp_path / "out" / "progress"
+    wait_for(lambda: any(progress.glob(when)), child)
+    if how is signal.SIGINT:
+        time.sleep(1)  # into the training; the state is written when the interrupt comes
+    child.send_signal(how)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["progress"]  # no half of a result
+    if how is signal.SIGINT:
+        assert "interrupted, no file is half-written" in errors
+    resumed = start([*ARGUMENTS, "--out", "out", "--resume"], tmp_path)
+    assert resumed.wait(timeout=300) == 0, resumed.communicate()
+    assert everything_in(tmp_path / "out") == uninterrupted
+
+
+def test_resuming_takes_up_the_state_and_not_the_start(tmp_path, monkeypatch):
+    """A finished training run is not repeated: the number of steps taken after the stop shows it."""
+    dataset, taken = made_up(), []
+
+    class Stop(Exception):
+        pass
+
+    def count(what, done, total, limit=None):
+        taken.append(what)
+        if limit and len(taken) == limit:
+            raise Stop
+
+    identity = {"settings": QUICK.as_dict()}
+    with pytest.raises(Stop):
+        store = RunStore(tmp_path / "p", identity, resume=False, seconds=0.0)  # the state of every step is written
+        run_experiment(dataset, QUICK, progress=lambda *args: count(*args, limit=20), store=store)
+    taken.clear()
+    resumed = run_experiment(dataset, QUICK, progress=count, store=RunStore(tmp_path / "p", identity, resume=True, seconds=0.0))
+    steps_after = len(taken)
+    taken.clear()
+    whole = run_experiment(dataset, QUICK, progress=count)
+    assert steps_after < len(taken)
+    assert resumed.results == whole.results
+    for a, b in zip(resumed.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_cannot_be_resumed_is_named(tmp_path):
+    RunStore(tmp_path / "p", {"settings": {"steps": 10}, "data": "x"}, resume=False)
+    with pytest.raises(ValueError, match=r"run.json: expected to go on with data = 'x', got 'y'; without --resume the run starts anew"):
+        RunStore(tmp_path / "p", {"settings": {"steps": 10}, "data": "y"}, resume=True)
+    model = models.GramAligner(models.GramAlignerConfig({"a": 4, "b": 3}, width=3))
+    features = {"a": torch.randn(20, 4), "b": torch.randn(20, 3)}
+    checkpoint = models.Checkpoint(tmp_path / "c.safetensors")
+    plan = models.TrainingConfig(steps=4, batch=10)
+    models.fit_aligner(model, features, torch.arange(20), plan, seed=0, checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="c.safetensors: expected the state of this very run, got that of another"):
+        models.fit_aligner(model, features, torch.arange(20), plan, seed=1, checkpoint=checkpoint)
+    checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="c.safetensors: expected a safetensors file, got one that does not parse"):
+        models.fit_aligner(model, features, torch.arange(20), plan, seed=0, checkpoint=checkpoint)
+
+
+# ------------------------------------------------------------------ settings
+
+
+def test_a_configuration_file_and_flags_that_overrule_it(tmp_path):
+    write_folder(tmp_path / "set", made_up())
+    config = tmp_path / "run.toml"
+    config.write_text(f'data = "{tmp_path / "set"}"\nseeds = 1\nsteps = 5\npairs = [40, "all"]\nloss = "clip"\nheads = "linear"\nmodalities = ["text", "sound"]\n')
+    result = runner.invoke(app, ["align", "--config", str(config), "--steps", "6", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["steps"] == 6 and results["settings"]["loss"] == "clip" and results["settings"]["pairs"] == [40, "all"]
+    assert list(results["dataset"]["modalities"]) == ["text", "sound"] and results["model"]["heads"] == "linear"
+    assert "--steps 6" in results["command"] and "--pairs 40,all" in results["command"] and str(tmp_path) not in results["command"]
+    again = runner.invoke(app, ["align", str(tmp_path / "set"), "--config", str(tmp_path / "out" / "config.toml"), "--out", str(tmp_path / "again")])
+    assert again.exit_code == 0, again.output
+    assert json.loads((tmp_path / "again" / "results.json").read_text()) == results
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("steps = ", "run.toml: expected TOML, got a file that does not parse"),
+        ("stepz = 3", r"run.toml: expected keys among .*, got unknown \['stepz'\]"),
+        ("steps = 0", "align: steps must be at least 1, got 0"),
+        ("steps = 'many'", "align: steps must be int, got 'many'"),
+        ("loss = 'triplet'", "align: loss must be one of gram, volume, clip, siglip, got 'triplet'"),
+        ("heads = 'deep'", "align: heads must be one of linear, lowrank, mlp, got 'deep'"),
+        ("pairs = [100, 100]", r"align: pairs must be different numbers or 'all', got \[100, 100\]"),
+        ("pairs = ['most']", "align: pairs must be different numbers or 'all'"),
+        ("device = 'abacus'", "align: device must be cpu or cuda, got 'abacus'"),
+        ("width = 1", "align: width must be at least 2, or 0 for the usual, got 1"),
+    ],
+)
+def test_bad_settings(tmp_path, content, message):
+    path = tmp_path / "run.toml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_settings(path, {})
+
+
+def test_a_number_of_pairs_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"pairs must be in 8..90, the training items of 'made_up', got 500"):
+        run_experiment(made_up(), AlignSettings(seeds=1, steps=2, pairs=(500,)))
+
+
+# ------------------------------------------------------------------ fewer pairs, missing modalities, heads and losses
+
+
+def test_fewer_pairs_come_from_the_training_part_and_lie_in_one_another():
+    emoji = data.load("emoji-mini")
+    whole, small, smaller = emoji.splits(3), emoji.splits(3, 200), emoji.splits(3, 100)
+    assert torch.equal(whole.test, small.test) and torch.equal(small.test, smaller.test)
+    assert (len(small.train), len(small.validation), len(small.fit)) == (200, 50, 150)
+    assert set(small.train.tolist()) <= set(whole.train.tolist())
+    assert len(set(smaller.train.tolist()) & set(small.train.tolist())) >= 95
+    assert not set(emoji.groups[small.fit].tolist()) & set(emoji.groups[small.validation].tolist())
+
+
+def test_more_pairs_help_and_every_figure_has_its_spread(tmp_path):
+    result = runner.invoke(app, ["align", "emoji-mini", "--pairs", "100,all", "--seeds", "2", "--steps", "3", "--out", str(tmp_path)], env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "results.json").read_text())
+    few, many = results["curve"]
+    assert (few["train"], many["train"]) == (100, 1349)
+    assert few["rows"]["cca"]["mean_r10"] < 0.6 * many["rows"]["cca"]["mean_r10"]
+    difference = results["rows"]["trained"]["difference"]
+    by_seed = [a - b for a, b in zip(*(results["rows"][row]["mean_r10_by_seed"] for row in ("trained", "cca")), strict=True)]
+    assert difference["mean"] == pytest.approx(sum(by_seed) / 2) and difference["std"] == pytest.approx(abs(by_seed[0] - by_seed[1]) / 2**0.5)
+    assert difference["seeds"] == 2
+    printed = result.output.partition("wrote ")[0]
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 81  # 80 columns (and a newline of the progress bar) hold every figure
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Mean R@10 by number of training pairs" in page and page.count("±") > 50 and "ΔR@10" in page
+    assert "What is confused" in page and "rank of the right one" in page
+    assert not re.search(r"(src|href)=['\"](?!data:)", page)
+
+
+def test_one_seed_has_no_spread(tmp_path):
+    experiment = run_experiment(made_up(missing=False), QUICK)
+    results = summary(experiment, "test")
+    headings, lines = joint_table(results)
+    assert headings == ["row", "query", "volume", "sum of cosines", "text alone", "touch alone"]
+    assert len(lines) == 12 and not any("±" in cell for line in lines for cell in line)
+
+
+def test_missing_modalities_are_learnt_from_where_they_are():
+    dataset = made_up(300)
+    assert 90 < int((~dataset.present["touch"]).sum()) < 110
+    experiment = run_experiment(dataset, AlignSettings(seeds=1, steps=40, batch=64))
+    table = experiment.seeds[0].table
+    assert table["cca"]["sound → touch"].r10 > 0.5
+    assert table["trained"]["sound → touch"].r10 > 0.5
+    # chance knows that fewer items have the modality
+    assert table["chance"]["sound → touch"].r10 > table["chance"]["sound → text"].r10
+
+
+def test_what_absent_rows_hold_reaches_nothing():
+    dataset = made_up()
+    absent = ~dataset.present["touch"]
+    other = {name: x.clone() for name, x in dataset.modalities.items()}
+    other["touch"][absent] = 1e6
+    changed = data.PairedDataset(**{**vars(dataset), "modalities": other})
+    first, second = (run_experiment(d, QUICK) for d in (dataset, changed))
+    assert first.seeds[0].table == second.seeds[0].table and first.seeds[0].histories == second.seeds[0].histories
+    for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_mask_without_gaps_changes_no_pair(monkeypatch):
+    config = models.GramAlignerConfig({"a": 5, "b": 4}, width=4, hidden=0, dropout=0.0, loss="clip")
+    model, batch = models.GramAligner(config), {"a": torch.randn(9, 5), "b": torch.randn(9, 4)}
+    everything = {"b": torch.ones(9, dtype=torch.bool)}
+    assert torch.equal(model(batch, present=everything).loss, model(batch).loss)
+    some = torch.tensor([True] * 5 + [False] * 4)
+    assert torch.allclose(model(batch, present={"b": some}).loss, model({n: x[:5] for n, x in batch.items()}).loss)
+    only_one = torch.zeros(9, dtype=torch.bool).index_fill(0, torch.tensor([3]), True)
+    assert model(batch, present={"b": only_one}).loss is None  # no pair, no loss
+    with pytest.raises(ValueError, match=r"present must map modalities to bool \[9\], got torch.bool \[5\] for 'b'"):
+        model(batch, present={"b": some[:5]})
+
+
+def test_the_volume_of_an_item_is_that_of_the_vectors_it_has():
+    config = models.GramAlignerConfig({"a": 5, "b": 4, "c": 3}, width=4, hidden=0, dropout=0.0, label_smoothing=0.0, loss="volume", temperature=0.3)
+    model = models.GramAligner(config).eval()
+    batch = {"a": torch.randn(6, 5), "b": torch.randn(6, 4), "c": torch.randn(6, 3)}
+    present = {"b": torch.tensor([1, 1, 0, 1, 1, 0]).bool(), "c": torch.tensor([1, 0, 1, 1, 1, 0]).bool()}
+    output = model(batch, present=present)
+    e, items = output.embeddings, [0, 1, 2, 3, 4]  # the last has the anchor alone
+
+    def volume(i, j):
+        vectors = torch.stack([e["a"][i]] + [e[n][j] for n in "bc" if present[n][j]])
+        return torch.linalg.det(vectors @ vectors.T).clamp_min(0).sqrt() ** (1 / len(vectors))
+
+    logits = -torch.stack([torch.stack([volume(i, j) for j in items]) for i in items]) / 0.3
+    target = torch.arange(5)
+    expected = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_cca_over_pairs_that_are_there():
+    features = {"a": torch.randn(60, 6), "b": torch.randn(60, 5), "c": torch.randn(60, 4)}
+    config = models.CanonicalCorrelationConfig(width=4)
+    whole = models.CanonicalCorrelation.fit(features, config)
+    masked = models.CanonicalCorrelation.fit(features, config, present={"c": torch.ones(60, dtype=torch.bool)})
+    assert torch.equal(whole.correlation, masked.correlation)
+    # two modalities, one of them missing in the last 20: as if those items were not there, but for the covariance of the other
+    mask = torch.arange(60) < 40
+    pair = {"a": features["a"], "b": torch.where(mask[:, None], features["b"], torch.nan)}
+    some = models.CanonicalCorrelation.fit(pair, config, present={"b": mask})
+    assert all(torch.isfinite(x).all() for x in (*some.weight.values(), *some.bias.values()))
+    with pytest.raises(ValueError, match=r"present\['b'\] must hold at least 2 items, got 1"):
+        models.CanonicalCorrelation.fit(pair, config, present={"b": torch.arange(60) < 1})
+
+
+@pytest.mark.parametrize("heads", ["linear", "lowrank", "mlp"])
+@pytest.mark.parametrize("loss", ["gram", "volume", "clip", "siglip"])
+def test_every_head_learns_under_every_loss(heads, loss):
+    config = models.GramAlignerConfig({"a": 20, "b": 20}, width=16, heads=heads, hidden=0 if heads == "lowrank" else 16, dropout=0.0, loss=loss)
+    model, batch = models.GramAligner(config), {name: torch.randn(12, 20) for name in "ab"}
+    before = model(batch).loss.item()
+    plan = models.TrainingConfig(steps=80, batch=12, learning_rate=1e-2, affine_rate=1.0)
+    history = models.fit_aligner(model, batch, torch.arange(12), plan, seed=0)
+    assert history.loss[-1] < 0.7 * before
+    model(batch).loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    saved = models.GramAlignerConfig(**{**vars(config)})
+    assert saved == config
+
+
+def test_a_gate_that_starts_shut_warns_and_stays_shut():
+    with pytest.warns(UserWarning, match="gate = 0 shuts the low-rank branch for ever"):
+        config = models.GramAlignerConfig({"a": 6, "b": 5}, width=4, heads="lowrank", hidden=0, gate=0.0, dropout=0.0)
+    model = models.GramAligner(config)
+    model({"a": torch.randn(8, 6), "b": torch.randn(8, 5)}).loss.backward()
+    head = model.heads["a"]
+    assert head.branch_in.weight.shape == (8, 6)  # the published rank: at least 8, else a quarter of the width
+    assert not head.branch_out.weight.grad.any() and not head.branch_in.weight.grad.any()
+    assert torch.allclose(head.linear.weight @ head.linear.weight.T, torch.eye(4), atol=1e-5) and head.linear.bias is None
+
+
+def test_early_stop():
+    model = models.GramAligner(models.GramAlignerConfig({"a": 6, "b": 6}, width=4))
+    features = {name: torch.randn(40, 6) for name in "ab"}  # nothing to learn, so validation soon stops rising
+    plan = models.TrainingConfig(steps=400, batch=20, patience=3)
+    history = models.fit_aligner(model, features, torch.arange(40), plan, seed=0, validation=(features, torch.arange(40)))
+    longest = max(history.evaluated)
+    assert longest < 400 and longest == history.best_step + 30
+
+
+def test_wide_features_are_reduced_on_training_items_and_the_saved_model_takes_raw_ones(tmp_path):
+    dataset = made_up(missing=True)
+    experiment = run_experiment(dataset, AlignSettings(seeds=1, steps=6, batch=32, reduce=10))
+    config = experiment.model.config
+    assert config.components == {"sound": 10, "text": 10, "touch": 10} and config.modalities == {"sound": 20, "text": 16, "touch": 12}
+    split = dataset.splits(0)
+    reduction = models.PrincipalComponents.fit(dataset.modalities["text"][split.train], 10)
+    assert torch.equal(reduction.components, experiment.model.heads["text"].projection)
+    experiment.model.save_pretrained(tmp_path)
+    again = models.GramAligner.from_pretrained(tmp_path)
+    raw = dataset.features(split.test)
+    for name, embedding in experiment.model.embed(raw).items():
+        assert torch.equal(again.embed(raw)[name], embedding)
+    # the same model before the reduction was built in
+    inner = models.GramAligner(models.GramAlignerConfig({"text": 10, "sound": 10}, width=4, hidden=0))
+    outer = inner.on_raw_features({"text": reduction}).eval()
+    assert torch.allclose(inner.eval().embed({"text": reduction(raw["text"])})["text"], outer.embed({"text": raw["text"]})["text"], atol=1e-5)
+
+
+# ------------------------------------------------------------------ search
+
+
+@pytest.fixture(scope="module")
+def emoji_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "emoji-mini"
+    result = runner.invoke(app, ["align", "emoji-mini", "--seeds", "1", "--steps", "10", "--out", str(folder)])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_search_by_a_picture_and_by_a_picture_with_words(emoji_run, tmp_path):
+    emoji = data.load("emoji-mini")
+    apple = emoji.names.index("red apple")
+    picture = tmp_path / "apple.png"
+    emoji.picture(apple).save(picture)
+    alone = runner.invoke(app, ["search", str(emoji_run), "--picture", str(picture), "--target", "picture", "--top", "3", "--out", str(tmp_path / "a.png")])
+    assert alone.exit_code == 0, alone.output
+    assert "red apple" in alone.output.splitlines()[5] and "cosine" in alone.output
+    both = runner.invoke(app, ["search", str(emoji_run), "green", "--picture", str(picture), "--top", "3", "--out", str(tmp_path / "b.png")])
+    assert both.exit_code == 0, both.output
+    assert "green apple" in both.output and "volume" in both.output
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_modalities_are_ranked_by_volume(emoji_run):
+    emoji, model = data.load("emoji-mini"), models.GramAligner.from_pretrained(emoji_run / "model")
+    query = {name: emoji.modalities[name][10:11] for name in ("text", "picture")}
+    items, scores = find(model, emoji, query, 5, "picture")
+    e = model.embed(emoji.modalities)
+    vectors = torch.stack([torch.stack([e["picture"][item], e["text"][10], e["picture"][10]]) for item in items]).double()
+    expected = torch.linalg.det(vectors @ vectors.mT).clamp_min(0).sqrt()
+    assert scores == sorted(scores) and torch.allclose(torch.tensor(scores).double(), expected, atol=1e-3)
+    assert items[0] == 10 and scores[0] < 1e-3
+
+
+def test_search_passes_over_items_without_the_target():
+    dataset = made_up()
+    experiment = run_experiment(dataset, QUICK)
+    items, _ = find(experiment.model, dataset, {"text": dataset.modalities["text"][:1]}, 120, "touch")
+    assert set(items) == set(dataset.present["touch"].nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--picture", "nowhere.png"], "nowhere.png: expected a picture, got no such file"),
+        (["--picture", __file__], "expected a picture that Pillow opens, got one that it does not"),
+        (["cat", "--target", "smell"], r"query and target must be modalities of model and data set out of ['picture', 'text'], got ['smell']"),
+    ],
+)
+def test_search_refuses(emoji_run, arguments, message):
+    result = runner.invoke(app, ["search", str(emoji_run), *arguments])
+    assert result.exit_code == 1 and message in result.output.replace("\n", "") and "Traceback" not in result.output
+
+
+def test_example_with_your_own_features(tmp_path):
+    finished = subprocess.run([sys.executable, REPOSITORY / "examples/align_your_features.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "'touch': 264" in finished.stdout and (tmp_path / "my_aligner" / "model.safetensors").is_file()
