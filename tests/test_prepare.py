@@ -23,6 +23,7 @@ from modalign.cli import app
 from modalign.data import encoders, pads, prepare_emoji_mini, prepare_furniture_mini, shards
 from modalign.data.prepare import prepare
 from modalign.data.sources import SOURCES, clipart, footprints, furniture
+from modalign.data.sources._items import render_svg
 from modalign.data.storage import read_tensors, verify_checksums
 
 TESTS = Path(__file__).parent
@@ -101,6 +102,13 @@ def test_languages_speech_and_missing_ones(tmp_path):
         assert read_tensors(root / f"stamps/{modality}.safetensors")["present"].tolist() == present
     assert about["modalities"]["text_fr"]["language"] == "fr" and "speech_de" not in about["modalities"]  # nobody speaks German here
     assert about["left_out"] == {"no picture": 1, "expected an English caption in line 1, got 'an empty file'": 1}
+
+
+def test_drawings_have_one_width_whatever_they_ask_for(tmp_path):
+    for size in ("4", "30pt", "20000"):
+        path = miniature.write(tmp_path / "a.svg", miniature.svg("red", size=size))
+        picture = render_svg(path)
+        assert picture.size == (256, 256) and picture.getpixel((20, 20)) == (255, 0, 0, 255) and picture.getpixel((250, 250))[3] == 0
 
 
 def test_unreadable_files_are_counted_with_their_reasons(tmp_path):

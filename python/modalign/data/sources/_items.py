@@ -20,6 +20,7 @@ __all__ = ["DebianPackage", "Item", "Modality", "PythonPackage", "Reading", "Sou
 
 PICTURE = "picture"
 SVG_REMEDY = "pip install resvg-py"
+SVG_WIDTH = 256
 
 
 @dataclass
@@ -171,15 +172,15 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image:
 def render_svg(path: str | Path, content: str | None = None) -> Image:
     """Draw an SVG file, or the content of one inside an archive.
 
-    At 96 dots per inch, as browsers do: resvg's own default refuses documents whose size is in points. Fonts are not loaded, so text inside drawings
-    is left out and the result does not depend on the machine.
+    256 pixels wide whatever size the file asks for, since some ask for a poster. At 96 dots per inch, as browsers do: resvg's own default refuses documents
+    whose size is in points. Fonts are not loaded, so text inside drawings is left out and the result does not depend on the machine.
     """
     from ..encoders._packages import import_package
 
     resvg = import_package("resvg_py", "drawing SVG", SVG_REMEDY)
     try:
         content = Path(path).read_text(encoding="utf-8", errors="replace") if content is None else content
-        png = bytes(resvg.svg_to_bytes(svg_string=content, dpi=96, skip_system_fonts=True))
+        png = bytes(resvg.svg_to_bytes(svg_string=content, dpi=96, width=SVG_WIDTH, skip_system_fonts=True))
     except OSError as error:
         raise ValueError(f"{path}: expected an SVG drawing, got a file that does not read ({error})") from error
     except KeyboardInterrupt:
