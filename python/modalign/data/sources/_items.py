@@ -172,8 +172,8 @@ def open_picture(path: str | Path, content: bytes | None = None) -> Image:
 def render_svg(path: str | Path, content: str | None = None) -> Image:
     """Draw an SVG file, or the content of one inside an archive.
 
-    256 pixels wide whatever size the file asks for, since some ask for a poster. At 96 dots per inch, as browsers do: resvg's own default refuses documents
-    whose size is in points. Fonts are not loaded, so text inside drawings is left out and the result does not depend on the machine.
+    256 pixels wide whatever size the file asks for, since some ask for a poster. At 96 dots per inch, as browsers do: resvg's own default refuses
+    documents whose size is in points. Fonts are not loaded, so text inside drawings is left out and the result does not depend on the machine.
     """
     from ..encoders._packages import import_package
 
