@@ -57,7 +57,7 @@ def run_bench(options: argparse.Namespace) -> bool:
     results = bench.run_file(
         HERE / "cases" / f"{options.name}.py",
         chosen,
-        environment.public_command(environment.arguments_of_this_process()),
+        environment.command_of_this_process(),
         lambda text: print(text, flush=True),
     )
     bench.write_results(options.out, results)

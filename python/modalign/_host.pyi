@@ -1,6 +1,6 @@
 """Build facts, the kernel catalogue, and the CUDA kernels run on the CPU by an emulator that reports races and bad addresses."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -110,3 +110,17 @@ def tile_log_sum_exp(a: np.ndarray, b: np.ndarray, scale: float, instruction_set
 
 def tile_weighted_values(a: np.ndarray, b: np.ndarray, values: np.ndarray, instruction_set: str = "auto") -> np.ndarray:
     """Form d: (a b^t) values."""
+
+# CPU kernels on one thread, with nothing of torch around them.
+def cpu_kernels() -> list[str]:
+    """Names that time_cpu_kernel takes."""
+
+def time_cpu_kernel(
+    kernel: str, inputs: Sequence[np.ndarray], repeats: int = 1, *, group: int = 2, instruction_set: str = "auto"
+) -> tuple[float, list[np.ndarray]]:
+    """Run a CPU kernel `repeats` times; seconds of one call, and its outputs.
+
+    `inputs` are those of the op, contiguous and without leading dimensions, all float32, float64, float16 or the bits of bfloat16 in uint16; a backward
+    takes the upstream gradient after them. `group` belongs to tile_square_sum. Outputs, workspaces and what the forward saves are made before the clock
+    starts.
+    """

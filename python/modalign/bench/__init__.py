@@ -16,12 +16,14 @@ A file of cases (benchmarks/cases/*.py here, anything of yours elsewhere)::
     def copy(p, pass_, size):
         return 2 * p["N"] * p["D"] * size
 
-and `modalign.bench.run_file(path, ...)`, which benchmarks/run.py calls, does the rest. Figures in Markdown come from the JSON: `python -m
+and `modalign bench run softmax --cases FILE` does the rest: see docs/bench.md. Figures in Markdown come from the JSON: `python -m
 modalign.bench.tables README.md`.
 """
 
-from .registry import Case, Provider, Target, case, cases, copy_floor, load_cases, matmul_floor, provider, providers_of
-from .results import SCHEMA, read_results, write_results
+from .comparison import compare
+from .machine import measure_machine
+from .registry import Case, Provider, Target, case, cases, copy_floor, load_cases, load_provider, matmul_floor, provider, providers_of
+from .results import SCHEMA, read_results, validate, write_results
 from .run import Options, run_cases, run_file
 
 __all__ = [
@@ -32,13 +34,17 @@ __all__ = [
     "Target",
     "case",
     "cases",
+    "compare",
     "copy_floor",
     "load_cases",
+    "load_provider",
     "matmul_floor",
+    "measure_machine",
     "provider",
     "providers_of",
     "read_results",
     "run_cases",
     "run_file",
+    "validate",
     "write_results",
 ]

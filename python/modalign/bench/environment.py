@@ -44,20 +44,24 @@ def blas() -> str:
     return " ".join([name.group(1) if name else "unknown", *([version.group(1)] if version else [])])
 
 
+def public_path(path: str | Path) -> str:
+    """Relative to the working directory, or without its folder where it lies outside it."""
+    path, here = Path(path), Path.cwd()
+    if not path.is_absolute():
+        return path.as_posix()
+    return path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
+
+
 def public_command(arguments: list[str]) -> str:
-    """The command to repeat this, its paths relative to the working directory, or without their folder where they lie outside
-    it; a note is kept elsewhere."""
-    here = Path.cwd()
+    """The command to repeat this, its paths as `public_path` shows them; a note is kept elsewhere."""
 
     def shown(argument: str) -> str:
         flag, equals, value = argument.rpartition("=")
-        path = Path(value)
-        if not path.is_absolute():
-            return argument
-        return flag + equals + (str(path.relative_to(here)) if path.is_relative_to(here) else path.name)
+        return flag + equals + public_path(value) if Path(value).is_absolute() else argument
 
     kept = [argument for before, argument in zip(["", *arguments], arguments, strict=False) if "--note" not in (before, argument)]
-    return "python " + shlex.join(shown(argument) for argument in kept)
+    command = shlex.join(shown(argument) for argument in kept)
+    return command if kept[0].endswith("modalign") else "python " + command
 
 
 def describe(device: torch.device, seed: int) -> dict[str, Any]:
@@ -90,5 +94,7 @@ def describe(device: torch.device, seed: int) -> dict[str, Any]:
     return facts
 
 
-def arguments_of_this_process() -> list[str]:
-    return [Path(sys.argv[0]).as_posix(), *sys.argv[1:]]
+def command_of_this_process() -> str:
+    """What to type to repeat this."""
+    program = Path(sys.argv[0])
+    return public_command([program.name if program.name == "modalign" else program.as_posix(), *sys.argv[1:]])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +14,33 @@ import torch
 from ..testing.memory import peak_memory
 from . import registry
 from .measure import InputSets, Subject
+
+
+START_SECONDS = 60  # for a process to start, load torch and draw its inputs
+SHARE_OF_FREE_MEMORY = 0.9
+
+
+def available_bytes() -> int:
+    """Memory that this process may still take without swapping: what the system has free, or its control group has left."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    try:
+        group = Path("/sys/fs/cgroup")
+        available = min(available, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no control group, or "max": no bound of its own
+        pass
+    return available
+
+
+def limit_memory() -> None:
+    """From here on an allocation that does not fit fails here, before the system chooses a process to end."""
+    used = int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:")).split()[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used + int(SHARE_OF_FREE_MEMORY * available_bytes()), resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def is_out_of_memory(message: str) -> bool:
+    return any(words in message for words in ("can't allocate memory", "MemoryError", "bad_alloc", "out of memory", "Cannot allocate memory"))
 
 
 def _smallest(case: registry.Case, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -21,9 +52,12 @@ def _smallest(case: registry.Case, parameters: dict[str, Any]) -> dict[str, Any]
 
 
 def subject_in_child(
-    file: str, case: str, provider: str, parameters: dict[str, Any], dtype: str, device: str, pass_: str, seed: int
+    sources: list[str], case: str, provider: str, parameters: dict[str, Any], dtype: str, device: str, pass_: str, seed: int, limit: float | None
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    registry.load_cases(file)
+    for source in sources:
+        registry.load(source)
+    if limit is not None and device == "cpu":
+        limit_memory()
     chosen, one = registry.cases()[case], registry.providers_of(case)[provider]
 
     def call_with(sizes: dict[str, Any]) -> Callable[[], Any]:
@@ -31,8 +65,12 @@ def subject_in_child(
         subject = Subject(one, inputs, sizes, upstream=pass_ != "fwd")
 
         def call() -> Any:
+            begin = time.perf_counter()
             with one.context():
-                return subject.forward(0) if pass_ == "fwd" else subject.both(0)
+                result = subject.forward(0) if pass_ == "fwd" else subject.both(0)
+            if limit is not None and not one.compiled and time.perf_counter() - begin > limit:
+                raise TimeoutError(f"one call took {time.perf_counter() - begin:.3g} s")
+            return result
 
         return call
 
@@ -49,13 +87,12 @@ def peak_bytes(
     pass_: str,
     seed: int,
     threads: int,
+    limit: float | None = None,
 ) -> int:
-    """Largest growth during one pass, beyond the inputs: results, gradients and whatever was in between."""
-    probe = peak_memory(
-        "modalign.bench.memory:subject_in_child",
-        threads=threads,
-        timeout=900,
-        file=case.file,
+    """Largest growth during one pass, beyond the inputs: results, gradients and whatever was in between. With a `limit` in seconds a call that takes
+    longer, or more memory than there is, raises TimeoutError or MemoryError instead."""
+    arguments = dict(
+        sources=registry.sources(),
         case=case.name,
         provider=provider.name,
         parameters=dict(parameters),
@@ -63,5 +100,16 @@ def peak_bytes(
         device=str(device),
         pass_=pass_,
         seed=seed,
+        limit=limit,
     )
-    return probe.peak
+    try:
+        return peak_memory("modalign.bench.memory:subject_in_child", threads=threads, timeout=900 if limit is None else limit + START_SECONDS, **arguments).peak
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"one call took more than {error.timeout:.0f} s") from error
+    except RuntimeError as error:
+        last = str(error).strip().splitlines()[-1]
+        if "TimeoutError: " in last:
+            raise TimeoutError(last.partition("TimeoutError: ")[2]) from error
+        if is_out_of_memory(str(error)) or last.endswith("failed:"):  # no last words: the system ended it
+            raise MemoryError(last) from error
+        raise

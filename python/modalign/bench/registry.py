@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ Cost = Callable[[Parameters, str, int], float]  # (parameters, pass, bytes of an
 
 @dataclass(frozen=True)
 class Target:
-    """A speed to reach: `provider` takes at most `ratio` of the floor's time in this pass, where the parameters agree with `where`."""
+    """A speed to reach: `provider` takes at most `ratio` of the floor's time in this pass at the sizes of the case's grid that agree with `where`."""
 
     ratio: float
     provider: str = "ours"
@@ -36,9 +37,8 @@ class Target:
 @dataclass(frozen=True)
 class Case:
     """make(maker, **parameters) gives the inputs, a tuple of tensors or lists of tensors; every floating one is differentiated. reference takes
-    them in float64 and is
-    differentiable. flops and bytes count what the problem needs, not what a provider does. tolerance scales the error that is allowed beyond the
-    formula's own."""
+    them in float64 and is differentiable. flops and bytes count what the problem needs, not what a provider does. Where sparsity makes the problem
+    smaller, dense_flops counts what it would need without: rows then hold the useful rate (flops) and the dense-equivalent one (dense_flops)."""
 
     name: str
     make: Callable[..., tuple[Any, ...]]
@@ -47,13 +47,23 @@ class Case:
     quick: tuple[Parameters, ...] = ()
     flops: Cost | None = None
     bytes: Cost | None = None
+    dense_flops: Cost | None = None
     passes: tuple[str, ...] = PASSES
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     targets: tuple[Target, ...] = ()
     file: str = ""
 
+    @property
+    def parameters(self) -> list[str]:
+        """Names of what a size consists of."""
+        return list(dict.fromkeys(key for point in self.grid for key in point))
+
+    def points(self, quick: bool = False) -> tuple[Parameters, ...]:
+        return self.quick if quick and self.quick else self.grid
+
     def cost(self, kind: str, parameters: Parameters, pass_: str, size: int) -> float | None:
-        formula = self.flops if kind == "flops" else self.bytes
+        """kind: "flops", "bytes" or "dense_flops"."""
+        formula: Cost | None = getattr(self, kind)
         if formula is None:
             return None
         if pass_ == "fwd+bwd":
@@ -63,23 +73,41 @@ class Case:
 
 @dataclass(frozen=True)
 class Provider:
-    """function(*inputs) gives the result, and its backward is autograd's. A floor instead has prepare(sets, parameters, dtype), which gives {"fwd":
-    f, "bwd": f}: functions of
-    the number of the input set. unavailable() is None or the reason why it cannot run here; plan() says what runs, read inside `context`."""
+    """function(*inputs) gives the result, and its backward is autograd's. A floor instead has prepare(sets, parameters, dtype, device), which gives
+    {"fwd": f, "bwd": f}: functions of the number of the input set. requires is the module that it imports, and install what to install for it where
+    the package has another name; without the module its rows say "not installed". unavailable() is None or another reason why it cannot run here;
+    plan() says what runs, read inside `context`."""
 
     name: str
     function: Callable[..., Tensor] | None = None
     prepare: Callable[..., dict[str, Callable[[int], Any]]] | None = None
     kind: str = "peer"
+    requires: str = ""
+    install: str = ""
     unavailable: Callable[[], str | None] = lambda: None
     plan: Callable[[], str] | None = None
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     compiled: bool = False  # the first call of a shape is expensive and does not count, in memory either
 
+    def standing(self) -> tuple[str, str]:
+        """(status, reason): ("ok", ""), ("not installed", what to do) or ("unavailable", why)."""
+        if self.requires and not _found(self.requires):
+            return "not installed", f"pip install {self.install or self.requires.partition('.')[0]}"
+        reason = self.unavailable()
+        return ("unavailable", reason) if reason else ("ok", "")
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it is missing
+        return False
+
 
 _cases: dict[str, Case] = {}
 _providers: dict[str, dict[str, Provider]] = {}
 _loading: list[str] = []
+_sources: list[str] = []  # files of cases and "module:function" providers in the order in which they were loaded
 
 
 def case(
@@ -93,6 +121,9 @@ def case(
         if unknown:
             raise ValueError(f"case: passes must be out of {PASSES}, got {sorted(unknown)}")
         made = Case(name=name or make.__name__, make=make, grid=tuple(grid), reference=reference, file=_loading[-1] if _loading else "", **settings)
+        before = _cases.get(made.name)
+        if before is not None and before.file != made.file:
+            raise ValueError(f"case: name must be new, got {made.name!r}, which {before.file or 'this process'} declares")
         _cases[made.name] = made
         _providers.setdefault(made.name, {})
         return made
@@ -194,4 +225,46 @@ def load_cases(path: str | Path) -> list[Case]:
         specification.loader.exec_module(module)
     finally:
         _loading.pop()
+    _remember(str(path))
     return [declared for declared in _cases.values() if declared.file == str(path)]
+
+
+def load_provider(function: str, *of: Case | str) -> Provider:
+    """Make "module:function" a provider of these cases, with that name. It takes the inputs that the case makes and gives the result.
+
+    >>> import modalign.bench as bench
+    >>> bench.load_provider("torch.nowhere:relu")
+    Traceback (most recent call last):
+    ModuleNotFoundError: No module named 'torch.nowhere'
+    """
+    module, colon, name = function.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f"load_provider: function must be written as module:function, got {function!r}")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a command's own path holds the script's folder, not the user's
+    found = getattr(importlib.import_module(module), name, None)
+    if not callable(found):
+        raise ValueError(f"load_provider: function must be one of {module}, got {name!r}")
+    made = Provider(name=function, function=found)
+    _add(made, of)
+    for one in of:
+        _remember(f"{function}@{one.name if isinstance(one, Case) else one}")
+    return made
+
+
+def _remember(source: str) -> None:
+    if source not in _sources:
+        _sources.append(source)
+
+
+def sources() -> list[str]:
+    """What a new process has to `load` to know the same cases and providers."""
+    return list(_sources)
+
+
+def load(source: str) -> None:
+    function, at, of = source.rpartition("@")
+    if at and ":" in function:
+        load_provider(function, of)
+    else:
+        load_cases(source)

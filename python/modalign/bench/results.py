@@ -1,36 +1,75 @@
-"""The JSON that a benchmark leaves: one file, versioned, written whole or not at all."""
+"""The JSON that a benchmark leaves: one file, versioned, written whole or not at all. results.schema.json beside this file says what is in it, and is
+what `validate` reads."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-SCHEMA = "modalign.bench/1"
-STATUSES = ("ok", "mismatch", "unavailable")
+from .._files import write_json
 
-_TOP = {"schema": str, "created": str, "command": str, "seed": int, "note": str, "environment": dict, "rows": list}
-_ROW = {"case": str, "parameters": dict, "dtype": str, "pass": str, "threads": int, "provider": str, "kind": str, "status": str, "reason": str}
+SCHEMA = "modalign.bench/2"
+SCHEMA_FILE = Path(__file__).with_name("results.schema.json")
+
+_TYPES = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "boolean": bool,
+    "integer": int,
+    "number": (int, float),
+    "null": type(None),
+}
 
 
-def validate(results: dict[str, Any]) -> None:
-    """Raise ValueError, with the place, where `results` is not what this version writes and reads."""
-    if results.get("schema") != SCHEMA:
-        raise ValueError(f"bench results: schema must be {SCHEMA!r}, got {results.get('schema')!r}")
-    for key, kind in _TOP.items():
-        if not isinstance(results.get(key), kind):
-            raise ValueError(f"bench results: {key} must be {kind.__name__}, got {results.get(key)!r}")
-    for index, row in enumerate(results["rows"]):
-        for key, kind in _ROW.items():
-            if not isinstance(row.get(key), kind):
-                raise ValueError(f"bench results: rows[{index}].{key} must be {kind.__name__}, got {row.get(key)!r}")
-        if row["status"] not in STATUSES:
-            raise ValueError(f"bench results: rows[{index}].status must be one of {STATUSES}, got {row['status']!r}")
-        if (row["status"] == "ok") != ("seconds" in row):
-            raise ValueError(f"bench results: rows[{index}] must have a speed exactly where its result matched, got status {row['status']!r}")
+@functools.cache
+def schema() -> dict[str, Any]:
+    """The published JSON Schema."""
+    return json.loads(SCHEMA_FILE.read_text())
+
+
+def validate(results: Any) -> None:
+    """Raise ValueError, with the place, where `results` is not what the schema says."""
+    if problem := _problem(results, schema(), ""):
+        raise ValueError(f"bench results: {problem}")
+
+
+def _is(value: Any, kind: str) -> bool:
+    return isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
+
+
+def _problem(value: Any, rule: dict[str, Any], place: str) -> str:
+    """What is wrong first, or nothing: the part of JSON Schema that results.schema.json uses."""
+    if "$ref" in rule:
+        return _problem(value, schema()["$defs"][rule["$ref"].rpartition("/")[2]], place)
+    here = place or "the whole"
+    kinds = [rule["type"]] if isinstance(rule.get("type"), str) else rule.get("type", [])
+    if kinds and not any(_is(value, kind) for kind in kinds):
+        return f"{here} must be {' or '.join(kinds)}, got {value!r:.80}"
+    if "enum" in rule and value not in rule["enum"]:
+        return f"{here} must be one of {rule['enum']}, got {value!r:.80}"
+    if "const" in rule and value != rule["const"]:
+        return f"{here} must be {rule['const']!r}, got {value!r:.80}"
+    if "anyOf" in rule and all(problems := [_problem(value, option, place) for option in rule["anyOf"]]):
+        return problems[0]
+    if "not" in rule and not _problem(value, rule["not"], place):
+        return f"{here} must not have {rule['not'].get('required')}"
+    if isinstance(value, list) and "items" in rule:
+        return next((problem for index, entry in enumerate(value) if (problem := _problem(entry, rule["items"], f"{place}[{index}]"))), "")
+    if isinstance(value, dict):
+        for key in rule.get("required", ()):
+            if key not in value:
+                return f"{here} must have {key!r}"
+        for key, entry in value.items():
+            inner = rule.get("properties", {}).get(key, rule.get("additionalProperties"))
+            if inner and (problem := _problem(entry, inner, f"{place}.{key}" if place else key)):
+                return problem
+    if "if" in rule:
+        return _problem(value, rule.get("else" if _problem(value, rule["if"], place) else "then", {}), place)
+    return ""
 
 
 def _finite(value: Any) -> Any:
@@ -45,25 +84,20 @@ def _finite(value: Any) -> Any:
 
 
 def write_results(path: str | Path, results: dict[str, Any]) -> None:
-    validate(results)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(results), indent=1, allow_nan=False) + "\n"
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner reads
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """Write valid results; the file appears whole or, on an error or Ctrl-C, stays as it was."""
+    finite = _finite(results)
+    validate(finite)
+    write_json(path, finite)
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
+    """Read what this version or an older one wrote. ValueError where it is something else."""
     try:
         results = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"bench results: {path} must be JSON, got {error}") from error
-    validate(results)
+    try:
+        validate(results)
+    except ValueError as error:
+        raise ValueError(f"{error} (in {path})") from None
     return results

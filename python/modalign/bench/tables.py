@@ -24,16 +24,18 @@ from .results import read_results
 
 Row = dict[str, Any]
 DASH = "–"
+NOISY = "The floor spread by more than 10 % in some rows: something else was running"
+LEFT = ("case", "pass", "provider", "plan", "floor_source", "reason")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds * 1e9:.3g} ns"
 
 
-def _bytes(count: float) -> str:
+def byte_count(count: float) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -44,15 +46,11 @@ def _time(row: Row) -> str:
     if row["status"] != "ok":
         return row["status"]
     times = row["seconds"]
-    return f"{_duration(times['median'])} ({_duration(times['q20'])} … {_duration(times['q80'])})"
+    return f"{duration(times['median'])} ({duration(times['q20'])} … {duration(times['q80'])})"
 
 
-def _rate(row: Row) -> str:
-    return f"{row['flop_per_second'] / 1e9:.3g} GFLOP/s" if row.get("flop_per_second") else DASH
-
-
-def _bandwidth(row: Row) -> str:
-    return f"{row['byte_per_second'] / 1e9:.3g} GB/s" if row.get("byte_per_second") else DASH
+def _rate(field: str, unit: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[field] / 1e9:.3g} {unit}" if row.get(field) else DASH
 
 
 def _ratio(row: Row) -> str:
@@ -62,8 +60,17 @@ def _ratio(row: Row) -> str:
     return f"{ratio['median']:.2f} ({ratio['q20']:.2f} … {ratio['q80']:.2f})" if row["kind"] != "floor" else "1"
 
 
+def _floor_source(row: Row) -> str:
+    """Files of modalign.bench/1 know declared floors only."""
+    if not row.get("ratio_to_floor"):
+        return DASH
+    return (row.get("floor") or {"source": "declared"})["source"]
+
+
 def _error(which: str) -> Callable[[Row], str]:
     def shown(row: Row) -> str:
+        if checked := row.get("checked"):
+            return "checked at " + " ".join(f"{key}={value}" for key, value in checked.items() if row["parameters"][key] != value)
         error = (row.get("error") or {}).get(which)
         if not error:
             return DASH
@@ -84,11 +91,13 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "threads": ("threads", lambda row: str(row["threads"])),
     "provider": ("provider", lambda row: row["provider"]),
     "time": ("median (q20 … q80)", _time),
-    "rate": ("rate", _rate),
-    "bandwidth": ("bandwidth", _bandwidth),
+    "rate": ("rate", _rate("flop_per_second", "GFLOP/s")),
+    "dense": ("dense-equivalent rate", _rate("dense_flop_per_second", "GFLOP/s")),
+    "bandwidth": ("bandwidth", _rate("byte_per_second", "GB/s")),
     "floor": ("time / floor", _ratio),
+    "floor_source": ("which floor", _floor_source),
     "percent": ("% of floor", lambda row: f"{row['percent_of_floor']:.0f} %" if row.get("percent_of_floor") else DASH),
-    "memory": ("peak memory", lambda row: _bytes(row["peak_memory_bytes"]) if row.get("peak_memory_bytes") is not None else DASH),
+    "memory": ("peak memory", lambda row: byte_count(row["peak_memory_bytes"]) if row.get("peak_memory_bytes") is not None else DASH),
     "error": ("error / RMS", _error("forward")),
     "gradient": ("gradient error / RMS", _error("backward")),
     "target": ("target", _target),
@@ -142,7 +151,7 @@ def markdown(source: str, rows: str, columns: str) -> str:
     lines += ["| " + " | ".join(cell(row, name).replace("|", "\\|") for name in names) + " |" for row in kept]
     if any(row.get("noisy") for row in kept):
         lines.append("")
-        lines.append("The floor spread by more than 10 % in some rows: something else was running.")
+        lines.append(NOISY + ".")
     return "\n".join([*lines, "", caption(results, source)])
 
 
@@ -171,51 +180,82 @@ def render(text: str) -> str:
     return _BLOCK.sub(fill, text)
 
 
+def screen_columns(rows: Sequence[Row]) -> list[str]:
+    """What to show of the rows of one case: nothing that is empty in all of them."""
+    shown = ["threads", "dtype", "pass", "provider", "time", "rate", "dense", "bandwidth", "floor", "floor_source", "percent", "memory", "error"]
+    kept = [name for name in [*shown, "gradient", "target", "plan"] if any(cell(row, name) != DASH for row in rows)]
+    if "rate" in kept and "bandwidth" in kept and "dense" not in kept:
+        kept.remove("bandwidth")
+    if len({row["dtype"] for row in rows}) == 1:
+        kept.remove("dtype")
+    return [*rows[0]["parameters"], *kept]
+
+
+def heading(column: str) -> str:
+    return COLUMNS[column][0] if column in COLUMNS else column
+
+
+def group_of(row: Row) -> tuple[Any, ...]:
+    """Rows that belong together: one size, dtype, thread count and pass."""
+    return (tuple(row["parameters"].items()), row["dtype"], row["threads"], row["pass"])
+
+
+def by_case(results: dict[str, Any]) -> dict[str, list[Row]]:
+    return {case: [row for row in results["rows"] if row["case"] == case] for case in dict.fromkeys(row["case"] for row in results["rows"])}
+
+
+def reasons(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(f"{row['provider']}: {row['status']}: {row['reason']}" for row in rows if row["reason"]))
+
+
 def screen(results: dict[str, Any]) -> Any:
     """The results as rich tables, one per case."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     parts: list[Any] = []
-    for case in dict.fromkeys(row["case"] for row in results["rows"]):
-        rows = [row for row in results["rows"] if row["case"] == case]
-        parameters = list(rows[0]["parameters"])
-        columns = [
-            *parameters,
-            "threads",
-            "pass",
-            "provider",
-            "time",
-            "rate" if rows[0].get("flops") else "bandwidth",
-            "floor",
-            "percent",
-            "memory",
-            "error",
-            "gradient",
-            "target",
-            "plan",
-        ]
+    for case, rows in by_case(results).items():
+        columns = screen_columns(rows)
         table = Table(title=case, title_justify="left", header_style="bold")
         for name in columns:
-            table.add_column(
-                COLUMNS[name][0] if name in COLUMNS else name,
-                justify="left" if name in ("provider", "plan", "pass") else "right",
-                no_wrap=name not in ("plan",),
-            )
+            table.add_column(heading(name), justify="left" if name in LEFT else "right", no_wrap=name != "plan")
         previous = None
         for row in rows:
-            key = (tuple(row["parameters"].values()), row["threads"], row["pass"])
-            if previous not in (None, key):
+            if previous not in (None, group_of(row)):
                 table.add_section()
-            previous = key
+            previous = group_of(row)
             style = {"ours": "bold green", "floor": "dim"}.get(row["kind"], "")
             table.add_row(*(cell(row, name) for name in columns), style="red" if row["status"] == "mismatch" else style)
-        parts.append(table)
-        for reason in dict.fromkeys(f"{row['provider']}: {row['status']}: {row['reason']}" for row in rows if row["reason"]):
-            parts.append(f"  {reason}")
+        parts += [table, *(Text(f"  {reason}") for reason in reasons(rows))]
     if any(row.get("noisy") for row in results["rows"]):
-        parts.append("[yellow]noisy: the floor spread by more than 10 % in some rows; something else was running[/yellow]")
+        parts.append(Text("noisy: " + NOISY[0].lower() + NOISY[1:], style="yellow"))
     return Group(*parts)
+
+
+def machine_rows(machine: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, threads, figure) of the machine's own figures."""
+
+    def spread(figure: dict[str, float], unit: str) -> str:
+        return f"{figure['median'] / 1e9:.3g} {unit} ({figure['q20'] / 1e9:.3g} … {figure['q80'] / 1e9:.3g})"
+
+    lines = [
+        (f"matrix product, {entry['dtype']}, {entry['size']}³", str(entry["threads"]), spread(entry["flop_per_second"], "GFLOP/s"))
+        for entry in machine["matmul"]
+    ]
+    lines += [
+        (f"copy of {byte_count(entry['bytes'] / 2)}, read and written", str(entry["threads"]), spread(entry["byte_per_second"], "GB/s"))
+        for entry in machine["copy"]
+    ]
+    names = {
+        "torch_op": "a call of an op of torch's own",
+        "registered_op": "a call of {op} as registered",
+        "public_function": "a call of the public {op}",
+        "public_function_with_graph": "the same with autograd's graph",
+    }
+    for name, seconds in machine["dispatch"]["seconds"].items():
+        lines.append((names.get(name, name).format(op=machine["dispatch"]["op"]), "1", duration(seconds["median"])))
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

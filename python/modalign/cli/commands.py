@@ -9,6 +9,7 @@ from typing import Annotated, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
+from ..bench.command import app as bench
 from ..data import EncoderUnavailable
 from .align import align
 from .encode import encode
@@ -49,6 +50,7 @@ app.command(no_args_is_help=True)(_plainly(align))
 app.command(no_args_is_help=True)(_plainly(search))
 app.command(no_args_is_help=True)(_plainly(prepare))
 app.command(no_args_is_help=True)(_plainly(encode))
+app.add_typer(bench, name="bench")
 
 
 @app.command()

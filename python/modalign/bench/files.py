@@ -1,0 +1,52 @@
+"""Where files of cases are, and which cases a name means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .._load import PACKAGE
+from .registry import Case, cases, load_cases, sources
+
+
+def case_files(folder: Path = PACKAGE.parent.parent / "benchmarks") -> list[Path]:
+    """Those of `folder`, which is where a checkout keeps them, otherwise those installed with the package."""
+    if (folder / "cases").is_dir():
+        return sorted([*folder.glob("cases/*.py"), *folder.glob("*/cases.py")])
+    return sorted((PACKAGE / "bench" / "cases").glob("*.py"))
+
+
+def load_all(more: Sequence[Path] = ()) -> dict[str, Case]:
+    """All cases: the package's own and those of `more`."""
+    _load([*case_files(), *_files_in(more)])
+    return cases()
+
+
+def cases_of(names: Sequence[str], more: Sequence[Path] = ()) -> list[Case]:
+    """Each name is a case, or a path to a file of cases, which means all of them. `more` are files of cases or folders of such files."""
+    chosen: list[Case] = []
+    for name in names:
+        if name.endswith(".py"):
+            _load([Path(name), *_files_in(more)])
+            chosen += [declared for declared in cases().values() if declared.file == str(Path(name).resolve())]
+        elif name in (known := load_all(more)):
+            chosen.append(known[name])
+        else:
+            raise ValueError(f"bench: case must be one of {sorted(known)} or a file of cases, got {name!r}")
+    return chosen
+
+
+def _files_in(paths: Sequence[Path]) -> list[Path]:
+    found = []
+    for path in paths:
+        files = sorted(path.glob("*.py")) if path.is_dir() else [path]
+        if not files:
+            raise FileNotFoundError(f"bench: --cases must be a file of cases or a folder of such files, got {path}")
+        found += files
+    return found
+
+
+def _load(files: Sequence[Path]) -> None:
+    for path in files:
+        if str(path.resolve()) not in sources():  # once per process: loading again would forget the providers added since
+            load_cases(path)
