@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 HOSTS := $(CURDIR)/.venv-hosts
 export NO_MKDOCS_2_WARNING = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-SOURCES := CMakeLists.txt setup.py pyproject.toml requirements.lock $(shell find csrc -type f)
+SOURCES := CMakeLists.txt setup.py pyproject.toml requirements.lock $(shell find csrc -type f) $(wildcard benchmarks/cases/*.py)
 
 .PHONY: demo test prepare test-hosts sanitize docs wheel bench clean install
 

@@ -51,8 +51,8 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self) -> list[str]:
         package = Path(self.get_ext_fullpath("modalign._C")).parent
-        built = [*package.glob("_C.so"), *package.glob("_host.*.so"), package / "_build.json", *package.glob("include/**/*.*h"), *package.glob("bench/cases/*.py")]
-        return [str(file) for file in built]
+        patterns = ["_C.so", "_host.*.so", "_build.json", "include/**/*.*h", "bench/cases/*.py"]
+        return [str(file) for pattern in patterns for file in package.glob(pattern)]
 
 
 setup(ext_modules=[Extension("modalign._C", []), Extension("modalign._host", [])], cmdclass={"build_ext": CMakeBuild})

@@ -1,4 +1,7 @@
-"""Every case of a file here, by `modalign bench run`: python benchmarks/run.py gram_volume --threads 1,all --out benchmarks/results/gram_volume.json"""
+"""Every case of a file here, by `modalign bench run`:
+
+    python benchmarks/run.py gram_volume --threads 1,all --out benchmarks/results/gram_volume.json
+"""
 
 import sys
 from pathlib import Path

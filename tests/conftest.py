@@ -1,9 +1,20 @@
-"""Shared fixtures: a fixed seed for each test."""
+"""Shared fixtures: a fixed seed for each test, and benchmark declarations that end with it."""
 
 import pytest
 import torch
+
+from modalign.bench.registry import _cases, _providers, _sources
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def registry():
+    """Benchmark cases and providers declared in a test are gone after it."""
+    cases, providers, sources = dict(_cases), {name: dict(those) for name, those in _providers.items()}, list(_sources)
+    yield
+    _cases.clear(), _providers.clear(), _sources.clear()
+    _cases.update(cases), _providers.update(providers), _sources.extend(sources)

@@ -14,21 +14,11 @@ import torch
 import modalign
 from modalign import _load, bench, ops, testing
 from modalign.bench import environment, measure, tables
-from modalign.bench.registry import _cases, _providers
 
 ROOT = Path(__file__).parent.parent
 GRAM = ROOT / "benchmarks" / "cases" / "gram_volume.py"
 LADDER = ROOT / "benchmarks" / "ladder_gram_volume"
 FAST = bench.Options(quick=True, rounds=2, memory=False, where={"k": 3}, providers=("ours", "eager", "formula"))
-
-
-@pytest.fixture
-def registry():
-    """Cases and providers declared in a test are gone after it."""
-    before = dict(_cases), {name: dict(those) for name, those in _providers.items()}
-    yield
-    _cases.clear(), _providers.clear()
-    _cases.update(before[0]), _providers.update(before[1])
 
 
 def declare_square(wrong=False, floor=True):
@@ -192,7 +182,7 @@ def test_thread_count_is_used_and_restored(registry):
     assert {row["threads"] for row in results["rows"]} == {1, 2}
 
 
-def test_peak_memory_is_that_of_the_pass(tmp_path):
+def test_peak_memory_is_that_of_the_pass(tmp_path, registry):
     file = tmp_path / "big.py"
     file.write_text(
         "import torch\nfrom modalign import bench\n"
@@ -347,6 +337,8 @@ def test_command_shows_paths_without_folders(monkeypatch, tmp_path):
         [str(tmp_path / "run.py"), "op", "--out", "/somewhere/else/x.json", "--note", "busy", f"--config={tmp_path}/c d.toml"]
     )
     assert shown == "python run.py op --out x.json '--config=c d.toml'"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/modalign", "bench", "run", "op", "--out", str(tmp_path / "x.json")])
+    assert environment.command_of_this_process() == "modalign bench run op --out x.json"
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------------- tables

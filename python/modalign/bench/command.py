@@ -115,9 +115,7 @@ def run(
     rounds: Annotated[int, typer.Option(min=1, help="interleaved rounds")] = 7,
     seed: SeedOption = 0,
     quick: QuickOption = False,
-    memory: Annotated[
-        bool | None, typer.Option(help="measure peak memory, each provider in a process of its own; default: unless --quick")
-    ] = None,
+    memory: Annotated[bool | None, typer.Option(help="measure peak memory, each provider in a process of its own; default: unless --quick")] = None,
     profile: Annotated[Path | None, typer.Option(help="folder for one trace of every provider, for chrome://tracing or ui.perfetto.dev")] = None,
     cases: CasesOption = [],  # noqa: B006
     note: NoteOption = "",
@@ -208,7 +206,9 @@ def sweep_(
     shown.print(tables.screen(gathered))
     for one in gathered["sweep"]["crossovers"]:
         along, place = ",".join(growing), f"{one['pass']}, {one['dtype']}, {one['threads']} threads"
-        shown.print(f"{one['faster_above']} is faster than {one['faster_below']} from {along} = {one['size']:.3g} ({place})", highlight=False, markup=False)
+        shown.print(
+            f"{one['faster_above']} is faster than {one['faster_below']} from {along} = {one['size']:.3g} ({place})", highlight=False, markup=False
+        )
     for one in gathered["sweep"]["memory_exponents"]:
         shown.print(f"memory of {one['provider']}, {one['pass']}, {one['dtype']}: ∝ size^{one['exponent']:.2f}", highlight=False, markup=False)
     shown.print(f"written to {out}, {out.with_suffix('.png').name}, {out.with_suffix('.html').name}", highlight=False, markup=False)

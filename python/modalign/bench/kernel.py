@@ -128,7 +128,9 @@ def measure_kernel(
     kernel = CPU_KERNELS[name.removesuffix("_bwd")]
     for dtype in dtypes:
         if dtype not in kernel.dtypes:
-            raise ValueError(f"bench kernel: --dtype must be out of {[str(one).removeprefix('torch.') for one in kernel.dtypes]} for {name}, got {dtype}")
+            raise ValueError(
+                f"bench kernel: --dtype must be out of {[str(one).removeprefix('torch.') for one in kernel.dtypes]} for {name}, got {dtype}"
+            )
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -199,8 +201,8 @@ def _measure(
 
 
 def _disagreement(alone: list[Tensor], beside: Any, same_kernel: bool) -> str:
-    """Empty where both give the same numbers: the same bits from the same kernel, otherwise what rounding allows. A backward gives one gradient for all
-    candidates, the op one for each."""
+    """Empty where both give the same numbers: the same bits from the same kernel, otherwise what rounding allows. A backward gives one gradient for
+    all candidates, the op one for each."""
     others = [beside] if isinstance(beside, Tensor) else list(beside)
     if len(others) > len(alone):
         others = [others[0], torch.stack(others[1:], 1)]

@@ -14,6 +14,7 @@ from .. import ops
 from .environment import last_cache_bytes
 from .measure import quantiles
 
+CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ROUNDS = 7
 LARGEST_PRODUCT = 2048
@@ -91,7 +92,7 @@ def dispatch_overhead(device: torch.device, rounds: int = ROUNDS) -> dict[str, A
 def measure_machine(
     dtypes: Sequence[torch.dtype] = DTYPES,
     threads: Sequence[int] = (1,),
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = CPU,
     *,
     quick: bool = False,
     listen: Callable[[str], None] = lambda text: None,

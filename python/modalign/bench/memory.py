@@ -15,7 +15,6 @@ from ..testing.memory import peak_memory
 from . import registry
 from .measure import InputSets, Subject
 
-
 START_SECONDS = 60  # for a process to start, load torch and draw its inputs
 SHARE_OF_FREE_MEMORY = 0.9
 
@@ -103,7 +102,9 @@ def peak_bytes(
         limit=limit,
     )
     try:
-        return peak_memory("modalign.bench.memory:subject_in_child", threads=threads, timeout=900 if limit is None else limit + START_SECONDS, **arguments).peak
+        return peak_memory(
+            "modalign.bench.memory:subject_in_child", threads=threads, timeout=900 if limit is None else limit + START_SECONDS, **arguments
+        ).peak
     except subprocess.TimeoutExpired as error:
         raise TimeoutError(f"one call took more than {error.timeout:.0f} s") from error
     except RuntimeError as error:

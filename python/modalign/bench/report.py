@@ -13,17 +13,29 @@ Row = Mapping[str, Any]
 MARKERS = {"fwd": "o", "bwd": "s", "fwd+bwd": "^"}
 
 STYLE = """
-:root { color-scheme: light dark; --text: #1c2024; --quiet: #60666c; --line: #d8dcdf; --page: #fff; --stripe: #f4f6f7; --bad: #b3261e; --good: #1a7f37; --odd: #9a6700 }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e4e7ea; --quiet: #a0a7ad; --line: #3a4046; --page: #16191c; --stripe: #1f2327; --bad: #ff8a80; --good: #6fd08c; --odd: #e3b341 } }
+:root { color-scheme: light dark;
+  --text: #1c2024; --quiet: #60666c; --line: #d8dcdf; --page: #fff; --stripe: #f4f6f7; --bad: #b3261e; --good: #1a7f37; --odd: #9a6700 }
+@media (prefers-color-scheme: dark) { :root {
+  --text: #e4e7ea; --quiet: #a0a7ad; --line: #3a4046; --page: #16191c; --stripe: #1f2327; --bad: #ff8a80; --good: #6fd08c; --odd: #e3b341 } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: var(--text); background: var(--page) }
-h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line) } h3 { font-size: 1.05rem; margin-top: 1.6rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: .6rem 0 }
-th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) } th { font-weight: 600 }
-.left { text-align: left } tr.group td { border-top: 2px solid var(--line) } tr.ours { font-weight: 600 } tr.floor { color: var(--quiet) }
-tr.bad td { color: var(--bad) } .bad { color: var(--bad) } .good { color: var(--good) } .odd { color: var(--odd) } tbody tr:nth-child(even) { background: var(--stripe) }
-img { max-width: 100%; background: #fff; border: 1px solid var(--line) } code { font-size: 13px } dt { float: left; clear: left; width: 11rem; color: var(--quiet) } dd { margin-left: 11rem }
-.quiet { color: var(--quiet) }
+h1 { font-size: 1.6rem }
+h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line) }
+h3 { font-size: 1.05rem; margin-top: 1.6rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: .6rem 0 }
+th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th { font-weight: 600 }
+.left { text-align: left }
+tbody tr:nth-child(even) { background: var(--stripe) }
+tr.group td { border-top: 2px solid var(--line) }
+tr.ours { font-weight: 600 }
+tr.floor, .quiet { color: var(--quiet) }
+.bad, tr.bad td { color: var(--bad) }
+.good { color: var(--good) }
+.odd { color: var(--odd) }
+img { max-width: 100%; background: #fff; border: 1px solid var(--line) }
+dt { float: left; clear: left; width: 11rem; color: var(--quiet) }
+dd { margin-left: 11rem }
 """
 
 
@@ -53,11 +65,12 @@ def label(row: Row) -> str:
 def _environment(results: Mapping[str, Any], source: str) -> str:
     facts = results["environment"]
     processor = facts["cpu"]
+    kernels, products = processor["instruction_set"], processor.get("torch_uses", "?")
     lines = {
         "file": source,
         "command": results["command"],
         "measured": results["created"],
-        "processor": f"{processor['model']}, {processor['cores']} cores, kernels on {processor['instruction_set']}, torch on {processor.get('torch_uses', '?')}",
+        "processor": f"{processor['model']}, {processor['cores']} cores, kernels on {kernels}, torch on {products}",
         "GPU": facts["gpu"]["model"] if facts["gpu"] else "none",
         "torch": f"{facts['torch']}, {facts['blas']}",
         "modalign": facts.get("modalign", {}).get("version", "?"),
@@ -121,7 +134,9 @@ def roofline(results: Mapping[str, Any], dtype: str, threads: int) -> Any | None
     for row in rows:
         points.setdefault((row["provider"], row["pass"]), []).append((row["flops"] / row["bytes"], row["flop_per_second"]))
     for (provider, pass_), places in points.items():
-        axes.plot(*zip(*places, strict=True), MARKERS[pass_], color=colour[provider], markersize=6, alpha=0.8, linestyle="", label=f"{provider}, {pass_}")
+        axes.plot(
+            *zip(*places, strict=True), MARKERS[pass_], color=colour[provider], markersize=6, alpha=0.8, linestyle="", label=f"{provider}, {pass_}"
+        )
     if found := machine.peaks(results.get("machine"), dtype, threads):
         rate, bandwidth = (one["median"] for one in found)
         intensities = [row["flops"] / row["bytes"] for row in rows] + [rate / bandwidth]
@@ -170,7 +185,9 @@ def _section(results: Mapping[str, Any], source: str) -> str:
         parts.append(f"<h3>{_text(results['sweep']['case'])} over {_text(along)}</h3>")
         for one in results["sweep"]["crossovers"]:
             where = f"{one['pass']}, {one['dtype']}, {one['threads']} threads"
-            parts.append(f"<p>{_text(one['faster_above'])} is faster than {_text(one['faster_below'])} from {along} = {one['size']:.3g} ({where}).</p>")
+            parts.append(
+                f"<p>{_text(one['faster_above'])} is faster than {_text(one['faster_below'])} from {along} = {one['size']:.3g} ({where}).</p>"
+            )
         for title, figure in sweep.figures(dict(results)).items():
             parts.append(f'<h3>{_text(title)}</h3><img alt="{_text(title)}" src="{embedded(figure)}">')
     parts.append(_rooflines(results))

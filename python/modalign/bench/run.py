@@ -68,8 +68,6 @@ def run_cases(cases: Sequence[Case], options: Options, command: str, listen: Lis
                     rows.extend(point.rows())
     finally:
         torch.set_num_threads(before)
-    if not rows:
-        raise ValueError("bench: the options must leave something to run, got no size or no pass that they agree with")
     return new_results(options, command, figures, rows)
 
 
@@ -89,6 +87,8 @@ def choose(cases: Sequence[Case], options: Options) -> list[Case]:
     providers = {name for case in chosen for name in providers_of(case)}
     if unknown := set(options.providers) - providers:
         raise ValueError(f"bench: --providers must be out of {sorted(providers)}, got {sorted(unknown)}")
+    if not any(_passes(case, options) and list(_grid(case, options)) for case in chosen):
+        raise ValueError("bench: the options must leave something to run, got no size or no pass that they agree with")
     return chosen
 
 
@@ -122,6 +122,10 @@ def _grid(case: Case, options: Options) -> Iterator[dict[str, Any]]:
             yield changed
 
 
+def _passes(case: Case, options: Options) -> list[str]:
+    return [pass_ for pass_ in case.passes if not options.passes or pass_ in options.passes]
+
+
 def _one_line(failure: BaseException) -> str:
     text = str(failure).strip()
     return f"{type(failure).__name__}: {text.splitlines()[0] if text else 'no message'}"
@@ -137,7 +141,7 @@ class Point:
         self.case, self.parameters, self.dtype, self.options, self.figures = case, parameters, dtype, options, figures
         self.shown = " ".join(f"{key}={value}" for key, value in parameters.items())
         self.listen: Listen = lambda text: listen(f"{case.name} {self.shown}{text}")
-        self.passes = [pass_ for pass_ in case.passes if not options.passes or pass_ in options.passes]
+        self.passes = _passes(case, options)
         every = providers_of(case)
         self.formulas = {name: one for name, one in every.items() if one.kind == "formula"}
         self.chosen = {name: one for name, one in every.items() if not options.providers or name in options.providers or one.kind == "floor"}
@@ -211,11 +215,7 @@ class Point:
         """Times of every provider that is still there, and a row for every other one."""
         for threads in self.options.threads:
             torch.set_num_threads(threads)
-            inputs = measure.InputSets(self.case, self.parameters, self.dtype, self.options.device, self.options.seed)
-            subjects = {}
-            for name, one in self.runs().items():
-                if subject := self._subject(name, one, inputs):
-                    subjects[name] = subject
+            subjects = self._subjects()
             done = 0
 
             def progress() -> None:
@@ -232,9 +232,21 @@ class Point:
                     row["trace"] = traces[name]
                 yield row
 
+    def _subjects(self) -> dict[str, measure.Subject]:
+        """What is to be timed, each tied to the same inputs."""
+        try:
+            inputs = measure.InputSets(self.case, self.parameters, self.dtype, self.options.device, self.options.seed)
+        except (RuntimeError, MemoryError) as failure:
+            if self.options.limit is None or not memory.is_out_of_memory(_one_line(failure)):
+                raise
+            self.standing.update({name: ("out of memory", f"the inputs: {_one_line(failure)}") for name in self.runs()})
+            return {}
+        made = {name: self._subject(name, one, inputs) for name, one in self.runs().items()}
+        return {name: subject for name, subject in made.items() if subject is not None}
+
     def _subject(self, name: str, one: Provider, inputs: measure.InputSets) -> measure.Subject | None:
         backward = any(pass_ != "fwd" for pass_ in self.passes)
-        if self.options.limit is None or one.kind == "floor":
+        if self.options.limit is None:
             return measure.Subject(one, inputs, self.parameters, backward)
         try:
             subject = measure.Subject(one, inputs, self.parameters, backward)

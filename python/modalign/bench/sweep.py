@@ -38,9 +38,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Measure `case` at every size of `parameters`, which grow together, and write `out` after each.
 
-    Everything else comes from the first size of the case and from options.set. A provider that needs more than `limit` seconds for a call, or more memory
-    than there is, is reported at that size and not tried at larger ones. Results are checked against the reference as long as that takes a quarter
-    of `limit` at most; rows beyond name the size of the last check. `resume` continues what `out` holds.
+    Everything else comes from the first size of the case and from options.set. A provider that needs more than `limit` seconds for a call, or more
+    memory than there is, is reported at that size and not tried at larger ones. Results are checked against the reference as long as that takes a
+    quarter of `limit` at most; rows beyond name the size of the last check. `resume` continues what `out` holds.
     """
     check_parameters(case, parameters, "a sweep")
     if taken := set(parameters) & set(options.set):
@@ -108,8 +108,10 @@ def _measure(
         try:
             point.check()
         except (RuntimeError, MemoryError) as failure:
-            if last is None or not memory.is_out_of_memory(f"{type(failure).__name__}: {failure}"):
+            if not memory.is_out_of_memory(f"{type(failure).__name__}: {failure}"):
                 raise
+            if last is None:
+                raise ValueError(f"bench sweep: the first size must leave room for the reference in float64, got {parameters}") from failure
             results["sweep"]["checks_ended"] = True
         if time.perf_counter() - begin > CHECK_SHARE * (options.limit or math.inf):
             results["sweep"]["checks_ended"] = True
@@ -118,7 +120,7 @@ def _measure(
     return list(point.rows())
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- what the sizes say together
+# ----------------------------------------------------------------------------------------------------------------------- what the sizes say together
 
 
 def _curves(results: dict[str, Any], *, floor: bool) -> dict[tuple[str, str, int], dict[str, dict[int, dict[str, Any]]]]:
@@ -187,7 +189,7 @@ def memory_exponents(results: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------------- plots
+# --------------------------------------------------------------------------------------------------------------------------------------------- plots
 
 
 def figures(results: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +220,15 @@ def figures(results: dict[str, Any]) -> dict[str, Any]:
         for one in results["sweep"]["crossovers"]:
             if (one["pass"], one["dtype"], one["threads"]) == (pass_, dtype, threads):
                 axes.axvline(one["size"], color=colour[one["faster_above"]], linewidth=0.8, linestyle=":")
-                axes.text(one["size"], 1.0, f" {one['faster_above']} from {one['size']:.3g}", transform=axes.get_xaxis_transform(), fontsize=7, rotation=90, va="top")
+                axes.text(
+                    one["size"],
+                    1.0,
+                    f" {one['faster_above']} from {one['size']:.3g}",
+                    transform=axes.get_xaxis_transform(),
+                    fontsize=7,
+                    rotation=90,
+                    va="top",
+                )
         _mark_sizes(axes, results)
         _mark_missing(axes, results, pass_, dtype, threads)
         axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,561 @@
+"""`modalign bench` as its users call it. Times themselves are never asserted here."""
+
+import json
+import re
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from modalign import _load, bench
+from modalign.bench import comparison, files, kernel, machine, report, results, sizes, sweep, tables
+from modalign.cli import app
+
+ROOT = Path(__file__).parent.parent
+COMMITTED = ROOT / "benchmarks" / "results"
+
+MINE = """
+import torch
+from modalign import bench
+
+@bench.case(
+    grid=[dict(N=64, D=8)],
+    reference=lambda x: x * x,
+    flops=lambda p, pass_, size: p["N"] * p["D"],
+    dense_flops=lambda p, pass_, size: 4 * p["N"] * p["D"],
+    bytes=lambda p, pass_, size: 2 * size * p["N"] * p["D"],
+    passes=["fwd"],
+    targets=[bench.Target(1e9)],
+)
+def square(maker, N, D):
+    return (maker.randn(N, D),)
+
+@bench.provider(square, name="formula", kind="formula")
+def formula(x):
+    return x * x
+
+@bench.provider(square, name="ours", kind="ours")
+def ours(x):
+    return x.square()
+
+@bench.provider(square, name="missing peer", requires="no_such_module_anywhere", install="no-such-package")
+def missing(x):
+    import no_such_module_anywhere
+
+@bench.provider("paired_gram_volume", name="mine")
+def mine(vectors):
+    return torch.det(vectors @ vectors.mT).clamp(min=0).sqrt()
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, registry, monkeypatch):
+    """A user's own file of cases, and the folder that the user works in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    return tmp_path / "mine.py"
+
+
+def call(*arguments, code=0):
+    finished = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+    if finished.exception is not None and not isinstance(finished.exception, SystemExit):
+        raise finished.exception
+    assert finished.exit_code == code, finished.output + finished.stderr
+    return finished.stdout + finished.stderr
+
+
+def small(**changes):
+    """Results with one row, and the row."""
+    row = {
+        "case": "op",
+        "parameters": {"N": 64},
+        "dtype": "float32",
+        "pass": "fwd",
+        "threads": 1,
+        "provider": "ours",
+        "kind": "ours",
+        "status": "ok",
+        "reason": "",
+        "rounds": 7,
+        "seconds": {"median": 1.0, "q20": 0.99, "q80": 1.01},
+        "ratio_to_floor": {"median": 0.5, "q20": 0.49, "q80": 0.51},
+        "noisy": False,
+        **changes,
+    }
+    facts = {"device": "cpu", "gpu": None, "cpu": {"model": "Processor", "cores": 2, "instruction_set": "avx2"}, "torch": "2.13.0", "blas": "mkl"}
+    top = {"schema": bench.SCHEMA, "created": "2026-01-02T03:04:05+00:00", "command": "modalign bench run op", "seed": 0, "note": ""}
+    return {**top, "environment": facts, "rows": [row]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------- list, run
+
+
+def test_list_names_everything_and_what_is_missing(mine):
+    shown = call("list", "--cases", mine)
+    for word in ("gram_volume_near_zero", "ladder_gram_volume", "B=2048 C=2048 D=512 k=5", "fwd, bwd, fwd+bwd", "torch.compile", "tile_log_sum_exp"):
+        assert word in shown
+    assert "missing peer  (peer)  not installed: pip install no-such-package" in shown
+    assert "CUDA" in shown
+
+
+def test_own_cases_machine_floor_sparsity_and_missing_peer(mine):
+    shown = call("run", "square", "--cases", mine, "--set", "N=1k", "--quick", "--rounds", 2, "--threads", 1, "--out", "x.json")
+    gathered = bench.read_results("x.json")
+    rows = {row["provider"]: row for row in gathered["rows"]}
+    assert set(rows) == {"formula", "ours", "missing peer"}
+    assert (rows["missing peer"]["status"], rows["missing peer"]["reason"]) == ("not installed", "pip install no-such-package")
+    assert "seconds" not in rows["missing peer"] and "not installed" in shown
+    ours = rows["ours"]
+    assert ours["parameters"] == {"N": 1024, "D": 8}
+    assert ours["target"] is None  # a target is for the sizes of the grid
+    assert ours["dense_flop_per_second"] == pytest.approx(4 * ours["flop_per_second"])
+    assert "dense-equivalent rate" in shown
+    figures = gathered["machine"]
+    rate, bandwidth = figures["matmul"][0]["flop_per_second"]["median"], figures["copy"][0]["byte_per_second"]["median"]
+    assert ours["floor"] == {"source": "machine", "seconds": pytest.approx(max(1024 * 8 / rate, 2 * 4 * 1024 * 8 / bandwidth))}
+    assert ours["ratio_to_floor"]["median"] == pytest.approx(ours["seconds"]["median"] / ours["floor"]["seconds"])
+
+
+def test_target_at_the_size_of_the_grid(mine):
+    call("run", "square", "--cases", mine, "--quick", "--rounds", 1, "--threads", 1, "--out", "x.json")
+    rows = {row["provider"]: row for row in bench.read_results("x.json")["rows"]}
+    assert rows["ours"]["target"] == {"ratio": 1e9, "met": True} and rows["formula"]["target"] is None
+
+
+def test_own_provider_for_a_case_of_the_package(mine):
+    call("run", "paired_gram_volume", "--cases", mine, "--providers", "mine", "--quick", "--rounds", 1, "--threads", 1, "--out", "x.json")
+    rows = bench.read_results("x.json")["rows"]
+    assert {(row["provider"], row["status"]) for row in rows} == {("mine", "ok"), ("floor", "ok")}
+    assert {row["floor"]["source"] for row in rows} == {"declared"}
+
+
+def test_function_from_the_command_line_is_checked_first(mine):
+    Path("own_functions.py").write_text("def right(x):\n    return x * x\ndef wrong(x):\n    return x * x + 1e-2\n")
+    both = ["--provider", "own_functions:right", "--provider", "own_functions:wrong", "--providers", "ours"]
+    shown = call("run", "square", "--cases", mine, *both, "--quick", "--memory", "--rounds", 1, "--threads", 1, "--out", "x.json", code=1)
+    rows = {row["provider"]: row for row in bench.read_results("x.json")["rows"]}
+    assert rows["own_functions:right"]["status"] == "ok" and rows["own_functions:right"]["peak_memory_bytes"] is not None
+    assert rows["own_functions:wrong"]["status"] == "mismatch" and "seconds" not in rows["own_functions:wrong"]
+    assert "forward error" in shown and "formula" not in rows
+    assert "module:function" in call("run", "square", "--provider", "own_functions", code=1)
+    assert "got 'absent'" in call("run", "square", "--provider", "own_functions:absent", code=1)
+    assert "No module named 'nowhere'" in call("run", "square", "--provider", "nowhere:f", code=1)
+
+
+def test_case_that_another_file_declares_is_refused(mine):
+    (mine.parent / "again.py").write_text(MINE.replace('"paired_gram_volume"', "square"))
+    assert "name must be new, got 'square'" in call("list", "--cases", mine, "--cases", mine.parent / "again.py", code=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "case must be one of ['gram_volume', "),
+        (["triangle_area", "--set", "N=5"], "--set must be out of ['B', 'C', 'D', 'k'] for the case triangle_area, got 'N'"),
+        (["triangle_area", "--set", "B"], "--set must be written as name=value, got 'B'"),
+        (["triangle_area", "--where", "N=5"], "--where must be out of ['B', 'C', 'D', 'k'], got ['N']"),
+        (["triangle_area", "--where", "k=9"], "must leave something to run"),
+        (["triangle_area", "--pass", "forward"], "--pass must be out of ('fwd', 'bwd', 'fwd+bwd'), got ['forward']"),
+        (["triangle_area", "--providers", "nobody"], "--providers must be out of"),
+        (["triangle_area", "--dtype", "int8"], "--dtype must be names of floating torch dtypes, got 'int8'"),
+        (["triangle_area", "--threads", "many"], "--threads must be numbers or 'all', got 'many'"),
+        (["triangle_area", "--device", "tpu"], "--device must be cpu, or cuda where torch sees a GPU, got 'tpu'"),
+        (["absent.py"], "path must be a Python file"),
+        (["triangle_area", "--cases", "absent"], "path must be a Python file"),
+    ],
+)
+def test_run_refuses_plainly(arguments, message, registry):
+    shown = call("run", *arguments, "--quick", code=1)
+    assert message in shown and shown.startswith("modalign bench run: ") and "Traceback" not in shown
+
+
+def test_interrupted_run_leaves_no_file(mine, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modalign.bench.command.run_cases", interrupted)
+    shown = call("run", "square", "--cases", mine, "--out", "x.json", code=130)
+    assert "no file is half-written" in shown and not Path("x.json").exists()
+
+
+def test_profile_writes_a_trace_for_every_provider(mine):
+    call("run", "square", "--cases", mine, "--quick", "--rounds", 1, "--threads", 1, "--profile", "traces", "--out", "x.json")
+    rows = [row for row in bench.read_results("x.json")["rows"] if row["status"] == "ok"]
+    assert len({row["trace"] for row in rows}) == 2
+    for row in rows:
+        trace = json.loads((Path("traces") / row["trace"]).read_text())
+        assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_installed_cases_are_those_of_the_checkout(tmp_path):
+    """What somebody has who installed the package and has no checkout."""
+    checkout = [path for path in files.case_files() if path.parent.name == "cases"]
+    installed = files.case_files(tmp_path)
+    assert checkout and [path.name for path in installed] == [path.name for path in checkout]
+    assert all("modalign/bench/cases" in path.as_posix() for path in installed)
+    assert [path.read_text() for path in installed] == [path.read_text() for path in checkout], "build again: make install"
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------- machine
+
+
+def test_machine_measures_every_dtype_and_thread_count(tmp_path):
+    out = tmp_path / "machine.json"
+    before = torch.get_num_threads()
+    shown = call("machine", "--quick", "--threads", "1,2", "--dtype", "float32,bfloat16", "--out", out)
+    assert torch.get_num_threads() == before
+    figures = bench.read_results(out)["machine"]
+    assert [(entry["threads"], entry["dtype"]) for entry in figures["matmul"]] == [(t, d) for t in (1, 2) for d in ("float32", "bfloat16")]
+    assert [entry["threads"] for entry in figures["copy"]] == [1, 2]
+    assert all(entry["bytes"] >= 8 * bench.environment.last_cache_bytes() for entry in figures["copy"])  # 4 caches read, 4 written
+    assert set(figures["dispatch"]["seconds"]) == {"torch_op", "registered_op", "public_function", "public_function_with_graph"}
+    assert "GFLOP/s" in shown and "GB/s" in shown and "paired_gram_volume" in shown
+
+
+def test_floor_is_the_longer_of_computing_and_moving():
+    def rate(value, spread=0.0):
+        return {"median": value, "q20": value * (1 - spread), "q80": value * (1 + spread)}
+
+    figures = {
+        "device": "cpu",
+        "matmul": [
+            {"dtype": "float32", "threads": 1, "flop_per_second": rate(100.0)},
+            {"dtype": "float16", "threads": 1, "flop_per_second": rate(2.0)},
+        ],
+        "copy": [{"threads": 1, "byte_per_second": rate(10.0, spread=0.2)}],
+    }
+    assert machine.floor_seconds(figures, "float32", 1, 1000.0, 50.0) == (10.0, False)
+    assert machine.floor_seconds(figures, "float32", 1, 1000.0, 500.0) == (50.0, True)  # the copy was noisy
+    assert machine.floor_seconds(figures, "float32", 1, 1000.0, None) == (10.0, False)
+    assert machine.floor_seconds(figures, "float16", 1, 1000.0, None) == (10.0, False)  # float32 is faster, and open to it
+    assert machine.floor_seconds(figures, "float64", 1, 1000.0, 50.0) is None
+    assert machine.floor_seconds(figures, "float32", 2, 1000.0, 50.0) is None
+    assert machine.floor_seconds(figures, "float32", 1, None, None) is None and machine.floor_seconds(None, "float32", 1, 1.0, 1.0) is None
+
+
+# -------------------------------------------------------------------------------------------------------------------------------------------- kernel
+
+
+@pytest.mark.parametrize("name", [name for name, where in kernel.names().items() if where == "CPU"])
+def test_kernel_alone_gives_the_op_s_bits_at_tiny_sizes(name):
+    dtypes = kernel.CPU_KERNELS[name.removesuffix("_bwd")].dtypes
+    entries = kernel.measure_kernel(name, sizes=(1, 8, 33), width=5, dtypes=dtypes, rounds=1)
+    assert [(entry["parameters"]["N"], entry["status"]) for entry in entries] == [(n, "ok") for _ in dtypes for n in (1, 8, 33)], entries
+    assert all((entry["overhead_seconds"] is None) == name.startswith("tile_") for entry in entries)
+
+
+def test_kernel_beside_something_else_has_no_speed(monkeypatch):
+    honest = kernel.CPU_KERNELS["triangle_area"]
+    wrong = kernel.CpuKernel(honest.name, honest.make, lambda *x: honest.beside(*x) * 1.001, True, honest.dtypes)
+    monkeypatch.setitem(kernel.CPU_KERNELS, "triangle_area", wrong)
+    (entry,) = kernel.measure_kernel("triangle_area", sizes=(3,), rounds=1)
+    assert entry["status"] == "mismatch" and "every bit" in entry["reason"] and "kernel_seconds" not in entry
+
+
+def test_kernel_command(tmp_path):
+    out = tmp_path / "kernels.json"
+    cuda = _load.kernel_catalogue()[:1]
+    shown = call("kernel", "gram_volume", "tile_product", *cuda, "--sizes", "1,8", "--rounds", 1, "--out", out)
+    entries = bench.read_results(out)["kernels"]
+    assert [entry["kernel"] for entry in entries] == ["gram_volume", "gram_volume", "tile_product", "tile_product", *cuda]
+    assert all(entry["status"] == "needs a GPU" for entry in entries[4:]) and ("needs a GPU" in shown) == bool(cuda)
+    assert "name must be one of ['gram_volume', 'gram_volume_bwd', " in call("kernel", "nothing", code=1)
+    assert "--dtype must be out of ['float32', 'float64'] for tile_product" in call("kernel", "tile_product", "--dtype", "bfloat16", code=1)
+
+
+@pytest.mark.parametrize(
+    ("kernel_name", "shapes", "message"),
+    [
+        ("gram_volume", [(3, 4)], "inputs must be an anchor and 1 to 7 others"),
+        ("gram_volume", [(3, 4), (5, 4), (6, 4)], r"input 2 must have shape \[5, 4\], got \(6, 4\)"),
+        ("gram_volume_bwd", [(3, 4), (5, 4), (5, 3)], r"input 2 must have shape \[3, 5\]"),
+        ("triangle_area", [(3, 4), (5, 4)], "inputs must be anchor, u and v"),
+        ("paired_gram_volume", [(3, 9, 4)], "1 to 8 vectors per row, got 9"),
+        ("paired_gram_volume", [(3, 4)], "at least 3 dimensions"),
+        ("tile_square_sum", [(3, 4), (5, 4)], "group must divide the rows of b, got 2"),
+        ("tile_weighted_values", [(3, 4), (5, 4), (6, 2)], r"input 2 must have shape \[5, 2\]"),
+    ],
+)
+def test_kernel_on_numpy_refuses(kernel_name, shapes, message):
+    import numpy as np
+
+    from modalign import _host
+
+    with pytest.raises(ValueError, match=message):
+        _host.time_cpu_kernel(kernel_name, [np.zeros(shape, np.float32) for shape in shapes])
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------- compare
+
+
+def scaled(factor, **changes):
+    seconds = {key: value * factor for key, value in small()["rows"][0]["seconds"].items()}
+    ratio = {key: value * factor for key, value in small()["rows"][0]["ratio_to_floor"].items()}
+    return small(**{"seconds": seconds, "ratio_to_floor": ratio, **changes})
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict", "why"),
+    [
+        (scaled(1.04), "same", ""),
+        (scaled(1.2), "slower", ""),
+        (scaled(0.8), "faster", ""),
+        (scaled(1.2, noisy=True), "undecided", "the second is noisy"),
+        (scaled(1.2, seconds={"median": 1.2, "q20": 1.0, "q80": 1.4}), "undecided", "the 20 % to 80 % intervals overlap"),
+        (scaled(1.2, rounds=2), "undecided", "fewer than 3 rounds"),
+    ],
+)
+def test_compare_decides_only_what_can_be_decided(after, verdict, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (one,) = bench.compare(small(), after, 0.05).differences
+    assert (one.verdict, one.why) == (verdict, why)
+    bench.write_results("a.json", small())
+    bench.write_results("b.json", after)
+    shown = call("compare", "a.json", "b.json", "--fail-above", "5%", code=1 if verdict == "slower" else 0)
+    assert f"1 {verdict}" in shown
+    call("compare", "a.json", "b.json", "--fail-above", "30%")
+    call("compare", "b.json", "a.json", "--fail-above", "0.05", code=1 if verdict == "faster" else 0)
+
+
+def test_compare_across_machines_uses_the_ratio_to_the_floor(tmp_path):
+    other = scaled(3.0, ratio_to_floor={"median": 0.501, "q20": 0.49, "q80": 0.51})  # a slower machine, as near to its floor
+    other["environment"] = {**other["environment"], "torch": "2.14.0"}
+    compared = bench.compare(small(), other)
+    assert compared.measure == "ratio_to_floor" and compared.unlike == {"torch": ("2.13.0", "2.14.0")} and not compared.slower
+    bench.write_results(tmp_path / "a.json", small())
+    bench.write_results(tmp_path / "b.json", other)
+    shown = call("compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert "torch differs: 2.13.0 and 2.14.0" in shown and "ratios to the floor are compared, not times" in shown
+
+
+def test_compare_lists_what_is_on_one_side_only():
+    first, second = small(), small()
+    first["rows"].append({**first["rows"][0], "provider": "gone"})
+    first["rows"].append({**first["rows"][0], "provider": "broken"})
+    first["rows"].append({**first["rows"][0], "provider": "floor", "kind": "floor"})
+    broken = {**first["rows"][0], "provider": "broken", "status": "mismatch", "reason": "forward error 1"}
+    second["rows"].append({key: value for key, value in broken.items() if key != "seconds"})
+    second["rows"].append({**second["rows"][0], "parameters": {"N": 65}})
+    compared = bench.compare(first, second)
+    assert [one.row["provider"] for one in compared.differences] == ["ours"]
+    assert compared.only_first == [
+        "op N=64 float32 fwd 1 threads: gone",
+        "op N=64 float32 fwd 1 threads: broken (there: mismatch, forward error 1)",
+    ]
+    assert compared.only_second == ["op N=65 float32 fwd 1 threads: ours"]
+
+
+@pytest.mark.parametrize("text", ["five", "-1%", "5%%", "nan", "inf"])
+def test_threshold_is_a_share(text):
+    with pytest.raises(ValueError, match="--fail-above must be a share such as 5% or 0.05"):
+        comparison.percent(text)
+
+
+def test_compare_committed_results_with_themselves():
+    committed = COMMITTED / "gram_volume.json"
+    assert "0 slower, 0 faster" in call("compare", committed, committed)
+
+
+# -------------------------------------------------------------------------------------------------------------------------------------------- report
+
+
+def test_report_is_one_page_with_everything(mine):
+    Path("own_functions.py").write_text("def wrong(x):\n    return x * x + 1e-2\n")
+    wrong = ["--provider", "own_functions:wrong"]
+    call("run", "square", "--cases", mine, *wrong, "--quick", "--rounds", 1, "--threads", 1, "--note", "<b>loud</b>", "--out", "x.json", code=1)
+    call("kernel", "tile_product", "--sizes", "1", "--rounds", 1, "--out", "k.json")
+    call("report", "x.json", "k.json", COMMITTED / "gram_volume.json", "--out", "page.html")
+    page = Path("page.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and "<script" not in page
+    assert set(re.findall(r'(?:src|href)="([a-z/:]+)', page)) == {"data:image/png"} and "url(" not in page and "http" not in page
+    for words in (
+        "Targets: 1 of 1 met.",
+        "Targets: 8 of 8 met.",
+        "missing peer: not installed: pip install no-such-package",
+        "own_functions:wrong: mismatch: forward error",
+        "Roofline: float32, 1 threads",
+        "there is no roof (modalign.bench/1)",
+        "The machine",
+        "dense-equivalent rate",
+        "&lt;b&gt;loud&lt;/b&gt;",
+        "Kernels without torch around them",
+        "Noisy: ",
+    ):
+        assert words in page, words
+    assert str(ROOT) not in page
+    assert "must be JSON" in call("report", mine, code=1) and "No such file" in call("report", "absent.json", code=1)
+
+
+def test_roof_is_the_machine_s(mine):
+    call("run", "square", "--cases", mine, "--quick", "--rounds", 1, "--threads", 1, "--out", "x.json")
+    gathered = bench.read_results("x.json")
+    (axes,) = report.roofline(gathered, "float32", 1).axes
+    corner = max(axes.lines, key=lambda line: len(line.get_xdata()))
+    rate, bandwidth = gathered["machine"]["matmul"][0]["flop_per_second"]["median"], gathered["machine"]["copy"][0]["byte_per_second"]["median"]
+    assert corner.get_xdata()[1] == pytest.approx(rate / bandwidth) and list(corner.get_ydata()[1:]) == [rate, rate]
+    assert corner.get_ydata()[0] == pytest.approx(corner.get_xdata()[0] * bandwidth)
+    assert report.roofline(gathered, "float32", 2) is None
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------------- sweep
+
+
+SWEPT = """
+import time
+import torch
+from modalign import bench
+
+@bench.case(grid=[dict(N=64, D=1024)], reference=lambda x: x * x, passes=["fwd"], bytes=lambda p, pass_, size: 2 * size * p["N"] * p["D"])
+def growing(maker, N, D):
+    return (maker.randn(N, D),)
+
+@bench.provider(growing, name="plain")
+def plain(x):
+    return x * x
+
+@bench.provider(growing, name="square in memory")
+def square_in_memory(x):
+    if x.shape[0] > 600:
+        torch.empty(1 << 50)
+    return x * x
+
+@bench.provider(growing, name="slow")
+def slow(x):
+    if x.shape[0] > 600:
+        time.sleep(2.5)
+    return x * x
+"""
+
+
+def test_sweep_survives_everything_and_goes_on_where_it_was(tmp_path, registry, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("swept.py").write_text(SWEPT)
+    limits = sweep.resource.getrlimit(sweep.resource.RLIMIT_DATA)
+    arguments = ["sweep", "growing", "N=512:2k", "--points", 3, "--cases", "swept.py", "--limit", 2, "--rounds", 1, "--threads", 1, "--quick"]
+    measure, asked = sweep._measure, []
+
+    def measured(case, parameters, *rest):
+        asked.append(parameters["N"])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return measure(case, parameters, *rest)
+
+    monkeypatch.setattr(sweep, "_measure", measured)
+    assert "interrupted, no file is half-written" in call(*arguments, code=130)
+    begun = bench.read_results("sweep_growing.json")
+    assert begun["sweep"]["done"] == [512] and {row["status"] for row in begun["rows"]} == {"ok"}
+    assert "must be a new file" in call(*arguments, code=1)
+    assert "must continue the same sweep" in call(*arguments[:2], "N=512:4k", *arguments[3:], "--resume", code=1)
+    assert "--set must leave alone what the sweep changes, got ['N']" in call(*arguments, "--set", "N=5", code=1)
+
+    shown = call(*arguments, "--resume")
+    assert asked == [512, 1024, 1024, 2048]
+    assert sweep.resource.getrlimit(sweep.resource.RLIMIT_DATA) == limits
+    gathered = bench.read_results("sweep_growing.json")
+    status = {(row["provider"], row["parameters"]["N"]): row["status"] for row in gathered["rows"]}
+    assert gathered["sweep"]["done"] == [512, 1024, 2048] and gathered["rows"][: len(begun["rows"])] == begun["rows"]
+    for size in (512, 1024, 2048):
+        assert status["plain", size] == "ok"
+        assert status["square in memory", size] == ("ok" if size == 512 else "out of memory")
+        assert status["slow", size] == ("ok" if size == 512 else "too slow")
+    reasons = {(row["provider"], row["parameters"]["N"]): row["reason"] for row in gathered["rows"]}
+    assert "can't allocate memory" in reasons["square in memory", 1024] and reasons["square in memory", 2048].endswith(", at 1k")
+    assert reasons["slow", 1024].startswith("one call took 2.5")
+    exponents = {one["provider"]: one["exponent"] for one in gathered["sweep"]["memory_exponents"]}
+    assert exponents["plain"] == pytest.approx(1, abs=0.1) and "memory of plain, fwd, float32: ∝ size^" in shown
+    assert Path("sweep_growing.png").read_bytes().startswith(b"\x89PNG") and "growing over N" in Path("sweep_growing.html").read_text()
+
+
+def swept(times):
+    """Results of a sweep with these medians: {provider: {size: seconds}}."""
+    made = small()
+    model = made["rows"].pop()
+    for provider, of in times.items():
+        for size, seconds in of.items():
+            row = {**deepcopy(model), "provider": provider, "parameters": {"N": size}, "peak_memory_bytes": 4 * size * size << 10}
+            row["seconds"] = {"median": seconds, "q20": seconds, "q80": seconds}
+            made["rows"].append(row)
+    made["sweep"] = {"case": "op", "parameters": ["N"], "sizes": [16, 64, 256], "done": [16, 64, 256], "limit_seconds": 1.0, "checks_ended": False}
+    made["sweep"].update(crossovers=sweep.crossovers(made), memory_exponents=sweep.memory_exponents(made))
+    results.validate(made)
+    return made
+
+
+def test_crossovers_lie_on_the_lines_between_the_sizes():
+    # quadratic from 1 µs and constant 256 µs: equal where (N / 16)^2 = 256, thus at N = 256 at the end, and at 128 for 64 µs
+    made = swept({"square": {n: 1e-6 * (n / 16) ** 2 for n in (16, 64, 256)}, "flat": {n: 64e-6 for n in (16, 64, 256)}})
+    (one,) = made["sweep"]["crossovers"]
+    assert (one["faster_below"], one["faster_above"]) == ("square", "flat") and one["size"] == pytest.approx(128)
+    assert [entry["exponent"] for entry in made["sweep"]["memory_exponents"]] == pytest.approx([2, 2])
+    assert not swept({"a": {16: 1.0, 64: 1.0}, "b": {64: 2.0, 256: 0.5}})["sweep"]["crossovers"]  # one size in common: nothing to cross
+    titles = list(sweep.figures(made))
+    assert titles == ["time, fwd, float32, 1 threads", "memory, fwd, float32"]
+
+
+@pytest.mark.parametrize("text", ["N", "N=1k", "=1k:2k", "N=2k:1k", "N=0:5", "N=1K:2K", "N,=1:2"])
+def test_sweep_range_refuses(text):
+    with pytest.raises(ValueError, match="bench: a (sweep|size) must"):
+        sizes.sweep_range(text)
+
+
+# -------------------------------------------------------------------------------------------------------------------------------------------- schema
+
+
+UNDERSTOOD = {"type", "enum", "const", "anyOf", "not", "if", "then", "else", "items", "required", "properties", "additionalProperties", "$ref"}
+WORDS = {"$schema", "$defs", "title", "description"}
+
+
+def rules(rule):
+    """Every rule inside a rule."""
+    yield rule
+    inner = [rule[key] for key in ("not", "if", "then", "else", "items", "additionalProperties") if key in rule]
+    for one in [*inner, *rule.get("anyOf", ()), *rule.get("properties", {}).values(), *rule.get("$defs", {}).values()]:
+        yield from rules(one)
+
+
+def test_our_check_understands_every_word_of_the_published_schema():
+    for rule in rules(results.schema()):
+        assert set(rule) <= UNDERSTOOD | WORDS, rule
+        assert "$ref" not in rule or rule["$ref"].removeprefix("#/$defs/") in results.schema()["$defs"]
+
+
+@pytest.mark.parametrize("name", ["gram_volume.json", "ladder_gram_volume.json"])
+def test_files_of_the_first_version_are_read(name):
+    read = bench.read_results(COMMITTED / name)
+    assert read["schema"] in ("modalign.bench/1", bench.SCHEMA) and read["rows"]
+
+
+def test_fields_of_a_row_are_all_in_the_schema(mine):
+    """What is written and not described would be checked by nobody."""
+    call("run", "square", "--cases", mine, "--quick", "--memory", "--rounds", 1, "--threads", 1, "--profile", "traces", "--out", "x.json")
+    gathered = bench.read_results("x.json")
+    assert set(gathered) <= set(results.schema()["properties"])
+    assert {key for row in gathered["rows"] for key in row} <= set(results.schema()["$defs"]["row"]["properties"])
+
+
+def test_columns_of_old_and_new_rows():
+    old = small()["rows"][0]
+    assert tables.cell(old, "floor_source") == "declared" and tables.cell(old, "dense") == tables.DASH
+    assert tables.cell({**old, "floor": {"source": "machine", "seconds": 1.0}}, "floor_source") == "machine"
+    assert tables.cell({**old, "checked": {"N": 32}}, "error") == "checked at N=32"
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------- example
+
+
+@pytest.mark.parametrize("source", [[], ["x.json"]], ids=["committed", "own"])
+def test_example_reads_a_benchmark(source, tmp_path):
+    row = {"provider": "absent", "status": "not installed", "reason": "pip install absent"}
+    made = small(noisy=True)
+    made["rows"].append({key: value for key, value in {**made["rows"][0], **row}.items() if key != "seconds"})
+    bench.write_results(tmp_path / "x.json", made)
+    finished = subprocess.run(
+        [sys.executable, ROOT / "examples" / "read_a_benchmark.py", *source], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "× the declared floor" in finished.stdout and "groups" in finished.stdout and "noisy: " in finished.stdout
+    assert ("pip install absent" in finished.stdout) == bool(source)
