@@ -486,10 +486,10 @@ def swept(times):
 
 
 def test_crossovers_lie_on_the_lines_between_the_sizes():
-    # quadratic from 1 µs and constant 256 µs: equal where (N / 16)^2 = 256, thus at N = 256 at the end, and at 128 for 64 µs
-    made = swept({"square": {n: 1e-6 * (n / 16) ** 2 for n in (16, 64, 256)}, "flat": {n: 64e-6 for n in (16, 64, 256)}})
+    # 1 µs at 16 and growing with the square meets a constant 25 µs where (N / 16)^2 = 25
+    made = swept({"square": {n: 1e-6 * (n / 16) ** 2 for n in (16, 64, 256)}, "flat": {n: 25e-6 for n in (16, 64, 256)}})
     (one,) = made["sweep"]["crossovers"]
-    assert (one["faster_below"], one["faster_above"]) == ("square", "flat") and one["size"] == pytest.approx(128)
+    assert (one["faster_below"], one["faster_above"]) == ("square", "flat") and one["size"] == pytest.approx(80)
     assert [entry["exponent"] for entry in made["sweep"]["memory_exponents"]] == pytest.approx([2, 2])
     assert not swept({"a": {16: 1.0, 64: 1.0}, "b": {64: 2.0, 256: 0.5}})["sweep"]["crossovers"]  # one size in common: nothing to cross
     titles = list(sweep.figures(made))
