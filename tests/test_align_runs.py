@@ -4,6 +4,7 @@ pictures."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -131,6 +132,7 @@ def test_resuming_takes_up_the_state_and_not_the_start(tmp_path, monkeypatch):
     with pytest.raises(Stop):
         store = RunStore(tmp_path / "p", identity, resume=False, seconds=0.0)  # the state of every step is written
         run_experiment(dataset, QUICK, progress=lambda *args: count(*args, limit=20), store=store)
+    os.close(store.lock)  # as the end of the process would
     taken.clear()
     resumed = run_experiment(dataset, QUICK, progress=count, store=RunStore(tmp_path / "p", identity, resume=True, seconds=0.0))
     steps_after = len(taken)
@@ -143,8 +145,17 @@ def test_resuming_takes_up_the_state_and_not_the_start(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_resumed_is_named(tmp_path):
-    RunStore(tmp_path / "p", {"settings": {"steps": 10}, "data": "x"}, resume=False)
-    with pytest.raises(ValueError, match=r"run.json: expected to go on with data = 'x', got 'y'; without --resume the run starts anew"):
+    first = RunStore(tmp_path / "p", {"settings": {"steps": 10}, "data": "x"})
+    with pytest.raises(ValueError, match="p: is in use by another run"):
+        RunStore(tmp_path / "p", {"settings": {"steps": 10}, "data": "x"}, resume=True)
+    os.close(first.lock)
+    with pytest.raises(ValueError, match="p: holds an unfinished run; go on with --resume, or throw it away with --restart"):
+        RunStore(tmp_path / "p", {"settings": {"steps": 10}, "data": "x"})
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="q: expected the folder of an unfinished run or nothing, got something else"):
+        RunStore(tmp_path / "q", {}, restart=True)
+    with pytest.raises(ValueError, match=r"run.json: expected to go on with data = 'x', got 'y'; --restart throws the run away"):
         RunStore(tmp_path / "p", {"settings": {"steps": 10}, "data": "y"}, resume=True)
     model = models.GramAligner(models.GramAlignerConfig({"a": 4, "b": 3}, width=3))
     features = {"a": torch.randn(20, 4), "b": torch.randn(20, 3)}
@@ -171,7 +182,7 @@ def test_a_configuration_file_and_flags_that_overrule_it(tmp_path):
     assert results["settings"]["steps"] == 6 and results["settings"]["loss"] == "clip" and results["settings"]["pairs"] == [40, "all"]
     assert list(results["dataset"]["modalities"]) == ["text", "sound"] and results["model"]["heads"] == "linear"
     assert "--steps 6" in results["command"] and "--pairs 40,all" in results["command"] and str(tmp_path) not in results["command"]
-    again = runner.invoke(app, ["align", str(tmp_path / "set"), "--config", str(tmp_path / "out" / "config.toml"), "--out", str(tmp_path / "again")])
+    again = runner.invoke(app, ["align", "--config", str(tmp_path / "out" / "config.toml"), "--out", str(tmp_path / "again")])
     assert again.exit_code == 0, again.output
     assert json.loads((tmp_path / "again" / "results.json").read_text()) == results
 
@@ -188,6 +199,14 @@ def test_a_configuration_file_and_flags_that_overrule_it(tmp_path):
         ("pairs = [100, 100]", r"align: pairs must be different numbers or 'all', got \[100, 100\]"),
         ("pairs = ['most']", "align: pairs must be different numbers or 'all'"),
         ("device = 'abacus'", "align: device must be cpu or cuda, got 'abacus'"),
+        ("pairs = 100", "align: pairs must be a list, got 100"),
+        ("modalities = 'x,y'", "align: modalities must be a list, got 'x,y'"),
+        ("threads = 'two'", "align: threads must be a positive number, got 'two'"),
+        ("out = 5", "align: out must be a path, got 5"),
+        ("temperature = inf", "align: temperature must be finite, got inf"),
+        ("device = 'meta'", "align: device must be cpu or cuda, got 'meta'"),
+        ("heads = 'linear'\nhidden = 9", "align: hidden must be 0 for linear heads, which have no branch, got 9"),
+        ("loss = 'siglip'\ntemperature = 0.2", "align: temperature must be left alone with loss siglip, which does not use it, got 0.2"),
         ("width = 1", "align: width must be at least 2, or 0 for the usual, got 1"),
     ],
 )
@@ -201,6 +220,56 @@ def test_bad_settings(tmp_path, content, message):
 def test_a_number_of_pairs_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"pairs must be in 8..90, the training items of 'made_up', got 500"):
         run_experiment(made_up(), AlignSettings(seeds=1, steps=2, pairs=(500,)))
+
+
+def grouped(sizes, present=None, names=("a", "b", "c")):
+    """Made-up items in groups of these sizes."""
+    captions = [f"kind {number}" for number, size in enumerate(sizes) for _ in range(size)]
+    return data.from_features({name: torch.randn(len(captions), 5) for name in names}, names=captions, present=present)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "changes", "message"),
+    [
+        (lambda: grouped([60]), {}, "items must make a test part of whole groups, got 0 for it from 60 items in 1 groups, the largest of 60"),
+        (lambda: grouped([5] * 12), {"pairs": (12,)}, "items must make a validation part of whole groups"),
+        (lambda: grouped([1] * 60, {"c": torch.arange(60) < 2}), {}, r"modality 'c' must be had by at least 3 of the .* items to fit on \(seed"),
+        (lambda: grouped([1] * 60, {"b": torch.arange(60) % 2 > 0, "a": torch.arange(60) % 2 < 1}, "ab"), {}, "must be had together by some items of the fit part"),
+        (lambda: grouped([1] * 60), {"modalities": ("a",)}, "modalities must be at least 2, got \\['a'\\]"),
+        (lambda: grouped([1] * 60), {"width": 6}, "width must not exceed the narrowest modality, got 6"),
+        (lambda: grouped([1] * 60, names=("a", "keys")), {}, "modalities must not have a '.' in their names or one that torch keeps for itself, got 'keys'"),
+        (lambda: data.from_features({"a": torch.ones(40, 3), "b": torch.randn(40, 3)}), {}, "modality 'a' must vary"),
+    ],
+)
+def test_what_cannot_be_learnt_from_is_said_before_anything_runs(dataset, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_experiment(dataset(), AlignSettings(seeds=3, steps=2, **changes))
+
+
+def test_a_wrong_setting_costs_no_unfinished_run(tmp_path):
+    write_folder(tmp_path / "set", made_up())
+    progress = tmp_path / "out" / "progress"
+    progress.mkdir(parents=True)
+    (progress / "run.json").write_text("{}")
+    for flags in (["--pairs", "7"], ["--steps", "2"], ["--width", "99"]):
+        result = runner.invoke(app, ["align", str(tmp_path / "set"), "--out", str(tmp_path / "out"), *flags])
+        assert result.exit_code == 1 and "Traceback" not in result.output and (progress / "run.json").read_text() == "{}"
+    restarted = ["align", str(tmp_path / "set"), "--out", str(tmp_path / "out"), "--steps", "2", "--seeds", "1", "--restart"]
+    assert runner.invoke(app, restarted).exit_code == 0 and not progress.exists()
+
+
+def test_a_renamed_folder_splits_alike(tmp_path):
+    first, second = (data.load(write_folder(tmp_path / name, made_up())) for name in ("one", "two"))
+    assert torch.equal(first.splits(0).test, second.splits(0).test) and first.digest() == second.digest()
+
+
+def test_a_direction_without_test_items_in_some_seed_has_no_mean():
+    dataset = grouped([1] * 60, {"c": torch.arange(60) < 9}, ("a", "b", "c"))
+    experiment = run_experiment(dataset, AlignSettings(seeds=4, steps=2, batch=4))
+    results = summary(experiment, "test")
+    common = set.intersection(*(set(seed.items) for seed in experiment.seeds))
+    assert set(results["rows"]["cca"]["directions"]) == common
+    assert results["rows"]["cca"]["directions"]["a → b"]["items"] == [15] * 4
 
 
 # ------------------------------------------------------------------ fewer pairs, missing modalities, heads and losses

@@ -81,6 +81,10 @@ def test_a_root_of_data_sets(folder, tmp_path_factory, monkeypatch):
     assert len(data.load(folder.name)) == N and folder.name in data.available() and "emoji_mini" in data.available()
 
 
+def items(folder, **changes):
+    (folder / "items.json").write_text(json.dumps({"format": 2, "items": [{"name": "a"}] * N} | changes))
+
+
 def break_(folder, what):
     """Write what a test wants to be refused."""
     rows = np.zeros((N, 6), dtype=np.float32)
@@ -90,6 +94,29 @@ def break_(folder, what):
         case "pickled files":
             (folder / "text.safetensors").unlink(), (folder / "sound.npy").unlink()
             torch.save(torch.ones(3), folder / "text.pt")
+        case "archive beside":
+            np.savez(folder / "touch.npz", rows)
+        case "mask of nothing":
+            np.save(folder / "touch.present.npy", np.ones(N, dtype=bool))
+        case "other suffix":
+            (folder / "touch.NPY").write_bytes((folder / "sound.npy").read_bytes())
+        case "mask not listed":
+            storage.write_checksums(folder)
+            np.save(folder / "sound.present.npy", np.ones(N, dtype=bool))
+        case "empty caption":
+            (folder / "names.txt").write_text("one\n\n" + "more\n" * (N - 2))
+        case "long doubles":
+            np.save(folder / "sound.npy", rows.astype(np.longdouble))
+        case "size as text":
+            items(folder, test_size="5")
+        case "modalities as list":
+            items(folder, modalities=["sound"])
+        case "default as text":
+            items(folder, default="sound")
+        case "group as number":
+            items(folder, items=[{"name": "a", "group": 3}] * N)
+        case "other width":
+            items(folder, modalities={"sound": {"width": 9}})
         case "pickled npy":
             np.save(folder / "sound.npy", np.array([{}] * N, dtype=object), allow_pickle=True)
         case "pickle under another name":
@@ -161,7 +188,18 @@ def break_(folder, what):
     ("what", "message"),
     [
         ("one file", r"expected at least 2 files NAME.npy or NAME.safetensors, got \['sound'\]; save one matrix per modality"),
-        ("pickled files", "got none and text.pt, which is pickled"),
+        ("pickled files", "text.pt: expected .npy or .safetensors files alone, got one that is pickled"),
+        ("archive beside", "touch.npz: expected .npy or .safetensors files alone, got one that is a zip of arrays"),
+        ("mask of nothing", "touch.present.npy: expected NAME.npy, NAME.safetensors, or NAME.present.npy"),
+        ("other suffix", "touch.NPY: expected NAME.npy, NAME.safetensors, or NAME.present.npy"),
+        ("mask not listed", "SHA256SUMS: expected a line for sound.present.npy, got none"),
+        ("empty caption", "names.txt: expected a caption in every line, got none in 1 lines, first in line 2"),
+        ("long doubles", "sound.npy: expected a .npy file of numbers, got"),
+        ("size as text", "items.json: expected 'test_size' to be a whole number, got '5'"),
+        ("modalities as list", "items.json: expected 'modalities' to be an object of objects"),
+        ("default as text", "items.json: expected 'default' to be a list of modality names, got 'sound'"),
+        ("group as number", "items.json: expected 'group' of item 0 to be text, got 3"),
+        ("other width", "items.json: expected 'width' of 'sound' to be 6 as in its file, got 9"),
         ("pickled npy", "sound.npy: expected a .npy file of numbers, got one that does not read"),
         ("pickle under another name", "sound.npy: expected a .npy file of numbers, got one that does not read"),
         ("truncated npy", "sound.npy: expected a .npy file of numbers, got one that does not read"),
@@ -191,7 +229,7 @@ def break_(folder, what):
         ("checksum", r"sound.npy: expected SHA-256 \w+, got \w+"),
         ("file not listed", "SHA256SUMS: expected a line for touch.npy, got none"),
         ("broken list", "SHA256SUMS: expected lines 'SHA-256  name', got 'what is this' in line 1"),
-        ("pictures of another size", r"pictures.safetensors: expected 'pictures' \[20, side, side, 3\], got \[3, 8, 8, 3\]"),
+        ("pictures of another size", r"pictures.safetensors: expected 'pictures' uint8 \[20, side, side, 3\], got U8 \[3, 8, 8, 3\]"),
         ("pictures of another name", "pictures.safetensors: expected a safetensors file with a tensor 'pictures', got one without"),
     ],
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .. import __version__
 from .._files import write_bytes, write_json
 from ..data import load
-from .experiment import Experiment, RunStore, run_experiment
+from .experiment import Experiment, RunStore, check_parts, run_experiment
 from .settings import AlignSettings, read_settings
 from .summary import summary
 
@@ -25,6 +26,7 @@ __all__ = ["MODEL_FOLDER", "PROGRESS_FOLDER", "align"]
 MODEL_FOLDER = "model"
 PROGRESS_FOLDER = "progress"
 USUAL = AlignSettings()
+FEW = 20  # validation items, below which a choice made on them is said to be coarse
 
 
 def _words(text: str) -> tuple[int | str, ...]:
@@ -54,6 +56,7 @@ def align(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = USUAL.device,
     threads: Annotated[int, typer.Option(min=1, help="of torch; a training step on small data gains nothing from more than one")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was interrupted or killed; the result is the same bit for bit")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="throw away an unfinished run that is in the output folder")] = False,
     data_root: Annotated[Path | None, typer.Option(help="where `modalign prepare` left its sets; default $MODALIGN_DATA_ROOT")] = None,
 ) -> None:
     """Learn light heads on frozen features of paired modalities and tell how well they match.
@@ -64,7 +67,7 @@ def align(
     given = {
         name: value
         for name, value in context.params.items()
-        if name not in ("config", "resume") and value is not None and context.get_parameter_source(name).name != "DEFAULT"
+        if name not in ("config", "resume", "restart") and value is not None and context.get_parameter_source(name).name != "DEFAULT"
     }
     given |= {name: _words(given[name]) for name in ("modalities", "pairs") if name in given}
     beside, settings = read_settings(config, given)
@@ -76,12 +79,18 @@ def align(
         raise ValueError(f"--out must be a folder, got the file {folder}")
     torch.set_num_threads(beside.get("threads", threads))
     dataset = load(source, beside.get("data_root"))
-    chosen = dataset.select(settings.modalities or dataset.default or tuple(dataset.modalities))
+    chosen = check_parts(dataset, settings)
+    held_out = min(len(chosen.splits(settings.first_seed, None if p == "all" else int(p)).validation) for p in settings.pairs)
     lacking = "".join(f"; {name} of {int(mask.sum())}" for name, mask in chosen.present.items())
     console.print(f"[bold]{dataset.name}[/bold]: {len(dataset)} items, {', '.join(chosen.modalities)}{lacking}; licence {dataset.licence or 'not stated'}")
 
-    identity = {"settings": settings.as_dict(), "data": chosen.digest(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    store = RunStore(folder / PROGRESS_FOLDER, identity, resume=resume)
+    versions = {"modalign": __version__, "torch": torch.__version__}
+    identity = {"settings": settings.as_dict(), "data": chosen.digest(), "threads": torch.get_num_threads(), **versions}
+    if held_out < FEW:
+        console.print(f"only {held_out} validation items, so what is chosen on them (steps, ridge, power) is chosen by little", style="yellow")
+    store = RunStore(folder / PROGRESS_FOLDER, identity, resume=resume, restart=restart)
+    if resume and not store.resumed:
+        console.print(f"no unfinished run in {store.folder}: starting", highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("preparing", total=None)
@@ -102,7 +111,7 @@ def align(
     console.print(f"Figures of the test part, {spread}. Steps, ridge and power were chosen on validation items; the test part was read once.")
     if any(result.transductive for result in experiment.seeds):
         console.print("Seeds other than 0 are transductive: the stored features were reduced with a basis fitted on the training items of seed 0.")
-    for path in write_run(folder, experiment, results, source):
+    for path in write_run(folder, experiment, results, beside, config):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     store.remove()
 
@@ -117,14 +126,14 @@ def _command(source: str, settings: AlignSettings) -> str:
     return " ".join(["modalign align", Path(source).name, *changed])
 
 
-def write_run(folder: Path, experiment: Experiment, results: dict[str, Any], source: str) -> list[Path]:
-    """Write everything that a run leaves, each file whole or not at all."""
+def write_run(folder: Path, experiment: Experiment, results: dict[str, Any], beside: dict[str, Any], config: Path | None) -> list[Path]:
+    """Write everything that a run leaves, each file whole or not at all. A configuration file that was given is never written over."""
     from .report import Retrieved, confusion_figure, curve_figure, curves_figure, html_report, png, retrieved_figure
 
     data = experiment.dataset
     extra = {
         "dataset": data.name,
-        "source": source,  # as it was typed: what `search` looks for
+        "source": str(beside["data"]),  # as it was typed: what `search` looks for
         "split_seed": experiment.settings.first_seed,
         "mean_r10": results["rows"]["trained"]["mean_r10_by_seed"][0],
     }
@@ -133,7 +142,7 @@ def write_run(folder: Path, experiment: Experiment, results: dict[str, Any], sou
     figures = {"curves.png": png(curves_figure(experiment))}
     if len(results["curve"]) > 1:
         figures["pairs.png"] = png(curve_figure(results))
-    if data.pictures is not None:
+    if data.pictures is not None and len(retrieved.items):
         figures["retrieved.png"] = png(retrieved_figure(retrieved))
         if confusions:
             figures["confusions.png"] = png(confusion_figure(retrieved, confusions))
@@ -141,7 +150,9 @@ def write_run(folder: Path, experiment: Experiment, results: dict[str, Any], sou
     for stale in set(CAPTIONED) - set(figures):
         (folder / stale).unlink(missing_ok=True)
     experiment.model.save_pretrained(folder / MODEL_FOLDER, extra=extra)
-    write_bytes(folder / "config.toml", experiment.settings.as_toml().encode())
+    named = "".join(f"{name} = {json.dumps(str(beside[name]))}\n" for name in ("data", "data_root") if name in beside)
+    if config is None or config.resolve() != (folder / "config.toml").resolve():
+        write_bytes(folder / "config.toml", (named + experiment.settings.as_toml()).encode())
     write_json(folder / "results.json", results)
     for name, content in figures.items():
         write_bytes(folder / name, content)
@@ -149,12 +160,13 @@ def write_run(folder: Path, experiment: Experiment, results: dict[str, Any], sou
     return [folder / name for name in (MODEL_FOLDER, "config.toml", "results.json", *figures, "report.html")]
 
 
+JOINT_COLUMNS = 4  # side by side in 80 columns
 CAPTIONED = ("curves.png", "pairs.png", "retrieved.png", "confusions.png")
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
     """One table per direction, narrow enough for 80 columns; joint scores side by side; the curve over numbers of pairs."""
-    from .report import HEADINGS, LABELS, cells, curve_cells, direction_pairs, joint_table
+    from .report import HEADINGS, LABELS, cells, curve_cells, direction_pairs, joint_table, titled
 
     def made(title: str, headings: list[str], lines: list[list[str]], bold: str = "") -> Table:
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -169,11 +181,13 @@ def tables(results: dict[str, Any]) -> list[Table]:
     found = []
     for direction in (direction for pair in direction_pairs(results) for direction in pair):
         lines = [[LABELS[row], *cells(figures["directions"][direction], row)] for row, figures in results["rows"].items()]
-        found.append(made(direction, ["row", *HEADINGS], lines, LABELS["trained"]))
+        found.append(made(titled(results, direction), ["row", *HEADINGS], lines, LABELS["trained"]))
     headings, lines = joint_table(results)
     for route in dict.fromkeys(line[1] for line in lines):
-        chosen = [[line[0], *line[2:]] for line in lines if line[1] == route]
-        found.append(made(f"{route}: joint scores beside single pairs, R@10", [headings[0], *headings[2:]], chosen, LABELS["trained"]))
+        for first in range(2, len(headings), JOINT_COLUMNS):
+            here = slice(first, first + JOINT_COLUMNS)
+            chosen = [[line[0], *line[here]] for line in lines if line[1] == route]
+            found.append(made(f"{route}: joint scores beside single pairs, R@10", [headings[0], *headings[here]], chosen, LABELS["trained"]))
     if len(results["curve"]) > 1:
         rows = [LABELS[row] for row in results["rows"]]
         found.append(made("mean R@10 by number of training pairs", ["pairs", *rows, "trained − CCA"], curve_cells(results)))

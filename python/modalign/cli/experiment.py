@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ class SeedResult:
     table: dict[str, dict[str, Retrieval]]
     chosen: dict[str, Any]
     histories: dict[str, TrainingHistory]
+    items: dict[str, int]  # test items behind a direction
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> SeedResult:
@@ -89,21 +92,38 @@ class Experiment:
 
 
 class RunStore:
-    """Unfinished work of a run, in a folder that is removed when the run is complete: results of finished seeds, states of started ones."""
+    """Unfinished work of a run, in a folder that is removed when the run is complete: results of finished seeds, states of started ones.
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool, seconds: float = 5.0) -> None:
+    resume : go on with what is there;  restart : throw it away. Without either an unfinished run is left alone and reported, and so is a folder that
+        holds anything else.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, resume: bool = False, restart: bool = False, seconds: float = 5.0) -> None:
         self.folder, self.seconds = folder, seconds
         kept = folder / "run.json"
         identity = json.loads(json.dumps(identity))  # tuples become lists, as they will be read
-        if resume and kept.is_file():
+        if folder.exists() and not kept.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder}: expected the folder of an unfinished run or nothing, got something else; choose another --out")
+        if kept.is_file() and not resume and not restart:
+            raise ValueError(f"{folder}: holds an unfinished run; go on with --resume, or throw it away with --restart")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(folder, os.O_RDONLY)  # let go when the process ends, however it ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self.lock)
+            raise ValueError(f"{folder}: is in use by another run; choose another --out") from error
+        self.resumed = resume and kept.is_file()
+        if self.resumed:
             before = json.loads(kept.read_text(encoding="utf-8"))
             for key in sorted(set(before) | set(identity)):
                 if before.get(key) != identity.get(key):
                     raise ValueError(
-                        f"{kept}: expected to go on with {key} = {before.get(key)!r}, got {identity.get(key)!r}; without --resume the run starts anew"
+                        f"{kept}: expected to go on with {key} = {before.get(key)!r}, got {identity.get(key)!r}; --restart throws the run away"
                     )
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             write_json(kept, identity)
 
     def result(self, unit: str) -> SeedResult | None:
@@ -120,6 +140,7 @@ class RunStore:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
+        os.close(self.lock)
 
 
 def training_plans(settings: AlignSettings) -> dict[str, TrainingConfig]:
@@ -130,6 +151,32 @@ def training_plans(settings: AlignSettings) -> dict[str, TrainingConfig]:
 
 def split_of(dataset: PairedDataset, seed: int, pairs: int | str) -> Split:
     return dataset.splits(seed, None if pairs == ALL else int(pairs))
+
+
+def check_parts(dataset: PairedDataset, settings: AlignSettings) -> PairedDataset:
+    """The data set with the modalities of the run, after everything that could fail for the lack of items has been looked at, for all seeds."""
+    dataset = dataset.select(settings.modalities or dataset.default or tuple(dataset.modalities))
+    if len(dataset.modalities) < 2:
+        raise ValueError(f"align: modalities must be at least 2, got {list(dataset.modalities)}")
+    for pairs in settings.pairs:
+        for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
+            split = split_of(dataset, seed, pairs)
+            where = f"seed {seed}, {pairs} pairs"
+            for name in dataset.modalities:
+                if len(dataset.available(name, split.fit)) < 3:
+                    raise ValueError(
+                        f"align: modality '{name}' must be had by at least 3 of the {len(split.fit)} items to fit on ({where}), "
+                        f"got {len(dataset.available(name, split.fit))}"
+                    )
+            for what, part in (("fit", split.fit), ("test", split.test)):
+                both = [items_with(dataset.masks(part), list(pair), len(part)) for pair in combinations(dataset.modalities, 2)]
+                if all(items is not None and len(items) < (2 if what == "fit" else 1) for items in both):
+                    raise ValueError(f"align: modalities must be had together by some items of the {what} part ({where}), got none for any two of them")
+            dataset.statistics(split.fit)
+    widths = {name: min(x.shape[1], settings.reduce) for name, x in dataset.modalities.items()}
+    if settings.width > min(widths.values()):
+        raise ValueError(f"align: width must not exceed the narrowest modality, got {settings.width} and {widths}")
+    return dataset
 
 
 def directions(
@@ -169,8 +216,7 @@ def run_experiment(
     store: RunStore | None = None,
 ) -> Experiment:
     """Run the whole experiment. Deterministic for its arguments on one machine; with a `store` an unfinished run is taken up where it was."""
-    chosen = settings.modalities or dataset.default or tuple(dataset.modalities)
-    dataset = dataset.select(chosen)
+    dataset = check_parts(dataset, settings)
     plans = training_plans(settings)
     units = [(pairs, seed) for pairs in settings.pairs for seed in range(settings.first_seed, settings.first_seed + settings.seeds)]
     per_unit = 2 * settings.steps * len(plans)  # each plan trains once to choose the number of steps and once more with it
@@ -315,11 +361,12 @@ def _run_seed(
     found = {row: directions(e, test.groups, models["start"].volume, config.anchor, test.present) for row, e in embedded.items()}
     table = {row: {way: figures for way, (figures, _) in by_way.items()} for row, by_way in found.items()}
     table["chance"] = {way: chance_retrieval(who) for way, (_, who) in found["cca"].items()}
-    result = SeedResult(seed, len(split.train), split.transductive, {row: table[row] for row in ROWS}, chosen, histories)
+    items = {way: len(who) for way, (_, who) in found["cca"].items()}
+    result = SeedResult(seed, len(split.train), split.transductive, {row: table[row] for row in ROWS}, chosen, histories, items)
     return models["trained"].cpu().on_raw_features(reductions["train"]), result
 
 
 def mean_r10(table: Mapping[str, Retrieval]) -> float:
     """Mean R@10 over the cosine directions: the figure that rows are compared by."""
-    values = [figures.r10 for direction, figures in table.items() if "joint" not in direction]
+    values = [figures.r10 for direction, figures in table.items() if ", joint" not in direction]
     return math.fsum(values) / len(values)

@@ -128,6 +128,8 @@ class Retrieved:
 
     def confusions(self) -> list[dict[str, Any]]:
         """The queries whose best wrong item lies farthest above the right one."""
+        if not len(self.items):
+            return []
         right = self.scores.masked_fill(self.groups[:, None] != self.groups, -2).amax(1)
         wrong, place = self.scores.masked_fill(self.groups[:, None] == self.groups, -2).max(1)
         margin = wrong - right
@@ -217,6 +219,12 @@ def direction_pairs(results: dict[str, Any]) -> list[tuple[str, ...]]:
     return [tuple(pair) for pair in pairs.values()]
 
 
+def titled(results: dict[str, Any], direction: str) -> str:
+    """A direction with the number of test items behind its figures: a few of them say little."""
+    items = results["rows"]["cca"]["directions"][direction].get("items", [])
+    return direction + (f" ({min(items)}{'' if min(items) == max(items) else f' to {max(items)}'} test items)" if items else "")
+
+
 HEADINGS = ("R@1", "R@5", "R@10", "median", "ΔR@10")
 
 
@@ -236,12 +244,12 @@ def cells(figures: dict[str, Any], row: str) -> list[str]:
 def joint_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """R@10 of the joint scores beside that of every single pair, per row: (headings, lines). Empty for two modalities."""
     directions = list(results["rows"]["trained"]["directions"])
-    joint = [way for way in directions if "joint" in way]
+    joint = [way for way in directions if ", joint" in way]
     if not joint:
         return [], []
     anchor = joint[0].split(" → ")[0]
     headings, lines = ["row", "query"], []
-    forward = [way for way in directions if "joint" not in way and way.startswith(f"{anchor} → ")]
+    forward = [way for way in directions if ", joint" not in way and way.startswith(f"{anchor} → ")]
     headings += ["volume", "sum of cosines", *(f"{way.split(' → ')[1]} alone" for way in forward)]
     for row, entry in results["rows"].items():
         ways = entry["directions"]
@@ -323,7 +331,7 @@ def html_report(results: dict[str, Any], figures: dict[str, bytes], confusions: 
     order = list(results["rows"])
     for direction in (direction for pair in direction_pairs(results) for direction in pair):
         lines = [[LABELS[row], *cells(results["rows"][row]["directions"][direction], row)] for row in order]
-        parts.append(_html_table([direction, *HEADINGS], lines, order.index("trained")))
+        parts.append(_html_table([titled(results, direction), *HEADINGS], lines, order.index("trained")))
     headings, lines = joint_table(results)
     if lines:
         parts += ["<h2>Joint scores beside single pairs, R@10</h2>", _html_table(headings, lines)]
@@ -362,7 +370,7 @@ def html_report(results: dict[str, Any], figures: dict[str, bytes], confusions: 
 
 
 def _mean_r10(table: dict[str, dict[str, float]]) -> float:
-    return statistics.fmean(figures["r10"] for direction, figures in table.items() if "joint" not in direction)
+    return statistics.fmean(figures["r10"] for direction, figures in table.items() if ", joint" not in direction)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -47,7 +48,11 @@ class AlignSettings:
 
     def __post_init__(self) -> None:
         for name in ("modalities", "pairs"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                raise ValueError(f"align: {name} must be a list, got {getattr(self, name)!r}")
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not all(isinstance(name, str) for name in self.modalities):
+            raise ValueError(f"align: modalities must be names, got {list(self.modalities)}")
         for item in fields(self):
             value, kind = getattr(self, item.name), type(item.default)
             if kind is float and type(value) is int:
@@ -59,15 +64,29 @@ class AlignSettings:
                 raise ValueError(f"align: {name} must be at least {least}, got {getattr(self, name)}")
         if self.width < 0 or self.width == 1:
             raise ValueError(f"align: width must be at least 2, or 0 for the usual, got {self.width}")
+        for item in fields(self):
+            if isinstance(value := getattr(self, item.name), float) and not math.isfinite(value):
+                raise ValueError(f"align: {item.name} must be finite, got {value}")
+        if self.first_seed >= 2**31:
+            raise ValueError(f"align: first_seed must be below 2**31, got {self.first_seed}")
         for name, known in (("loss", LOSSES), ("heads", HEADS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"align: {name} must be one of {', '.join(known)}, got '{getattr(self, name)}'")
+        # A setting that the rest of the settings makes void is a mistake, not something to pass over.
+        if self.heads == "linear" and self.hidden:
+            raise ValueError(f"align: hidden must be 0 for linear heads, which have no branch, got {self.hidden}")
+        usual = {item.name: item.default for item in fields(self)}
+        for name, losses in (("temperature", ("gram", "volume", "clip")), ("pairwise_weight", ("gram",))):
+            if self.loss not in losses and getattr(self, name) != usual[name]:
+                raise ValueError(f"align: {name} must be left alone with loss {self.loss}, which does not use it, got {getattr(self, name)}")
         if not self.pairs or len(set(self.pairs)) != len(self.pairs) or any(type(p) is not int and p != ALL for p in self.pairs):
             raise ValueError(f"align: pairs must be different numbers or '{ALL}', got {list(self.pairs)}")
         try:
             device = torch.device(self.device)
         except RuntimeError as error:
             raise ValueError(f"align: device must be cpu or cuda, got '{self.device}'") from error
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"align: device must be cpu or cuda, got '{self.device}'")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"align: device must be one that torch sees, got '{self.device}' and no GPU (torch {torch.__version__})")
 
@@ -97,4 +116,7 @@ def read_settings(path: str | os.PathLike[str] | None, flags: Mapping[str, Any])
             raise ValueError(f"{path}: expected keys among {sorted(known)}, got unknown {unknown}")
     merged = content | dict(flags)
     beside = {name: merged.pop(name) for name in ("data", "data_root", "out", "threads") if name in merged}
+    for name, kinds in (("data", (str,)), ("data_root", (str, Path)), ("out", (str, Path)), ("threads", (int,))):
+        if name in beside and (type(beside[name]) is bool or not isinstance(beside[name], kinds) or (name == "threads" and beside[name] < 1)):
+            raise ValueError(f"align: {name} must be {'a path' if Path in kinds else 'text' if str in kinds else 'a positive number'}, got {beside[name]!r}")
     return beside, AlignSettings(**merged)

@@ -32,9 +32,11 @@ def rows_of(seeds: Sequence[SeedResult]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for row in ROWS:
         by_direction = {}
-        for direction in seeds[0].table[BASELINE]:
+        # a direction that some seed has no test items for has no mean over seeds
+        for direction in (way for way in seeds[0].table[BASELINE] if all(way in result.table[BASELINE] for result in seeds)):
             figures = [result.table[row][direction].as_dict() for result in seeds]
             by_direction[direction] = {key: _spread([f[key] for f in figures]) for key in figures[0]}
+            by_direction[direction]["items"] = [result.items[direction] for result in seeds]
             baseline = [result.table[BASELINE][direction].r10 for result in seeds]
             by_direction[direction]["r10_difference"] = _paired([f["r10"] for f in figures], baseline)
         scores = [mean_r10(result.table[row]) for result in seeds]

@@ -80,6 +80,7 @@ class PairedDataset:
     default : the modalities that `modalign align` takes unless told otherwise; all of them where empty
     bases : dict of str to FeatureBasis, for the modalities whose stored features were reduced
     encoders : dict of str to the name of the frozen encoder
+    salt : what splits depend on beside captions and seed; the name where empty
     items : what is known of each item beyond its name: captions in other languages, author, licence
     """
 
@@ -98,6 +99,7 @@ class PairedDataset:
     licence: str = ""
     source: str = ""
     basis_seed: int | None = None
+    salt: str = ""
     pictures: PictureSheet | PictureArray | None = None
     folder: FeatureFolder | None = None
 
@@ -118,26 +120,34 @@ class PairedDataset:
         `pairs` keeps only so many training items (the first of an order that depends on the seed, so that the 100 of one call lie among the 200 of
         another but for groups that do not fit in); the validation part then is a quarter of them, at most the usual size. The test part stays.
         """
-        groups = self.groups.tolist()
+        groups, salt = self.groups.tolist(), self.salt or self.name
         labels = {g: self._label(i) for i, g in reversed(list(enumerate(groups)))}
         members: dict[int, list[int]] = {}
         for item, group in enumerate(groups):
             members.setdefault(group, []).append(item)
-        test = _take(_ordered(groups, labels, f"{self.name}/test/{seed}"), members, self.test_size)
+        test = _take(_ordered(groups, labels, f"{salt}/test/{seed}"), members, self.test_size)
         held = set(test)
         train = [i for i in range(len(self)) if i not in held]
         validation_size = self.validation_size
         if pairs is not None:
             if not 8 <= pairs <= len(train):
                 raise ValueError(f"PairedDataset.splits: pairs must be in 8..{len(train)}, the training items of '{self.name}', got {pairs}")
-            train = _take(_ordered([groups[i] for i in train], labels, f"{self.name}/pairs/{seed}"), members, pairs)
+            train = _take(_ordered([groups[i] for i in train], labels, f"{salt}/pairs/{seed}"), members, pairs)
             validation_size = min(validation_size, pairs // 4)
         rest = sorted({groups[i] for i in train})
-        validation = _take(_ordered(rest, labels, f"{self.name}/validation/{seed}"), members, validation_size)
+        validation = _take(_ordered(rest, labels, f"{salt}/validation/{seed}"), members, validation_size)
         seen = set(validation)
         fit = [i for i in train if i not in seen]
+        for name, part, least in (("test", test, 1), ("validation", validation, 1), ("fit", fit, 2)):
+            if len(part) < least:
+                largest = max(map(len, members.values()))
+                raise ValueError(
+                    f"PairedDataset.splits: items must make a {name} part of whole groups, got {len(part)} for it from {len(self)} items in "
+                    f"{len(members)} groups, the largest of {largest}; a group is never divided"
+                )
         transductive = self.basis_seed is not None and seed != self.basis_seed
-        return Split(seed, *(torch.tensor(part) for part in (train, fit, validation, test)), transductive)
+        parts = (torch.tensor(part, dtype=torch.int64) for part in (train, fit, validation, test))
+        return Split(seed, *parts, transductive)
 
     def _label(self, item: int) -> str:
         """What a group is ordered by: its key where one was given, else the caption."""
@@ -151,6 +161,11 @@ class PairedDataset:
             chosen = features[self.available(name, indices)]
             mean[name] = chosen.mean(0)
             scale[name] = float((chosen - mean[name]).square().mean().sqrt())
+            if not 0 < scale[name] < float("inf"):
+                raise ValueError(
+                    f"PairedDataset.statistics: modality '{name}' must vary, and in a range whose squares float32 holds, got {len(chosen)} items "
+                    f"with a deviation of {scale[name]:g} and a largest number of {float(chosen.abs().max()):g}"
+                )
         return FeatureStatistics(mean, scale)
 
     def available(self, name: str, indices: Tensor) -> Tensor:
@@ -166,8 +181,10 @@ class PairedDataset:
         return {name: mask if indices is None else mask[indices] for name, mask in self.present.items()}
 
     def digest(self) -> str:
-        """SHA-256 over captions, groups, features and masks: two data sets that train alike have the same."""
-        digest = hashlib.sha256(json.dumps([self.names, self.groups.tolist(), self.test_size, self.validation_size]).encode())
+        """SHA-256 over captions, groups, features, masks and what splits depend on: two data sets with the same train alike."""
+        labels = [self._label(i) for i in range(len(self))]
+        parts = [self.salt or self.name, self.names, labels, self.groups.tolist(), self.test_size, self.validation_size, self.basis_seed]
+        digest = hashlib.sha256(json.dumps(parts).encode())
         for name, tensor in [*self.modalities.items(), *self.present.items()]:
             digest.update(f"{name} {list(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy())
@@ -193,7 +210,13 @@ class PairedDataset:
         if name not in self.encoders:
             raise ValueError(f"PairedDataset.encode: name must be a modality with a known encoder out of {sorted(self.encoders)}, got '{name}'")
         features = encoders.make(self.encoders[name])(inputs)
-        return self.bases[name].project(features) if name in self.bases else features
+        if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(inputs) or not bool(torch.isfinite(features).all()):
+            found = f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"{self.encoders[name]}: expected a finite tensor [{len(inputs)}, D], got {found}")
+        features = self.bases[name].project(features) if name in self.bases else features.float()
+        if features.shape[1] != self.modalities[name].shape[1]:
+            raise ValueError(f"{self.encoders[name]}: expected width {self.modalities[name].shape[1]} as '{name}' has, got {features.shape[1]}")
+        return features
 
     def picture(self, item: int) -> Image:
         """The small picture of an item, RGB on white."""
@@ -305,6 +328,7 @@ def from_folder(folder: str | os.PathLike[str]) -> PairedDataset:
         items=items,
         licence=about.get("licence", ""),
         source=about.get("source", ""),
+        salt=about.get("name", "features"),  # a plain folder may be renamed without changing its splits
         pictures=read.pictures(),
         folder=read,
     )
@@ -331,8 +355,9 @@ def load(name: str | os.PathLike[str], root: str | os.PathLike[str] | None = Non
     >>> len(data), list(data.modalities), data.names[0]
     (1849, ['picture', 'text'], 'light skin tone')
     """
-    key = os.fspath(name).replace("-", "_")
-    for folder in (place / key for place in _roots(root)):
+    bare = os.fspath(name)
+    keys = [] if os.sep in bare or bare in ("", ".", "..") else list(dict.fromkeys([bare, bare.replace("-", "_")]))
+    for folder in (place / key for place in _roots(root) for key in keys):
         if (folder / "items.json").is_file():
             return _load_reduced(folder) if (folder / "features.safetensors").is_file() else from_folder(folder)
     if is_feature_folder(Path(name)):

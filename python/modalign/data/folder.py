@@ -33,6 +33,7 @@ __all__ = ["FORMAT_VERSION", "FeatureFolder", "is_feature_folder"]
 FORMAT_VERSION = 2
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 PICTURES = "pictures.safetensors"
+KINDS = ("tokens", "layers")
 UNREADABLE = {".pt": "pickled", ".pth": "pickled", ".pkl": "pickled", ".pickle": "pickled", ".npz": "a zip of arrays", ".bin": "of unknown content"}
 REMEDY = "save one matrix per modality with numpy.save or safetensors"
 
@@ -62,10 +63,9 @@ class FeatureFolder:
             raise ValueError(f"{folder}: expected a folder of feature files, got {'a file' if folder.exists() else 'nothing of that name'}")
         self.checked = (folder / CHECKSUMS).is_file()
         files = _modality_files(folder)
-        wrong = [path for path in sorted(folder.iterdir()) if path.suffix in UNREADABLE]
+        self._refuse_unread(set(files))
         if len(files) < 2:
-            unread = f" and {wrong[0].name}, which is {UNREADABLE[wrong[0].suffix]}" if wrong else ""
-            raise ValueError(f"{folder}: expected at least 2 files NAME.npy or NAME.safetensors, got {sorted(files) or 'none'}{unread}; {REMEDY}")
+            raise ValueError(f"{folder}: expected at least 2 files NAME.npy or NAME.safetensors, got {sorted(files) or 'none'}; {REMEDY}")
         self.modalities: dict[str, Tensor] = {}
         self.present: dict[str, Tensor] = {}
         for name, paths in files.items():
@@ -82,6 +82,21 @@ class FeatureFolder:
                 raise ValueError(f"{files[name][0]}: expected {expected}, got {len(matrix)}")
         self.about, self.items = self._read_items()
 
+    def _refuse_unread(self, names: set[str]) -> None:
+        """A file that holds data and would not be read is a mistake of whoever put it there, and a mask that is not read would train absent rows."""
+        for path in sorted(self.folder.iterdir()):
+            suffix = path.suffix.lower()
+            if path.name.startswith(".") or not path.is_file() or path.name == PICTURES:
+                continue
+            if suffix in UNREADABLE:
+                raise ValueError(f"{path}: expected .npy or .safetensors files alone, got one that is {UNREADABLE[suffix]}; {REMEDY}")
+            if suffix in (".npy", ".safetensors"):
+                stem, *kind = path.name[: -len(suffix)].split(".")
+                known = not kind or (suffix == ".safetensors" and kind in ([k] for k in KINDS)) or (suffix == ".npy" and kind == ["present"])
+                if not known or path.suffix != suffix or (kind and stem not in names):
+                    wanted = "NAME.npy, NAME.safetensors, or NAME.present.npy, NAME.tokens.safetensors, NAME.layers.safetensors of a modality NAME"
+                    raise ValueError(f"{path}: expected {wanted}, got a name that is none of these")
+
     def _verify(self, name: str) -> None:
         if self.checked:
             verify_checksums(self.folder, [name])
@@ -90,6 +105,8 @@ class FeatureFolder:
         self._verify(path.name)
         mask_path = self.folder / f"{name}.present.npy"
         if path.suffix == ".npy":
+            if mask_path.is_file():
+                self._verify(mask_path.name)
             matrix, present = _read_npy(path), _read_npy(mask_path) if mask_path.is_file() else None
         else:
             tensors = read_tensors(path)
@@ -130,14 +147,20 @@ class FeatureFolder:
             items = about.get("items")
             if not isinstance(items, list) or not all(isinstance(item, dict) and isinstance(item.get("name"), str) for item in items):
                 raise ValueError(f"{path}: expected 'items', a list of objects with a 'name', got {type(items).__name__}")
+            self._check_about(path, about, items)
             unknown = sorted(set(about.get("default", [])) - set(self.modalities))
             if unknown:
                 raise ValueError(f"{path}: expected 'default' to name files of this folder {sorted(self.modalities)}, got {unknown}")
         elif names.is_file():
+            self._verify(names.name)
             try:
-                items = [{"name": line} for line in names.read_text(encoding="utf-8").splitlines()]
+                lines = names.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # splitlines would split at rarer characters too
             except UnicodeDecodeError as error:
                 raise ValueError(f"{names}: expected UTF-8 text, got a file that does not decode ({error})") from error
+            items = [{"name": line.strip()} for line in lines]
+            empty = [number for number, item in enumerate(items, 1) if not item["name"]]
+            if empty:
+                raise ValueError(f"{names}: expected a caption in every line, got none in {len(empty)} lines, first in line {empty[0]}")
             about, path = {}, names
         else:
             return {}, [{"name": f"item {i}"} for i in range(self.size)]
@@ -145,13 +168,36 @@ class FeatureFolder:
             raise ValueError(f"{path}: expected {self.size} items as there are rows, got {len(items)}")
         return about, items
 
+    def _check_about(self, path: Path, about: dict[str, Any], items: list[dict[str, Any]]) -> None:
+        def demand(what: str, right: bool, expected: str, found: Any) -> None:
+            if not right:
+                raise ValueError(f"{path}: expected {what} to be {expected}, got {found!r}")
+
+        def texts(value: Any) -> bool:
+            return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+        for name in ("test_size", "validation_size"):
+            demand(f"'{name}'", about.get(name) is None or type(about[name]) is int, "a whole number", about.get(name))
+        for name in ("name", "licence", "source"):
+            demand(f"'{name}'", isinstance(about.get(name, ""), str), "text", about.get(name))
+        demand("'default'", texts(about.get("default", [])), "a list of modality names", about.get("default"))
+        described = about.get("modalities", {})
+        demand("'modalities'", isinstance(described, dict) and all(isinstance(e, dict) for e in described.values()), "an object of objects", described)
+        for name, entry in described.items():
+            demand(f"'encoder' of '{name}'", isinstance(entry.get("encoder", ""), str), "text", entry.get("encoder"))
+            if name in self.modalities and "width" in entry:
+                demand(f"'width' of '{name}'", entry["width"] == self.modalities[name].shape[1], f"{self.modalities[name].shape[1]} as in its file", entry["width"])
+        for number, item in enumerate(items):
+            demand(f"'group' of item {number}", isinstance(item.get("group") or "", str), "text", item.get("group"))
+            demand(f"'keywords' of item {number}", texts(item.get("keywords", [])), "a list of texts", item.get("keywords"))
+
     def pictures(self) -> PictureArray | None:
         path = self.folder / PICTURES
         if not path.is_file():
             return None
-        shape = _shape(path, "pictures")
-        if len(shape) != 4 or shape[0] != self.size or shape[1] != shape[2] or shape[3] != 3:
-            raise ValueError(f"{path}: expected 'pictures' [{self.size}, side, side, 3], got {shape}")
+        shape, dtype = _shape(path, "pictures")
+        if dtype != "U8" or len(shape) != 4 or shape[0] != self.size or shape[1] != shape[2] or shape[3] != 3:
+            raise ValueError(f"{path}: expected 'pictures' uint8 [{self.size}, side, side, 3], got {dtype} {shape}")
         return PictureArray(path, shape[1], functools.partial(self._verify, path.name))
 
     def tokens(self, name: str) -> tuple[Tensor, Tensor]:
@@ -208,16 +254,17 @@ def _read_npy(path: Path) -> Tensor:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path}: expected a .npy file of numbers, got one that does not read ({error})") from error
-    if array.dtype.kind not in "fiub":
+    if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise ValueError(f"{path}: expected a .npy file of numbers, got {array.dtype}")
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
 
 
-def _shape(path: Path, name: str) -> list[int]:
+def _shape(path: Path, name: str) -> tuple[list[int], str]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            return file.get_slice(name).get_shape()
+            found = file.get_slice(name)
+            return found.get_shape(), found.get_dtype()
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file with a tensor '{name}', got one without ({error})") from error

@@ -66,6 +66,9 @@ class GramAlignerConfig:
             object.__setattr__(self, "anchor", next(iter(self.modalities)))
         if self.anchor not in self.modalities:
             raise ValueError(f"GramAlignerConfig: anchor must be one of {list(self.modalities)}, got '{self.anchor}'")
+        for name in self.modalities:
+            if "." in name or hasattr(nn.ModuleDict, name):
+                raise ValueError(f"GramAlignerConfig: modalities must not have a '.' in their names or one that torch keeps for itself, got '{name}'")
         for name, count in self.components.items():
             if not 1 <= count <= self.modalities.get(name, 0):
                 raise ValueError(f"GramAlignerConfig: components['{name}'] must be in 1..{self.modalities.get(name, 0)}, got {count}")

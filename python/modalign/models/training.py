@@ -24,6 +24,9 @@ from .gram_aligner import GramAligner, items_with
 __all__ = ["Checkpoint", "TrainingConfig", "TrainingHistory", "fit_aligner", "select_correlation", "validation_score"]
 
 
+DRAWS = 100  # of a batch until one has two items with common modalities
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """Steps of AdamW over mini-batches; linear warm-up over the first tenth, then a cosine to zero.
@@ -176,16 +179,19 @@ def fit_aligner(
         for step in range(start + 1, total + 1):
             if config.patience and history.evaluations_since_best() >= config.patience:
                 break
-            if len(queue) < batch:
-                queue = torch.randperm(count)
-            chosen, queue = queue[:batch].to(device), queue[batch:]
             for group, (_, rate) in zip(optimizer.param_groups, groups_of_rates, strict=True):
                 group["lr"] = rate * config.rate(step)
             model.train()
-            masks = None if present is None else {name: mask[chosen] for name, mask in present.items()}
-            output = model({name: x[chosen] for name, x in features.items()}, present=masks, groups=groups[chosen])
-            if output.loss is None:
-                raise ValueError(f"fit_aligner: features must have at least 2 items with common modalities, got a batch of {len(chosen)} without")
+            for _ in range(DRAWS):
+                if len(queue) < batch:
+                    queue = torch.randperm(count)
+                chosen, queue = queue[:batch].to(device), queue[batch:]
+                masks = None if present is None else {name: mask[chosen] for name, mask in present.items()}
+                output = model({name: x[chosen] for name, x in features.items()}, present=masks, groups=groups[chosen])
+                if output.loss is not None:
+                    break
+            else:
+                raise ValueError(f"fit_aligner: batch must bring together items with common modalities, got {batch} and {DRAWS} batches without any")
             optimizer.zero_grad(set_to_none=True)
             output.loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
