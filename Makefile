@@ -23,7 +23,7 @@ $(VENV)/.modalign: $(SOURCES) requirements-encoders.lock | $(RUN)/python
 	touch $@
 
 demo: install
-	$(RUN)/modalign align emoji-mini --out runs/emoji-mini
+	$(RUN)/modalign align emoji-mini --out runs/emoji-mini --resume
 	$(RUN)/modalign search runs/emoji-mini "a sleepy kitten" --out runs/emoji-mini/search.png
 
 test: install

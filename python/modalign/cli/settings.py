@@ -67,6 +67,10 @@ class AlignSettings:
         for item in fields(self):
             if isinstance(value := getattr(self, item.name), float) and not math.isfinite(value):
                 raise ValueError(f"align: {item.name} must be finite, got {value}")
+        if not self.temperature > 0 or self.pairwise_weight < 0:
+            raise ValueError(
+                f"align: temperature must be positive and pairwise_weight not negative, got {self.temperature} and {self.pairwise_weight}"
+            )
         if self.first_seed >= 2**31:
             raise ValueError(f"align: first_seed must be below 2**31, got {self.first_seed}")
         for name, known in (("loss", LOSSES), ("heads", HEADS)):
