@@ -238,7 +238,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     [
         ({"modalities": {"a": 3}}, "modalities must name at least 2"),
         ({"anchor": "z"}, r"anchor must be one of \['a', 'b', 'c'\], got 'z'"),
-        ({"temperature": 0.0}, "temperature must be positive and pairwise_weight not negative, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"pairwise_weight": -1.0}, "pairwise_weight must not be negative"),
         ({"width": 2}, "width must be at least the number of modalities, got 2"),
