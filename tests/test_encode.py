@@ -41,6 +41,16 @@ class NotFinite(miniature.ToyPictureEncoder):
         return super().__call__(pictures) / 0
 
 
+class NotFiniteInFloat32(miniature.ToyPictureEncoder):
+    def __call__(self, pictures):
+        return super().__call__(pictures).double() + 1e300
+
+
+class NoWidth(miniature.ToyPictureEncoder):
+    def __call__(self, pictures):
+        return super().__call__(pictures)[:, :0]
+
+
 class AList(miniature.ToyPictureEncoder):
     def __call__(self, pictures):
         return super().__call__(pictures).tolist()
@@ -120,10 +130,16 @@ def test_an_interrupted_run_is_taken_up(pictures, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("file,caption", "name,caption", "expected a first line with the columns file, caption and perhaps group, caption_LANG, got name,caption"),
-        ("caption_fr", "author", "with the columns file, caption and perhaps group, caption_LANG, got file,caption,group,author"),
+        ("file,caption", "name,caption", "expected a first line with the columns file, caption and perhaps group, caption_LANG"),
+        ("caption_fr", "author", "with the columns file, caption and perhaps group, caption_LANG"),
         ("2.png", "two.png", "captions.csv, row 4: expected a file in"),
-        ("2.png", "../captions.csv", "got '../captions.csv', which is not there"),
+        ("2.png", "../captions.csv", "expected a path below the folder of pictures"),
+        ("2.png", "../photos/2.png", "got '../photos/2.png', an absolute path or one with '..'"),
+        ("2.png", "/etc/hosts", "got '/etc/hosts', an absolute path or one with '..'"),
+        ("2.png", "out.png", "got 'out.png', a link out of it"),
+        ("2.png", "./1.png", "captions.csv, row 4: expected each file once, got './1.png', which is in row 3 as well"),
+        ("caption_fr", "caption_é", "caption_LANG (LANG: a letter, then letters a to z, digits and _), each once, got file,caption,group,"),
+        ("group,caption_fr", "caption_FR,caption_fr", "expected one column for each language, got 2 that make text_fr"),
         ("2.png", "1.png", "captions.csv, row 4: expected each file once, got '1.png', which is in row 3 as well"),
         ("a blue card", "a blue, card", "captions.csv, row 4: expected 4 fields, got 5"),
         ("a blue card", '"a blue card', "expected a CSV file in UTF-8, got one that does not read"),
@@ -132,6 +148,8 @@ def test_an_interrupted_run_is_taken_up(pictures, tmp_path, monkeypatch):
 def test_captions_that_do_not_fit(pictures, tmp_path, old, new, expected):
     path = tmp_path / "captions.csv"
     path.write_text(path.read_text().replace(old, new, 1))
+    (tmp_path / "elsewhere.png").write_bytes(miniature.png("red"))
+    (pictures / "out.png").symlink_to(tmp_path / "elsewhere.png")
     result = run(tmp_path)
     assert result.exit_code == 1 and expected in result.output and not (tmp_path / "out").exists()
 
@@ -177,6 +195,8 @@ def test_a_picture_broken_further_down(pictures, tmp_path):
         ("Integers", "output must be a floating-point tensor [14, D], got int64 [14, 24]"),
         ("AList", "output must be a floating-point tensor [14, D], got list"),
         ("NotFinite", "output must be finite, got"),
+        ("NotFiniteInFloat32", "output must be finite, got 336 numbers that are NaN or Inf in float32"),
+        ("NoWidth", "output must be [14, D] with D at least 1, got [14, 0]"),
         ("Silent", "must be callable with a list of inputs, got an object of Silent that is not"),
         ("Missing", "'Missing' must be in module 'test_encode', got"),
     ],
@@ -225,6 +245,75 @@ def test_tokens_of_an_encoder_without_any(pictures, tmp_path, monkeypatch):
 def test_the_folder_of_somebody_else_is_left_alone(pictures, tmp_path):
     other = miniature.write(tmp_path / "out/thesis.tex", "chapter 1")
     assert "got one with other files" in run(tmp_path).output and other.read_text() == "chapter 1"
+
+
+def test_files_that_it_did_not_write_stay(pictures, tmp_path):
+    assert run(tmp_path).exit_code == 0
+    notes, matrix = miniature.write(tmp_path / "out/notes.txt", "mine"), miniature.write(tmp_path / "out/audio.safetensors", "mine")
+    (tmp_path / "captions.csv").write_text((tmp_path / "captions.csv").read_text().replace(",caption_fr", ",caption_de"))
+    for _ in range(2):
+        result = run(tmp_path, "--force")
+        assert result.exit_code == 0 and "left alone, since this command did not write them: audio.safetensors, notes.txt" in result.output
+        assert notes.read_text() == matrix.read_text() == "mine"
+        assert not (tmp_path / "out/text_fr.safetensors").exists() and (tmp_path / "out/text_de.safetensors").exists()
+    theirs = miniature.write(tmp_path / "out/text_fr.safetensors", "mine")
+    (tmp_path / "captions.csv").write_text((tmp_path / "captions.csv").read_text().replace(",caption_de", ",caption_fr"))
+    assert f"{theirs}: expected no file of this name but our own, got one that is not in SHA256SUMS" in run(tmp_path).output
+    assert theirs.read_text() == "mine" and encode.prepared(tmp_path / "out")
+
+
+def test_a_run_killed_while_it_writes_knows_its_files(pictures, tmp_path, monkeypatch):
+    def killed(path, *rest, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_bytes", killed)  # SHA256SUMS, the last one
+        assert run(tmp_path).exit_code == 130 and (tmp_path / "out/text_fr.safetensors").exists()
+    (tmp_path / "captions.csv").write_text((tmp_path / "captions.csv").read_text().replace(",caption_fr", ",caption_de"))
+    result = run(tmp_path)
+    assert result.exit_code == 0 and "left alone" not in result.output and not (tmp_path / "out/text_fr.safetensors").exists()
+
+
+def test_force_encodes_anew(pictures, tmp_path, monkeypatch):
+    run(tmp_path)
+    before = read_tensors(tmp_path / "out/picture.safetensors")["features"]
+    call = miniature.ToyPictureEncoder.__call__
+    monkeypatch.setattr(miniature.ToyPictureEncoder, "__call__", lambda self, batch: call(self, batch) + 1)
+    assert "already encoded" in run(tmp_path).output
+    assert "wrote" in run(tmp_path, "--force").output
+    assert torch.equal(read_tensors(tmp_path / "out/picture.safetensors")["features"], before + 1)
+
+
+def test_too_few_items_for_align(pictures, tmp_path):
+    assert "needs at least" not in run(tmp_path).output
+    (tmp_path / "captions.csv").write_text("\n".join((tmp_path / "captions.csv").read_text().splitlines()[:12]) + "\n")
+    assert "only 11 items: `modalign align` needs at least 12" in run(tmp_path).output
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--encoder", "all-MiniLM-L6-v2"], "--encoder must be EfficientNet-Lite0, ViT-S/14 or module:Class of your own, got 'all-Mini"),
+        (["--text-encoder", "EfficientNet-Lite0"], "--text-encoder must be all-MiniLM-L6-v2 or module:Class of your own, got 'Efficient"),
+        (["--encoder", "modalign.data.points:PointDescriptor"], "got 'modalign.data.points:PointDescriptor', which is not for pictures"),
+    ],
+)
+def test_encoders_of_the_wrong_kind(pictures, tmp_path, options, expected):
+    result = run(tmp_path, *options)
+    assert result.exit_code == 1 and expected in result.output and not (tmp_path / "out").exists()
+
+
+def test_pictures_are_opened_as_they_look(tmp_path):
+    grey = torch.tensor([[0, 257, 32896], [65535, 65535, 65535]], dtype=torch.int32).numpy()
+    for name, values in (("short.png", grey.astype("uint16")), ("short.tif", grey.astype(">u2")), ("int.tif", grey)):
+        Image.fromarray(values).save(tmp_path / name)
+        picture = encoders.open_picture(tmp_path / name)
+        assert picture.mode == "RGBA" and [pixel[0] for pixel in picture.get_flattened_data()] == [0, 1, 128, 255, 255, 255]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its left side
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "lying.jpg", exif=exif)
+    assert encoders.open_picture(tmp_path / "lying.jpg").size == (20, 30)
+    assert encoders.open_picture("in an archive", miniature.png("red")).mode == "RGBA"
 
 
 def test_names_of_encoders(tmp_path, monkeypatch):

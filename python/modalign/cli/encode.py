@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..data.encode import encode_folder
-from .prepare import COLUMNS
+from .prepare import COLUMNS, tell_foreign
 
 __all__ = ["encode"]
 
@@ -23,6 +23,7 @@ def encode(
     encoder: Annotated[str, typer.Option(help="of pictures: a name of the guide's table, or module:Class of your own")] = "EfficientNet-Lite0",
     text_encoder: Annotated[str, typer.Option(help="of captions, likewise")] = "all-MiniLM-L6-v2",
     tokens: Annotated[bool, typer.Option("--tokens/--no-tokens", help="keep tokens beside pooled features")] = False,
+    force: Annotated[bool, typer.Option("--force", help="encode anew, though pictures, captions and settings are unchanged")] = False,
     threads: Annotated[int, typer.Option(min=1, help="of torch")] = 1,
 ) -> None:
     """Encode your own pictures and captions. The folder that comes out is a data set for `modalign align` and for modalign.data.load.
@@ -41,6 +42,7 @@ def encode(
                 encoder=encoder,
                 text_encoder=text_encoder,
                 tokens=tokens,
+                force=force,
                 progress=lambda done, total: bar.update(task, description="encoding", completed=done, total=total),
             )
     except KeyboardInterrupt:
@@ -48,5 +50,8 @@ def encode(
         raise typer.Exit(130) from None
     if result.without_text:
         console.print(f"{result.without_text} of {result.items} items have an empty caption: their text is marked as missing", highlight=False)
+    if result.items < 12:
+        console.print(f"only {result.items} items: `modalign align` needs at least 12", style="yellow", highlight=False)
+    tell_foreign(console, result.foreign)
     found = f"wrote {result.folder}: {result.items} items" if result.new else f"already encoded with these settings in {result.folder}"
     console.print(found, markup=False, highlight=False, soft_wrap=True)

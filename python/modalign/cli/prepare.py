@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -80,7 +81,13 @@ def tell(console: Console, name: str, result: Prepared) -> None:
         line(f"{name}: {count} left out: {reason}")
     for kind, reasons in result.unreadable.items():
         line(f"{name}: {len(reasons)} with an unreadable {kind}, all in items.json, such as {reasons[0]}")
+    tell_foreign(console, result.foreign)
     line(f"wrote {result.folder}")
+
+
+def tell_foreign(console: Console, names: Sequence[str]) -> None:
+    if names:
+        console.print(f"left alone, since this command did not write them: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def overview(root: Path | None) -> Table:

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .encoders import make
+from .encoders import ENCODERS, make, open_picture
 from .shards import Encoding, Progress, file_identity, prepared
 from .sources import Item, Modality
-from .sources._items import item_text, open_picture
+from .sources._items import item_text
 
 __all__ = ["Encoded", "encode_folder", "read_captions"]
 
 REQUIRED_COLUMNS = ("file", "caption")
-LANGUAGE_COLUMN = re.compile(r"caption_([A-Za-z]\w*)")
+LANGUAGE_COLUMN = re.compile(r"caption_([a-z][a-z0-9_]*)", re.IGNORECASE | re.ASCII)
+KINDS = {"picture": ("EfficientNet-Lite0", "ViT-S/14"), "text": ("all-MiniLM-L6-v2",)}
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Encoded:
     items: int
     without_text: int
     new: bool  # False: the folder had been there, made by the same settings
+    foreign: tuple[str, ...] = ()  # files in the folder that are not ours, and were left alone
 
 
 def read_captions(path: Path, images: Path) -> tuple[list[Item], list[str]]:
@@ -44,9 +46,13 @@ def read_captions(path: Path, images: Path) -> tuple[list[Item], list[str]]:
     unknown = [column for column in columns if column not in (*REQUIRED_COLUMNS, "group", *languages)]
     if not set(REQUIRED_COLUMNS) <= set(columns) or unknown or len(set(columns)) < len(columns):
         found = ",".join(columns) or "none"
-        raise ValueError(f"{path}: expected a first line with the columns file, caption and perhaps group, caption_LANG, got {found}")
+        rule = "file, caption and perhaps group, caption_LANG (LANG: a letter, then letters a to z, digits and _)"
+        raise ValueError(f"{path}: expected a first line with the columns {rule}, each once, got {found}")
+    for name, count in Counter(code.lower() for code in languages.values()).items():
+        if count > 1:
+            raise ValueError(f"{path}: expected one column for each language, got {count} that make text_{name}")
     items: list[Item] = []
-    lines: dict[str, int] = {}
+    lines: dict[Path, int] = {}
     for number, row in enumerate(rows[1:], 2):
         if not row:
             continue
@@ -54,12 +60,16 @@ def read_captions(path: Path, images: Path) -> tuple[list[Item], list[str]]:
             raise ValueError(f"{path}, row {number}: expected {len(columns)} fields, got {len(row)}")
         fields = dict(zip(columns, (field.strip() for field in row), strict=True))
         name = fields["file"]
-        picture = images / name
-        if not name or not picture.is_file() or not picture.resolve().is_relative_to(images.resolve()):
+        picture = (images / name).resolve()
+        outside = Path(name).is_absolute() or ".." in Path(name).parts
+        if outside or not picture.is_relative_to(images.resolve()):
+            found = "an absolute path or one with '..'" if outside else "a link out of it"
+            raise ValueError(f"{path}, row {number}: expected a path below the folder of pictures {images}, got '{name}', {found}")
+        if not name or not picture.is_file():
             raise ValueError(f"{path}, row {number}: expected a file in {images}, got '{name}', which is not there")
-        if name in lines:
-            raise ValueError(f"{path}, row {number}: expected each file once, got '{name}', which is in row {lines[name]} as well")
-        lines[name] = number
+        if picture in lines:
+            raise ValueError(f"{path}, row {number}: expected each file once, got '{name}', which is in row {lines[picture]} as well")
+        lines[picture] = number
         captions = {code: fields[column] for column, code in languages.items() if fields[column]}
         inputs: dict[str, Any] = {"picture": functools.partial(open_picture, picture)}
         if fields["caption"]:
@@ -95,9 +105,15 @@ def encode_folder(
     encoder: str = "EfficientNet-Lite0",
     text_encoder: str = "all-MiniLM-L6-v2",
     tokens: bool = False,
+    force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Encoded:
-    """Encode the pictures and captions of a CSV file into the folder `out`, taking up an interrupted run where it stopped."""
+    """Encode the pictures and captions of a CSV file into the folder `out`, taking up an interrupted run where it stopped (not with `force`)."""
+    for option, name, kind in (("--encoder", encoder, "picture"), ("--text-encoder", text_encoder, "text")):
+        place = ENCODERS.get(name, name)
+        if place in ENCODERS.values() and place not in [ENCODERS[own] for own in KINDS[kind]]:
+            fitting = ", ".join(KINDS[kind])
+            raise ValueError(f"encode: {option} must be {fitting} or module:Class of your own, got '{name}', which is not for {kind}s")
     if not images.is_dir():
         raise ValueError(f"{images}: expected a folder of pictures, got {'a file' if images.exists() else 'nothing of that name'}")
     items, languages = read_captions(captions, images)
@@ -116,11 +132,11 @@ def encode_folder(
         encoders=made,
         required=("picture",),
         about={"name": out.resolve().name, "licence": "", "source": f"{images.resolve().name}, {captions.name}", "default": ["picture", "text"]},
-        settings={"files": file_identity(images, [images / item.about["file"] for item in items])},
+        settings={"files": file_identity(images.resolve(), [(images / item.about["file"]).resolve() for item in items])},
         strict=True,
     )
     without = Counter("text" in item.inputs for item in items)[False]
-    if prepared(out, encoding.fingerprint):
+    if not force and prepared(out, encoding.fingerprint):
         return Encoded(out, len(items), without, new=False)
-    encoding.run(progress)
-    return Encoded(out, len(items), without, new=True)
+    encoding.run(progress, anew=force)
+    return Encoded(out, len(items), without, True, tuple(encoding.foreign))

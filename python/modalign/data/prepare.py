@@ -27,6 +27,7 @@ class Prepared:
     left_out: dict[str, int]  # while reading: reason and number
     unreadable: dict[str, list[str]]  # while drawing and decoding: input, and files with their reasons
     new: bool  # False: the folder had been there, made by the same settings
+    foreign: tuple[str, ...] = ()  # files in the folder that are not ours, and were left alone
 
 
 def source_of(name: str) -> Source:
@@ -108,4 +109,5 @@ def prepare(
     if prepared(encoding.folder, encoding.fingerprint):
         shutil.rmtree(encoding.folder / ".cache", ignore_errors=True)
         return Prepared(encoding.folder, len(items), left_out, {}, new=False)
-    return Prepared(encoding.folder, len(items), left_out, encoding.run(progress), new=True)
+    unreadable = encoding.run(progress)
+    return Prepared(encoding.folder, len(items), left_out, unreadable, True, tuple(encoding.foreign))

@@ -22,15 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import write_json, write_tensors
+from .._files import write_bytes, write_json, write_tensors
 from .encoders import Encoded, on_white_square
 from .folder import FORMAT_VERSION
 from .sources import Item, Modality
-from .storage import CHECKSUMS, sha256, verify_checksums, write_checksums
+from .storage import CHECKSUMS, read_checksums, sha256, verify_checksums
 
 __all__ = ["Encoding", "encoder_identity", "file_identity", "prepared"]
 
 CACHE = ".cache"
+OWN = "own.json"  # in the cache: names of files that a killed run may have written
 LOCK = ".lock"  # stays, as a mark that the folder is ours
 SHARD = 256  # items
 BATCH = 32  # items whose inputs are in memory at once
@@ -100,6 +101,7 @@ class Encoding:
     settings: dict[str, Any]  # what the result depends on besides items, modalities and encoders
     strict: bool = False
     fingerprint: str = field(init=False)
+    foreign: list[str] = field(init=False, default_factory=list)  # files in the folder that are not ours, once written
     widths: dict[str, int] = field(init=False, default_factory=dict)  # of each encoder's output, once seen
 
     def __post_init__(self) -> None:
@@ -117,9 +119,12 @@ class Encoding:
         self.fingerprint = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
         self.cache = self.folder / CACHE / self.fingerprint
 
-    def run(self, progress: Progress = lambda done, total: None) -> dict[str, list[str]]:
-        """Encode what is missing, write the folder, remove the cache. Returns what was left out or absent: reasons and names."""
+    def run(self, progress: Progress = lambda done, total: None, *, anew: bool = False) -> dict[str, list[str]]:
+        """Encode what is missing (`anew`: everything), write the folder, remove the cache. Returns what was left out or absent: reasons and names."""
         with self._alone():
+            self._own()
+            if anew:
+                shutil.rmtree(self.cache, ignore_errors=True)
             self._demand_space()
             for number, start in enumerate(range(0, len(self.items), SHARD)):
                 path = self._shard(number)
@@ -144,6 +149,20 @@ class Encoding:
             except OSError as error:
                 raise ValueError(f"{self.folder}: expected a folder that no other run is writing, got one that is being written now") from error
             yield
+
+    def _own(self) -> tuple[set[str], list[str]]:
+        """Files that are ours to replace (written by the last run, or by one that was killed while it wrote), and those that this run may write."""
+        planned = [f"{name}{kind}.safetensors" for name in self.modalities for kind in ("", ".tokens", ".layers")]
+        planned += [f"{PICTURE}s.safetensors", "items.json", CHECKSUMS]
+        ours = {CHECKSUMS}
+        if (self.folder / CHECKSUMS).is_file():
+            ours |= set(read_checksums(self.folder))
+        if (self.folder / CACHE / OWN).is_file():
+            ours |= set(json.loads((self.folder / CACHE / OWN).read_text(encoding="utf-8")))
+        for file in planned:
+            if file not in ours and (self.folder / file).exists():
+                raise ValueError(f"{self.folder / file}: expected no file of this name but our own, got one that is not in {CHECKSUMS}; move it away")
+        return ours, planned
 
     def _demand_space(self) -> None:
         missing = sum(not self._shard(number).is_file() for number in range(-(-len(self.items) // SHARD)))
@@ -204,7 +223,7 @@ class Encoding:
             pooled = encoded[modality.encoder, modality.input]
             if pooled is None:
                 continue
-            tensors[f"{name}.features"] = pooled.pooled.float()
+            tensors[f"{name}.features"] = pooled.pooled
             if modality.layers and pooled.layers is not None:
                 tensors[f"{name}.layers"] = halves(f"layers of {modality.encoder}", pooled.layers)
             if modality.tokens is not None:
@@ -243,11 +262,13 @@ class Encoding:
         """Files first, then items.json, SHA256SUMS last: until then the folder does not count as a data set."""
         from safetensors import safe_open
 
-        for file in ("items.json", CHECKSUMS):
-            (self.folder / file).unlink(missing_ok=True)
-        for file in self.folder.iterdir():  # an earlier version may have had other modalities, a killed one has left a temporary file
-            if file.suffix == ".safetensors":
+        ours, planned = self._own()
+        write_json(self.folder / CACHE / OWN, sorted({*ours, *planned}))
+        temporary = {(f".{Path(file).stem}-", Path(file).suffix) for file in {*ours, *planned}}
+        for file in sorted(self.folder.iterdir()):  # an earlier version may have had other modalities, a killed one has left a temporary file
+            if file.is_file() and (file.name in ours or (file.name[: file.name.rfind("-") + 1], file.suffix) in temporary):
                 file.unlink()
+        self.foreign = sorted(file.name for file in self.folder.iterdir() if file.name not in (CACHE, LOCK))
         kept = torch.cat(self._column("kept"))
         count = int(kept.sum())
         if count == 0:
@@ -269,7 +290,8 @@ class Encoding:
         about = self.about | {"default": [name for name in self.about["default"] if name in described]}
         head = {"format": FORMAT_VERSION, **about, "fingerprint": self.fingerprint, "modalities": described, "unreadable": report}
         write_json(self.folder / "items.json", head | {"items": items}, indent=None)
-        write_checksums(self.folder)
+        written = [file for file in sorted(planned) if (self.folder / file).is_file()]
+        write_bytes(self.folder / CHECKSUMS, "".join(f"{sha256(self.folder / file)}  {file}\n" for file in written).encode())
         return report
 
     def _write_modality(self, name: str, modality: Modality, present: Tensor) -> dict[str, Any]:
@@ -312,7 +334,7 @@ def run_encoder(name: str, encoder: Any, inputs: Sequence[Any], tokens: bool, la
         encoded = encoder.encode(inputs)
     else:
         encoded = Encoded(encoder(inputs), encoder.tokens(inputs) if tokens else None)
-    check_output(name, encoded.pooled, f"[{len(inputs)}, D]", len(inputs), 2)
+    pooled = check_output(name, encoded.pooled, f"[{len(inputs)}, D]", len(inputs), 2)
     if tokens:
         if not isinstance(encoded.tokens, list) or len(encoded.tokens) != len(inputs):
             found = f"{len(encoded.tokens)} of them" if isinstance(encoded.tokens, list) else type(encoded.tokens).__name__
@@ -323,16 +345,20 @@ def run_encoder(name: str, encoder: Any, inputs: Sequence[Any], tokens: bool, la
             raise ValueError(f"encoder '{name}': tokens must have one width, got {sorted({matrix.shape[1] for matrix in encoded.tokens})}")
     if layers:
         check_output(name, encoded.layers, f"[{len(inputs)}, L, D] for layers", len(inputs), 3)
-    return encoded
+    return Encoded(pooled, encoded.tokens, encoded.layers)
 
 
-def check_output(name: str, output: Any, expected: str, rows: int | None, dimensions: int) -> None:
+def check_output(name: str, output: Any, expected: str, rows: int | None, dimensions: int) -> Tensor:
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() != dimensions or (rows is not None and len(output) != rows):
         found = f"{str(output.dtype).removeprefix('torch.')} {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"encoder '{name}': output must be a floating-point tensor {expected}, got {found}")
+    if output.shape[-1] == 0:
+        raise ValueError(f"encoder '{name}': output must be {expected} with D at least 1, got {list(output.shape)}")
+    output = output.float()
     bad = int((~torch.isfinite(output)).sum())
     if bad:
-        raise ValueError(f"encoder '{name}': output must be finite, got {bad} numbers that are NaN or Inf")
+        raise ValueError(f"encoder '{name}': output must be finite, got {bad} numbers that are NaN or Inf in float32")
+    return output
 
 
 def halves(what: str, values: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from ._packages import Encoded, EncoderUnavailable
-from .pictures import EfficientNetLiteImageEncoder, FocusViTImageEncoder, VisionTransformer, on_white_square
+from .pictures import EfficientNetLiteImageEncoder, FocusViTImageEncoder, VisionTransformer, on_white_square, open_picture
 from .speech import SpeechEmbeddingEncoder, read_recording
 from .text import MiniLMTextEncoder
 
@@ -34,6 +34,7 @@ __all__ = [
     "VisionTransformer",
     "make",
     "on_white_square",
+    "open_picture",
     "read_recording",
 ]
 

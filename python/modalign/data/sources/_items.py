@@ -9,9 +9,10 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..encoders import open_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -153,20 +154,6 @@ def item_text(name: str, keywords: Iterable[str]) -> str:
     """What the text encoder reads: "sleepy face: face, sleep"."""
     words = ", ".join(keywords)
     return f"{name}: {words}" if words else name
-
-
-def open_picture(path: str | Path, content: bytes | None = None) -> Image:
-    """A picture file, or the content of one inside an archive, wholly decoded."""
-    from PIL import Image as images
-
-    try:
-        picture = images.open(path if content is None else BytesIO(content))
-        picture.load()
-        return picture.convert("RGBA")
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: expected a picture, got no such file") from error
-    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others
-        raise ValueError(f"{path}: expected a picture, got one that does not read ({error})") from error
 
 
 def render_svg(path: str | Path, content: str | None = None) -> Image:
