@@ -481,8 +481,8 @@ def test_search_passes_over_items_without_the_target():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--picture", "nowhere.png"], "nowhere.png: expected a picture, got no such file"),
-        (["--picture", __file__], "expected a picture that Pillow opens, got one that it does not"),
+        (["--picture", "nowhere.png"], "nowhere.png: expected a picture, got"),
+        (["--picture", __file__], "test_align_runs.py: expected a picture, got"),
         (["cat", "--target", "smell"], r"query and target must be modalities of model and data set out of ['picture', 'text'], got ['smell']"),
     ],
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import ops
 from .._files import write_bytes
 from ..data import PairedDataset, load
+from ..data.encoders import open_picture
 from ..models import GramAligner
 from ..models.gram_aligner import CONFIG_FILE, read_config
 from .align import MODEL_FOLDER
@@ -49,7 +50,7 @@ def search(
     if not query and picture is None:
         raise ValueError("WORDS or --picture must be given, got neither")
     aligner, dataset = GramAligner.from_pretrained(folder), load(source, data_root)
-    inputs: dict[str, Any] = ({"text": query} if query else {}) | ({"picture": _open(picture)} if picture is not None else {})
+    inputs: dict[str, Any] = ({"text": query} if query else {}) | ({"picture": open_picture(picture)} if picture is not None else {})
     shown = " and ".join([f'"{query}"'] * bool(query) + [str(picture)] * (picture is not None))
     features = {}
     for name, value in inputs.items():
@@ -72,19 +73,6 @@ def search(
 
     write_bytes(sheet, png(contact_sheet(dataset, items, scores, f"{shown} ({kind})")))
     console.print(f"wrote {sheet}", highlight=False, soft_wrap=True)
-
-
-def _open(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a picture, got no such file")
-    try:
-        picture = Image.open(path)
-        picture.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: expected a picture that Pillow opens, got one that it does not ({error})") from error
-    return picture
 
 
 def _modality_of(kind: str, model: GramAligner) -> str:

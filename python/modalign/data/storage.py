@@ -75,7 +75,7 @@ def verify_checksums(folder: Path, names: Iterable[str] | None = None) -> list[s
     chosen = list(listed) if names is None else list(names)
     for name in chosen:
         if name not in listed:
-            raise ValueError(f"{folder / CHECKSUMS}: expected a line for {name}, got none")
+            raise ValueError(f"{folder / CHECKSUMS}: expected a line for {name}, got none; append what sha256sum says of a file of yours, or remove the list")
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: expected a file listed in {CHECKSUMS}, got none")
         found = sha256(folder / name)
