@@ -1,7 +1,7 @@
 """What device.sh runs on a GPU, in whatever Python is there: needs torch and the staged package alone, no _host, no pytest, no rich.
 
 python benchmarks/device.py battery --out battery.json [--small]
-python benchmarks/device.py bench gram_volume --out gram_volume.json --dtypes float32,bfloat16 [--quick]
+python benchmarks/device.py bench gram_volume --out gram_volume.json --dtype float32,bfloat16 [--quick]
 """
 
 import argparse
@@ -49,7 +49,7 @@ def battery(options: argparse.Namespace) -> bool:
 def run_bench(options: argparse.Namespace) -> bool:
     chosen = bench.Options(
         device=torch.device(options.device),
-        dtypes=tuple(getattr(torch, name) for name in options.dtypes.split(",")),
+        dtypes=tuple(getattr(torch, name) for name in options.dtype.split(",")),
         quick=options.quick,
         rounds=options.rounds,
         threads=(1,),
@@ -74,7 +74,7 @@ def main() -> int:
     two = commands.add_parser("bench")
     two.add_argument("name")
     two.add_argument("--out", required=True)
-    two.add_argument("--dtypes", default="float32,bfloat16")
+    two.add_argument("--dtype", default="float32,bfloat16")
     two.add_argument("--rounds", type=int, default=15)
     two.add_argument("--quick", action="store_true")
     options = parser.parse_args()
