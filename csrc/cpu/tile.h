@@ -61,6 +61,22 @@ class Scratch {
   T* data_;
 };
 
+// Hands out pieces of one allocation; with a null base it only counts, so that sizes and pointers come from the same code.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T> T* take(std::int64_t n) {
+    char* at = base_ ? base_ + used_ : nullptr;
+    used_ += round_up(n * static_cast<std::int64_t>(sizeof(T)), 64);
+    return reinterpret_cast<T*>(at);
+  }
+  std::int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  std::int64_t used_ = 0;
+};
+
 // ---- packing ------------------------------------------------------------------------------------------------------------------------------------------
 
 // Packed sizes in elements; partial panels are padded with zeros.
