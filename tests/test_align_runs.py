@@ -17,6 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import miniature
 from modalign import data, models
 from modalign.cli import app
 from modalign.cli.experiment import RunStore, run_experiment
@@ -73,7 +74,9 @@ def wait_for(condition, child, seconds=120):
 
 
 def everything_in(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Contents, less the place where the run was made, which the model remembers its data by."""
+    place = str(folder.parent).encode()
+    return {path.relative_to(folder).as_posix(): path.read_bytes().replace(place, b"HERE") for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 ARGUMENTS = ["set", "--seeds", "2", "--steps", "200", "--batch", "64", "--pairs", "40,all"]
@@ -489,6 +492,64 @@ def test_search_passes_over_items_without_the_target():
 def test_search_refuses(emoji_run, arguments, message):
     result = runner.invoke(app, ["search", str(emoji_run), *arguments])
     assert result.exit_code == 1 and message in result.output.replace("\n", "") and "Traceback" not in result.output
+
+
+def described_folder(folder: Path, encoder: str = "miniature:ToyTextEncoder") -> Path:
+    """A feature folder whose texts come from a known encoder."""
+    names = [f"a {colour} {thing}" for thing in ("card", "bead", "leaf", "kite") for colour in ("red", "green", "blue", "gold", "black", "navy")]
+    dataset = data.from_features({"text": miniature.ToyTextEncoder()(names), "sound": torch.randn(24, 8)}, names=names)
+    write_folder(folder, dataset)
+    about = {"format": 2, "name": folder.name, "modalities": {"text": {"encoder": encoder}}, "items": [{"name": name} for name in names]}
+    (folder / "items.json").write_text(json.dumps(about))
+    return folder
+
+
+def trained_on(source, folder, *options) -> Path:
+    result = runner.invoke(app, ["align", str(source), "--seeds", "1", "--steps", "2", "--out", str(folder), *options])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def searched(model, *options):
+    result = runner.invoke(app, ["search", str(model), "a", "red", "card", *options], env={"COLUMNS": "300"})
+    assert "Traceback" not in result.output
+    return result
+
+
+def test_search_finds_the_data_from_elsewhere(tmp_path, monkeypatch):
+    described_folder(tmp_path / "sets" / "cards")
+    monkeypatch.chdir(tmp_path / "sets")
+    by_path = trained_on("cards", tmp_path / "by_path")
+    monkeypatch.chdir(tmp_path)
+    by_name = trained_on("cards", tmp_path / "by_name", "--data-root", "sets")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for model in (by_path, by_path / "model", by_name, by_name / "model"):
+        result = searched(model)
+        assert result.exit_code == 0 and "among 24 items of cards" in result.output and "have changed" not in result.output
+    for run in (by_path, by_name):  # what is meant to be passed on does not tell where it was made
+        for file in ("results.json", "report.html", "config.toml"):
+            assert str(tmp_path) not in (run / file).read_text(encoding="utf-8")
+    (tmp_path / "sets").rename(tmp_path / "moved")
+    assert searched(by_path).exit_code == searched(by_name).exit_code == 1
+    assert searched(by_path, "--data", str(tmp_path / "moved" / "cards")).exit_code == 0
+    assert searched(by_name, "--data-root", str(tmp_path / "moved")).exit_code == 0
+
+
+def test_search_compares_the_data_with_those_that_the_model_was_trained_on(tmp_path):
+    folder = described_folder(tmp_path / "cards")
+    model = trained_on(folder, tmp_path / "run")
+    sound = np.load(folder / "sound.npy")
+    np.save(folder / "sound.npy", sound + 1)
+    changed = searched(model)
+    assert changed.exit_code == 0 and "the data of cards are not those that the model was trained on" in changed.output
+    assert "have changed" not in searched(model, "--data", str(folder)).output  # asked for by name
+    np.save(folder / "sound.npy", sound)
+    described_folder(folder, "miniature:OtherTextEncoder")
+    for options in ([], ["--data", str(folder)]):
+        other = searched(model, *options)
+        expected = "must have text features of encoder 'miniature:ToyTextEncoder', as MODEL was trained on, got those of 'miniature:OtherTextEncoder' in cards"
+        assert other.exit_code == 1 and expected in other.output
 
 
 def test_example_with_your_own_features(tmp_path):

@@ -17,6 +17,7 @@ from rich.table import Table
 from .. import __version__
 from .._files import write_bytes, write_json
 from ..data import load
+from ..data.dataset import ROOT, locate
 from .experiment import Experiment, RunStore, check_parts, run_experiment
 from .settings import AlignSettings, read_settings
 from .summary import summary
@@ -126,6 +127,14 @@ def _command(source: str, settings: AlignSettings) -> str:
     return " ".join(["modalign align", Path(source).name, *changed])
 
 
+def _found_again(source: str, data_root: str | Path | None) -> dict[str, str]:
+    """What `search` opens the data set by, from whatever directory: its name, with the root where that is not the package; or its whole path."""
+    folder, root = locate(source, data_root)
+    if root is None:
+        return {"source": str(folder.resolve())}
+    return {"source": source} | ({} if root == ROOT else {"data_root": str(root.resolve())})
+
+
 def write_run(folder: Path, experiment: Experiment, results: dict[str, Any], beside: dict[str, Any], config: Path | None) -> list[Path]:
     """Write everything that a run leaves, each file whole or not at all. A configuration file that was given is never written over."""
     from .report import Retrieved, confusion_figure, curve_figure, curves_figure, html_report, png, retrieved_figure
@@ -133,7 +142,9 @@ def write_run(folder: Path, experiment: Experiment, results: dict[str, Any], bes
     data = experiment.dataset
     extra = {
         "dataset": data.name,
-        "source": str(beside["data"]),  # as it was typed: what `search` looks for
+        **_found_again(str(beside["data"]), beside.get("data_root")),
+        "sha256": results["dataset"]["sha256"],
+        "encoders": {name: encoder for name, encoder in data.encoders.items() if name in data.modalities},
         "split_seed": experiment.settings.first_seed,
         "mean_r10": results["rows"]["trained"]["mean_r10_by_seed"][0],
     }

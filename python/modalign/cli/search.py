@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,7 @@ def search(
     top: Annotated[int, typer.Option(min=1, help="how many items")] = 12,
     out: Annotated[Path | None, typer.Option(help="contact sheet to write; default MODEL/search.png")] = None,
     data: Annotated[str | None, typer.Option(help="data set to search in, of the same modalities; default: the one the model was trained on")] = None,
-    data_root: Annotated[Path | None, typer.Option(help="where `modalign prepare` left its sets; default $MODALIGN_DATA_ROOT")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="where `modalign prepare` left its sets; default: where the model found them")] = None,
 ) -> None:
     """Embed words, a picture or both with the frozen encoders and show the nearest items of the data set.
 
@@ -49,7 +50,10 @@ def search(
     query = " ".join(words or []).strip()
     if not query and picture is None:
         raise ValueError("WORDS or --picture must be given, got neither")
-    aligner, dataset = GramAligner.from_pretrained(folder), load(source, data_root)
+    kept = extra.get("data_root", "")
+    aligner, dataset = GramAligner.from_pretrained(folder), load(source, data_root or (kept if os.path.isdir(kept) else None))
+    if _changed(dataset, list(aligner.config.modalities), extra) and data is None:
+        console.print(f"the data of {dataset.name} are not those that the model was trained on: they have changed since", style="yellow", highlight=False)
     inputs: dict[str, Any] = ({"text": query} if query else {}) | ({"picture": open_picture(picture)} if picture is not None else {})
     shown = " and ".join([f'"{query}"'] * bool(query) + [str(picture)] * (picture is not None))
     features = {}
@@ -73,6 +77,15 @@ def search(
 
     write_bytes(sheet, png(contact_sheet(dataset, items, scores, f"{shown} ({kind})")))
     console.print(f"wrote {sheet}", highlight=False, soft_wrap=True)
+
+
+def _changed(dataset: PairedDataset, names: list[str], trained_on: Mapping[str, Any]) -> bool:
+    """Whether the data differ from those that a model was trained on, as far as it knows them. Features of another encoder mean nothing to it and raise."""
+    for name, encoder in trained_on.get("encoders", {}).items():
+        if (found := dataset.encoders.get(name, encoder)) != encoder:
+            raise ValueError(f"--data must have {name} features of encoder '{encoder}', as MODEL was trained on, got those of '{found}' in {dataset.name}")
+    known = [name for name in names if name in dataset.modalities]
+    return "sha256" in trained_on and (known != names or dataset.select(names).digest() != trained_on["sha256"])
 
 
 def _modality_of(kind: str, model: GramAligner) -> str:

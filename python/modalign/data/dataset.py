@@ -355,13 +355,19 @@ def load(name: str | os.PathLike[str], root: str | os.PathLike[str] | None = Non
     >>> len(data), list(data.modalities), data.names[0]
     (1849, ['picture', 'text'], 'light skin tone')
     """
+    folder, place = locate(name, root)
+    return _load_reduced(folder) if place is not None and (folder / "features.safetensors").is_file() else from_folder(folder)
+
+
+def locate(name: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> tuple[Path, Path | None]:
+    """The folder that `load` reads, and the root below which it was found by name (None: `name` is a path)."""
     bare = os.fspath(name)
     keys = [] if os.sep in bare or bare in ("", ".", "..") else list(dict.fromkeys([bare, bare.replace("-", "_")]))
-    for folder in (place / key for place in _roots(root) for key in keys):
-        if (folder / "items.json").is_file():
-            return _load_reduced(folder) if (folder / "features.safetensors").is_file() else from_folder(folder)
+    for place, key in ((place, key) for place in _roots(root) for key in keys):
+        if (place / key / "items.json").is_file():
+            return place / key, place
     if is_feature_folder(Path(name)):
-        return from_folder(name)
+        return Path(name), None
     known = available(root)
     raise ValueError(f"load: name must be one of {', '.join(known)} or a folder of .npy or .safetensors files, got '{os.fspath(name)}'")
 
