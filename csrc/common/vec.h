@@ -193,6 +193,30 @@ inline Vector<T> exponential(Vector<T> x) {
   return x != x ? x : result;
 }
 
+// log(1 + u) for 0 <= u <= 1 as 2 atanh(u / (2 + u)); relative error 2 eps, also for tiny u.
+template <class T>
+inline Vector<T> log1p_unit(Vector<T> u) {
+  constexpr int terms = sizeof(T) == 4 ? 8 : 17;   // s^2 <= 1/9
+  const Vector<T> s = u / (u + broadcast(T(2))), square = s * s;
+  Vector<T> series{};
+  for (int n = terms; n >= 0; --n) series = series * square + broadcast(T(1) / T(2 * n + 1));
+  return broadcast(T(2)) * s * series;
+}
+
+// log(1 + exp(z)), no overflow for any z
+template <class T>
+inline Vector<T> softplus(Vector<T> z) {
+  const Vector<T> positive = z > Vector<T>{} ? z : Vector<T>{}, magnitude = z > Vector<T>{} ? z : -z;
+  return positive + log1p_unit<T>(exponential<T>(-magnitude));
+}
+
+// 1 / (1 + exp(-z))
+template <class T>
+inline Vector<T> sigmoid(Vector<T> z) {
+  const Vector<T> one = broadcast(T(1)), e = exponential<T>(z > Vector<T>{} ? -z : z);
+  return (z > Vector<T>{} ? one : e) / (one + e);
+}
+
 template <class T> constexpr T kEpsilon = sizeof(T) == 4 ? T(1.1920929e-7) : T(2.220446049250313e-16);
 
 }  // inline namespace

@@ -16,24 +16,6 @@ inline namespace MODALIGN_ISA {
 constexpr std::int64_t kMaxPanelRows = 2 * kTileRows;   // rows whose gradient is gathered at once
 inline std::int64_t panel_rows_of(std::int64_t rows) { return minimum(kMaxPanelRows, round_up(rows, kRegisterRows)); }
 
-// The packed operands of a problem; columns counts the padding and is a multiple of kPanelColumns, as tile_columns is.
-template <class T>
-struct PackedPair {
-  const T* row_panels;
-  std::int64_t rows;
-  const T* column_panels;
-  std::int64_t columns, depth, tile_columns;
-
-  std::int64_t tiles() const { return (columns + tile_columns - 1) / tile_columns; }
-};
-
-// Row `r` of the row panels, contiguous.
-template <class T>
-inline void unpack_row(const T* row_panels, std::int64_t r, std::int64_t depth, T* out) {
-  const T* panel = row_panels + r / kRegisterRows * kRegisterRows * depth + r % kRegisterRows;
-  for (std::int64_t k = 0; k < depth; ++k) out[k] = panel[k * kRegisterRows];
-}
-
 template <class T>
 struct GradientBuffers {
   T* row_values;       // one row panel as value operand [depth / P][panel rows][P]

@@ -41,62 +41,21 @@ void for_each_problem(std::int64_t N, std::int64_t lanes, const Parallel& parall
 // ---- forward ------------------------------------------------------------------------------------------------------------------------------------------
 
 template <class T, class Geometry>
-struct ForwardEpilogue {
-  const Sizes& sizes;
-  const Geometry& geometry;
-  const Operands<T>& operands;
-  const T* basis;
-  Scalar dtype;
-  bool squared;
-  void* value;
-  std::int64_t value_offset;
-  Scratch<T> line, e, a;
-
-  void operator()(Tile<T>& tile) {
-    constexpr int W = kLanes<T>;
-    const int m = sizes.m;
-    const std::int64_t first_group = tile.column / (m * W), last_group = minimum((tile.column + tile.columns) / (m * W), (sizes.C + W - 1) / W);
-    for (std::int64_t i = 0; i < tile.rows; ++i) {
-      const std::int64_t row = tile.row + i;
-      const T row_square = operands.row_square[row];
-      bool loaded = false;
-      for (std::int64_t group = first_group; group < last_group; ++group) {
-        T* s = tile.data + i * tile.ld + group * m * W - tile.column;
-        const T* data = operands.column_data + group * Geometry::kData * W;
-        T* out = line + (group - first_group) * W;
-        T r[W], trust[W];
-        geometry.residual(s, row_square, data, r, trust);
-        int any = 0;
-        for (int l = 0; l < W; ++l) any |= near_zero(r[l], trust[l]);
-        if (any) {
-          if (!loaded) unpack_row(operands.row_panels, row, sizes.D, static_cast<T*>(a));
-          loaded = true;
-          for (int l = 0; l < W; ++l) {
-            const std::int64_t j = group * W + l;
-            if (!near_zero(r[l], trust[l]) || j >= sizes.C) continue;
-            T kappa[kMaxOthers];
-            const T reference = geometry.direct(a, row_square, basis + j * m * sizes.D, kappa, e);
-            r[l] = dot<T>(e, e, sizes.D);
-            if (is_rounding(r[l], reference)) r[l] = 0;
-          }
-        }
-        if (squared) for (int l = 0; l < W; ++l) out[l] = data[l] * data[l] * (r[l] < 0 ? 0 : r[l]);   // keeps NaN
-        else for (int l = 0; l < W; ++l) out[l] = data[l] * std::sqrt(r[l] < 0 ? 0 : r[l]);
-      }
-      const std::int64_t j = first_group * W;
-      store_row<T>(dtype, value, value_offset + row * sizes.C + j, minimum(last_group * W, sizes.C) - j, line);
-    }
-  }
-};
-
-template <class T, class Geometry>
 void forward(const Sizes& sizes, Scalar dtype, const BatchedRows& anchor, std::int64_t batch, bool squared, const T* basis, const Geometry& geometry, void* value,
              const Operands<T>& operands, const Parallel& parallel) {
   pack_operands(sizes, dtype, anchor, batch, basis, geometry, operands, parallel);
   const Columns<T> columns(sizes.C, sizes.D, sizes.m);
   for_each_tile(operands.row_panels, sizes.B, operands.column_panels, columns.count, sizes.D, columns.tile, parallel, [&] {
-    return ForwardEpilogue<T, Geometry>{sizes, geometry, operands, basis, dtype, squared, value, batch * sizes.B * sizes.C,
-                                        Scratch<T>(columns.tile), Scratch<T>(sizes.D), Scratch<T>(sizes.D)};
+    return [&, values = PairValues<T, Geometry>(sizes, geometry, operands, basis, squared), line = Scratch<T>(columns.tile)](const Tile<T>& tile) mutable {
+      constexpr int W = kLanes<T>;
+      const std::int64_t stride = sizes.m * W, first = tile.column / stride, last = minimum((tile.column + tile.columns) / stride, columns.groups);
+      for (std::int64_t i = 0; i < tile.rows; ++i) {
+        values.begin_row(tile.row + i);
+        for (std::int64_t group = first; group < last; ++group) values(group, tile.data + i * tile.ld + group * stride - tile.column, line + (group - first) * W);
+        const std::int64_t offset = (batch * sizes.B + tile.row + i) * sizes.C + first * W;
+        store_row<T>(dtype, value, offset, minimum(last * W, sizes.C) - first * W, line);
+      }
+    };
   });
 }
 
@@ -120,7 +79,7 @@ struct MatrixUpstream {
     return kNone;
   }
   const T* weights(std::int64_t group, const T*) const { return line + (group - first_group) * kLanes<T>; }
-  void end_row() const {}
+  void end_row(std::int64_t) const {}
 };
 
 // Bytes of one lane: Buffers is Operands or BackwardBuffers.

@@ -171,9 +171,10 @@ struct Operands {
   }
 };
 
-template <class T, class Geometry>
+// rows for which takes_part is false become zeros, whatever they hold
+template <class T, class Geometry, class TakesPart>
 inline void pack_operands(const Sizes& s, Scalar dtype, const BatchedRows& anchor, std::int64_t batch, const T* basis, const Geometry& geometry, const Operands<T>& to,
-                   const Parallel& parallel) {
+                          const Parallel& parallel, const TakesPart& takes_part) {
   parallel_for(parallel, 0, (s.B + kRegisterRows - 1) / kRegisterRows, 4, [&](std::int64_t begin, std::int64_t end) {
     Scratch<T> rows(kRegisterRows * s.D);
     for (std::int64_t panel = begin; panel < end; ++panel) {
@@ -181,7 +182,8 @@ inline void pack_operands(const Sizes& s, Scalar dtype, const BatchedRows& ancho
       const int count = static_cast<int>(minimum(kRegisterRows, s.B - first));
       for (int r = 0; r < count; ++r) {
         T* row = rows + r * s.D;
-        load_row(dtype, anchor.data, batch * anchor.batch_stride + (first + r) * anchor.row_stride, anchor.element_stride, s.D, row);
+        if (takes_part(first + r)) load_row(dtype, anchor.data, batch * anchor.batch_stride + (first + r) * anchor.row_stride, anchor.element_stride, s.D, row);
+        else for (std::int64_t k = 0; k < s.D; ++k) row[k] = 0;
         to.row_square[first + r] = dot(row, row, s.D);
       }
       pack_panel(kRegisterRows, count, s.D, [&](int r) { return rows + r * s.D; }, to.row_panels + first * s.D);
@@ -200,6 +202,56 @@ inline void pack_operands(const Sizes& s, Scalar dtype, const BatchedRows& ancho
       for (int d = 0; d < Geometry::kData; ++d) to.column_data[(group * Geometry::kData + d) * W + l] = data[d];
     }
 }
+template <class T, class Geometry>
+inline void pack_operands(const Sizes& s, Scalar dtype, const BatchedRows& anchor, std::int64_t batch, const T* basis, const Geometry& geometry, const Operands<T>& to,
+                          const Parallel& parallel) {
+  pack_operands(s, dtype, anchor, batch, basis, geometry, to, parallel, [](std::int64_t) { return true; });
+}
+
+// The values of a lane group of pairs, value = scale |e|. Pairs near zero, and one named candidate of the row, are recomputed from their vectors.
+template <class T, class Geometry>
+struct PairValues {
+  const Sizes& sizes;
+  const Geometry& geometry;
+  const Operands<T>& operands;
+  const T* basis;
+  bool squared;
+  Scratch<T> e, a;
+  std::int64_t row = 0;
+  bool loaded = false;
+
+  PairValues(const Sizes& sizes, const Geometry& geometry, const Operands<T>& operands, const T* basis, bool squared)
+      : sizes(sizes), geometry(geometry), operands(operands), basis(basis), squared(squared), e(sizes.D), a(sizes.D) {}
+
+  void begin_row(std::int64_t i) { row = i, loaded = false; }
+  T residual(std::int64_t j) {   // |e|^2 from the vectors
+    if (!loaded) unpack_row(operands.row_panels, row, sizes.D, static_cast<T*>(a));
+    loaded = true;
+    T kappa[kMaxOthers];
+    const T reference = geometry.direct(a, operands.row_square[row], basis + j * sizes.m * sizes.D, kappa, e);
+    const T r = dot<T>(e, e, sizes.D);
+    return is_rounding(r, reference) ? 0 : r;
+  }
+  T value(T r, T scale) const {
+    r = r < 0 ? 0 : r;   // keeps NaN
+    return squared ? scale * scale * r : scale * std::sqrt(r);
+  }
+  T pair(std::int64_t j) { return value(residual(j), operands.column_data[j / kLanes<T> * Geometry::kData * kLanes<T> + j % kLanes<T>]); }
+
+  // s: m lane vectors of coefficients, left as kappa
+  void operator()(std::int64_t group, T* s, T* out) {
+    constexpr int W = kLanes<T>;
+    const T* data = operands.column_data + group * Geometry::kData * W;
+    T r[W], trust[W];
+    geometry.residual(s, operands.row_square[row], data, r, trust);
+    int any = 0;
+    for (int l = 0; l < W; ++l) any |= near_zero(r[l], trust[l]);
+    if (any)
+      for (int l = 0; l < W; ++l)
+        if (near_zero(r[l], trust[l]) && group * W + l < sizes.C) r[l] = residual(group * W + l);
+    for (int l = 0; l < W; ++l) out[l] = value(r[l], data[l]);
+  }
+};
 
 // ---- from a problem to its geometry -------------------------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
 // The gradient of a value per pair, whatever its upstream gradient is made of: a matrix (gram_volume_bwd) or the statistics of a loss (contrastive_loss_bwd).
 //
 //   struct Upstream {
-//     std::int64_t begin_row(row, first_group, last_group);   // -> the candidate of this row that is always recomputed from its vectors, kNone without one
+//     std::int64_t begin_row(row, first_group, last_group);   // -> the candidate of this row that is always recomputed from its vectors, kNone without one,
+//                                                             //    kNoPart for a row (of zeros) that takes no part
 //     const T* weights(group, const T* value);                // dL/dvalue of this row's pairs of a lane group
-//     void end_row();
+//     void end_row(slot);
 //   };
 //
 // Formulas: ops/gram_volume.h. T = w kappa; where a residual is near zero (and for the named candidate) the pair leaves the product form, T = 0 and no weight, and adds
@@ -16,7 +17,7 @@
 namespace modalign::cpu {
 inline namespace MODALIGN_ISA {
 
-constexpr std::int64_t kNone = -1;
+constexpr std::int64_t kNone = -1, kNoPart = -2;
 
 template <class T>
 inline Slots slots_of(const Sizes& s, const Columns<T>& columns) {
@@ -59,6 +60,10 @@ struct BackwardEpilogue {
     const std::int64_t D = sizes.D, first_group = tile.column / (m * W), last_group = minimum((tile.column + tile.columns) / (m * W), (sizes.C + W - 1) / W);
     for (std::int64_t i = 0; i < tile.rows; ++i) {
       const std::int64_t row = tile.row + i, named = upstream.begin_row(row, first_group, last_group);
+      if (named == kNoPart) {
+        for (std::int64_t c = 0; c < tile.columns; ++c) tile.data[i * tile.ld + c] = 0;
+        continue;
+      }
       const T row_square = operands.row_square[row];
       bool loaded = false;
       double weight = 0;
@@ -113,7 +118,7 @@ struct BackwardEpilogue {
           for (int l = 0; l < W; ++l) s[p * W + l] *= w[l];
       }
       slot_weights[slot * panel_rows_of(sizes.B) + i] += weight;
-      upstream.end_row();
+      upstream.end_row(slot);
     }
   }
 };

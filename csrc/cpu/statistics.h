@@ -20,7 +20,7 @@ constexpr std::int64_t kMaxSlots = 32;
 template <class T>
 struct OnlineSum {
   T* maximum;
-  T* sum;
+  double* sum;   // partial sums of one tile are made in T, everything beyond in double
 };
 
 template <class T>
@@ -34,7 +34,7 @@ inline T finite(T offset) { return offset == -std::numeric_limits<T>::infinity()
 
 // (M, S) <- (M, S) + (M', S')
 template <class T>
-inline void merge(T& maximum, T& sum, T other_maximum, T other_sum) {
+inline void merge(T& maximum, double& sum, T other_maximum, double other_sum) {
   const T top = other_maximum > maximum ? other_maximum : maximum, offset = finite(top);
   sum = sum * std::exp(maximum - offset) + other_sum * std::exp(other_maximum - offset);
   maximum = top;
@@ -53,7 +53,7 @@ inline void fold_logits(const Tile<T>& tile, const OnlineSum<T>& row, const Onli
     const T offset = finite(maximum);
     Vector<T> sum{};
     for (std::int64_t c = 0; c < tile.columns; c += L) sum += exponential<T>(load(z + c) - broadcast(offset));
-    T total = row.sum[i] * std::exp(row.maximum[i] - offset);
+    double total = row.sum[i] * std::exp(row.maximum[i] - offset);
     for (int l = 0; l < L; ++l) total += sum[l];
     row.maximum[i] = maximum;
     row.sum[i] = total;
@@ -64,10 +64,11 @@ inline void fold_logits(const Tile<T>& tile, const OnlineSum<T>& row, const Onli
     for (std::int64_t i = 0; i < tile.rows; ++i) top = larger<T>(load(tile.data + i * tile.ld + c), top);
     Vector<T> offset = top;
     for (int l = 0; l < L; ++l) offset[l] = finite<T>(top[l]);
-    Vector<T> sum = load(column.sum + c) * exponential<T>(before - offset);
+    const Vector<T> shrink = exponential<T>(before - offset);
+    Vector<T> sum{};
     for (std::int64_t i = 0; i < tile.rows; ++i) sum += exponential<T>(load(tile.data + i * tile.ld + c) - offset);
     store(column.maximum + c, top);
-    store(column.sum + c, sum);
+    for (int l = 0; l < L; ++l) column.sum[c + l] = column.sum[c + l] * shrink[l] + sum[l];
   }
 }
 
@@ -79,39 +80,54 @@ struct Slots {
   std::int64_t first_tile(std::int64_t slot) const { return slot * tiles / count; }
 };
 
-// Row and column log-sum-exp of logit(product, i, j), written to row_result [rows] and column_result [columns].
-// row_scratch holds 2 slots.count rows numbers, column_scratch 2 round_up(columns, kPanelColumns).
-template <class T, class Logit>
-inline void log_sum_exp(const T* row_panels, std::int64_t rows, const T* column_panels, std::int64_t columns, std::int64_t depth, std::int64_t tile_columns, Logit logit,
-                        const Slots& slots, T* row_scratch, T* column_scratch, T* row_result, T* column_result, const Parallel& parallel) {
-  const std::int64_t padded = round_up(columns, kPanelColumns<T>);
-  const OnlineSum<T> column_sums{column_scratch, column_scratch + padded};
-  clear(column_sums, padded);
-  parallel_for(parallel, 0, slots.count, 1, [&](std::int64_t begin, std::int64_t end) {
-    Scratch<T> data(kTileRows * tile_columns);
-    for (std::int64_t slot = begin; slot < end; ++slot) {
-      const OnlineSum<T> row_sums{row_scratch + 2 * slot * rows, row_scratch + (2 * slot + 1) * rows};
-      clear(row_sums, rows);
-      for (std::int64_t block = slots.first_tile(slot); block < slots.first_tile(slot + 1); ++block)
-        for (std::int64_t row = 0; row < rows; row += kTileRows) {
-          const std::int64_t column = block * tile_columns;
-          const Tile<T> tile{row, minimum(kTileRows, rows - row), column, minimum(tile_columns, padded - column), data, tile_columns};
-          tile_product<T>(row_panels + row * depth, tile.rows, column_panels + column * depth, tile.columns, depth, data, tile.ld);
-          for (std::int64_t i = 0; i < tile.rows; ++i)
-            for (std::int64_t c = 0; c < tile.columns; ++c) {
-              T& z = data[i * tile.ld + c];
-              z = column + c < columns ? logit(z, row + i, column + c) : -std::numeric_limits<T>::infinity();
-            }
-          fold_logits<T>(tile, {row_sums.maximum + row, row_sums.sum + row}, {column_sums.maximum + column, column_sums.sum + column});
-        }
-    }
-  });
-  for (std::int64_t i = 0; i < rows; ++i) {
-    T maximum = -std::numeric_limits<T>::infinity(), sum = 0;
-    for (std::int64_t slot = 0; slot < slots.count; ++slot) merge(maximum, sum, row_scratch[2 * slot * rows + i], row_scratch[(2 * slot + 1) * rows + i]);
-    row_result[i] = maximum + std::log(sum);
+template <class T>
+struct StatisticsBuffers {
+  OnlineSum<T> row, column;   // [slots][rows], [columns]
+  std::int64_t columns;       // of the logits with their padding: all that tiles of logits cover
+  StatisticsBuffers(std::int64_t rows, std::int64_t columns, const Slots& slots, Arena& arena) : columns(columns) {
+    row = {arena.take<T>(slots.count * rows), arena.take<double>(slots.count * rows)};
+    column = {arena.take<T>(columns), arena.take<double>(columns)};
   }
-  for (std::int64_t j = 0; j < columns; ++j) column_result[j] = column_sums.maximum[j] + std::log(column_sums.sum[j]);
+};
+
+// Every tile of products of the problem, slots in parallel: make_epilogue() -> epilogue(tile, slot), called once per thread chunk.
+template <class T, class MakeEpilogue>
+inline void for_each_slot_tile(const PackedPair<T>& pair, const Slots& slots, const Parallel& parallel, const MakeEpilogue& make_epilogue) {
+  parallel_for(parallel, 0, slots.count, 1, [&](std::int64_t begin, std::int64_t end) {
+    Scratch<T> data(kTileRows * pair.tile_columns);
+    auto epilogue = make_epilogue();
+    for (std::int64_t slot = begin; slot < end; ++slot)
+      for (std::int64_t block = slots.first_tile(slot); block < slots.first_tile(slot + 1); ++block)
+        for (std::int64_t row = 0; row < pair.rows; row += kTileRows) {
+          const std::int64_t column = block * pair.tile_columns;
+          const Tile<T> tile{row, minimum(kTileRows, pair.rows - row), column, minimum(pair.tile_columns, pair.columns - column), data, pair.tile_columns};
+          tile_product<T>(pair.row_panels + row * pair.depth, tile.rows, pair.column_panels + column * pair.depth, tile.columns, pair.depth, data, tile.ld);
+          epilogue(tile, slot);
+        }
+  });
+}
+
+// Row and column log-sum-exp of logits, written to row_result [rows] and column_result [columns].
+// make_logits() -> logits(tile, slot): turns products into logits in place and returns the tile of logits, its columns counted in logits.
+template <class T, class MakeLogits>
+inline void log_sum_exp(const PackedPair<T>& pair, std::int64_t columns, const Slots& slots, const StatisticsBuffers<T>& buffers, T* row_result, T* column_result,
+                        const Parallel& parallel, const MakeLogits& make_logits) {
+  clear(buffers.row, slots.count * pair.rows);
+  clear(buffers.column, buffers.columns);
+  for_each_slot_tile(pair, slots, parallel, [&] {
+    return [&, logits = make_logits()](const Tile<T>& tile, std::int64_t slot) mutable {
+      const Tile<T> z = logits(tile, slot);
+      const std::int64_t row = slot * pair.rows + z.row;
+      fold_logits<T>(z, {buffers.row.maximum + row, buffers.row.sum + row}, {buffers.column.maximum + z.column, buffers.column.sum + z.column});
+    };
+  });
+  for (std::int64_t i = 0; i < pair.rows; ++i) {
+    T maximum = -std::numeric_limits<T>::infinity();
+    double sum = 0;
+    for (std::int64_t slot = 0; slot < slots.count; ++slot) merge(maximum, sum, buffers.row.maximum[slot * pair.rows + i], buffers.row.sum[slot * pair.rows + i]);
+    row_result[i] = static_cast<T>(maximum + std::log(sum));
+  }
+  for (std::int64_t j = 0; j < columns; ++j) column_result[j] = static_cast<T>(buffers.column.maximum[j] + std::log(buffers.column.sum[j]));
 }
 
 }  // inline namespace

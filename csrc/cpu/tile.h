@@ -53,6 +53,7 @@ class Scratch {
     if (data_ == nullptr) std::abort();   // a few hundred KB: nothing sensible is left to do
   }
   ~Scratch() { std::free(data_); }
+  Scratch(Scratch&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   operator T*() const { return data_; }
@@ -96,6 +97,13 @@ inline void pack_panel(int width, int count, std::int64_t depth, Source source, 
       else for (std::int64_t k = k0; k < k1; ++k) to[k * width] = 0;
     }
   }
+}
+
+// Row `r` of the row panels, contiguous.
+template <class T>
+inline void unpack_row(const T* row_panels, std::int64_t r, std::int64_t depth, T* out) {
+  const T* panel = row_panels + r / kRegisterRows * kRegisterRows * depth + r % kRegisterRows;
+  for (std::int64_t k = 0; k < depth; ++k) out[k] = panel[k * kRegisterRows];
 }
 
 // ---- the register block -------------------------------------------------------------------------------------------------------------------------------
@@ -206,6 +214,17 @@ inline void pack_tile_columns(const T* tile, std::int64_t ld, std::int64_t colum
 }
 
 // ---- the walk -----------------------------------------------------------------------------------------------------------------------------------------
+
+// The packed operands of a problem; columns counts the padding and is a multiple of kPanelColumns, as tile_columns is.
+template <class T>
+struct PackedPair {
+  const T* row_panels;
+  std::int64_t rows;
+  const T* column_panels;
+  std::int64_t columns, depth, tile_columns;
+
+  std::int64_t tiles() const { return (columns + tile_columns - 1) / tile_columns; }
+};
 
 template <class T>
 struct Tile {

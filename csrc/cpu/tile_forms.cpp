@@ -76,9 +76,21 @@ void log_sum_exp_form(const T* A, const T* B, std::int64_t rows, std::int64_t co
   const Packed<T> packed(A, rows, columns, depth, [&](std::int64_t c) { return c < columns ? B + c * depth : nullptr; }, parallel);
   const std::int64_t tile_columns = kTileLaneGroups * kLanes<T>;
   const Slots slots((packed.columns + tile_columns - 1) / tile_columns, kMaxSlots);
-  const Scratch<T> row_scratch(2 * slots.count * rows), column_scratch(2 * packed.columns);
-  log_sum_exp<T>(packed.row_panels, rows, packed.column_panels, columns, depth, tile_columns, [scale](T z, std::int64_t, std::int64_t) { return scale * z; }, slots,
-                 row_scratch, column_scratch, row, column, parallel);
+  Arena count(nullptr);
+  StatisticsBuffers<T>(rows, packed.columns, slots, count);
+  const Scratch<char> memory(count.used());
+  Arena arena(memory);
+  log_sum_exp<T>({packed.row_panels, rows, packed.column_panels, packed.columns, depth, tile_columns}, columns, slots, StatisticsBuffers<T>(rows, packed.columns, slots, arena),
+                 row, column, parallel, [&] {
+                   return [&](const Tile<T>& tile, std::int64_t) {
+                     for (std::int64_t i = 0; i < tile.rows; ++i)
+                       for (std::int64_t c = 0; c < tile.columns; ++c) {
+                         T& z = tile.data[i * tile.ld + c];
+                         z = tile.column + c < columns ? scale * z : -std::numeric_limits<T>::infinity();
+                       }
+                     return tile;
+                   };
+                 });
 }
 
 template <class T>

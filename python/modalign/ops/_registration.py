@@ -155,6 +155,23 @@ def register_folding_vmap(qualified_name: str, contiguous: tuple[int, ...] = ())
     torch.library.register_vmap(qualified_name, batched)
 
 
+def register_looping_vmap(qualified_name: str) -> None:
+    """vmap for an op without a problem index: one call per entry of the vmapped dimension."""
+    op = getattr(torch.ops.modalign, qualified_name.partition("::")[2])
+
+    def entry(value: Any, dimension: Any, index: int) -> Any:
+        if isinstance(value, (list, tuple)):
+            dimensions = dimension if isinstance(dimension, (list, tuple)) else [None] * len(value)
+            return [entry(one, where, index) for one, where in zip(value, dimensions, strict=True)]
+        return value if dimension is None else value.select(dimension, index)
+
+    def looped(info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[Any, Any]:
+        results = [op(*(entry(value, dimension, index) for value, dimension in zip(given, in_dims, strict=True))) for index in range(info.batch_size)]
+        return tuple(torch.stack(group) for group in zip(*results, strict=True)), (0,) * len(results[0])
+
+    torch.library.register_vmap(qualified_name, looped)
+
+
 def register_pair(
     name: str,
     *,
@@ -164,10 +181,11 @@ def register_pair(
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
     saved: tuple[int, ...] = (),
+    vmap: str = "fold",
 ) -> None:
     """Everything Python adds to the raw ops `modalign::<name>` and `modalign::<name>_bwd`; `op` is the public name that messages use, `saved` the
     positions of the
-    arguments of `<name>_bwd` that come from the forward and are taken contiguous only.
+    arguments of `<name>_bwd` that come from the forward and are taken contiguous only; vmap: "fold" where all tensors carry a problem index, else "loop".
 
     One thing torch leaves no place for: raw ops drop forward-mode tangents without a word, so public functions call `refuse_forward_mode` first."""
     forward_name, backward_name = f"modalign::{name}", f"modalign::{name}_bwd"
@@ -178,5 +196,9 @@ def register_pair(
     refuse_double_backward(backward_name, op)
     register_float32_autocast(forward_name)
     register_float32_autocast(backward_name)  # backward() may be called inside the region, too
-    register_folding_vmap(forward_name)
-    register_folding_vmap(backward_name, saved)
+    if vmap == "loop":
+        register_looping_vmap(forward_name)
+        register_looping_vmap(backward_name)
+    else:
+        register_folding_vmap(forward_name)
+        register_folding_vmap(backward_name, saved)

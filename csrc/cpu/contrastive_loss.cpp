@@ -1,0 +1,473 @@
+// Contrastive losses over all pairs on the CPU, forward and backward, with no matrix of similarities; compiled once per instruction set.
+//
+// Maths      ops/contrastive_loss.h. The values of a tile become logits in place; engine form (c) folds them into log-sum-exps of rows and columns at once, beside them
+//            sums and ranks are counted. Backward makes each tile again, forms dL/dz from the saved log-sum-exps and goes on as pair_gradient.h does.
+//            (GRAM, ICLR 2025; CLIP 2021; SigLIP 2023; TRIANGLE, NeurIPS 2025; recomputation as in FlashAttention and Inf-CL.)
+// Label      the labelled pair of a row is always computed from its vectors, and stands in its tile with the same bits: a loss is never below 0 by rounding.
+// FLOPs      forward 2 B C m D, backward 6 B C m D; two exponentials per pair each (sigmoid: one).
+// Memory     beyond in- and outputs: the packed operands; backward the operands and gradients of pair_gradient.h. Row statistics take at most 32 slots.
+// Precision  tiles in float (double for double), all sums over tiles in double.
+// Order      slots fixed by the problem, added in slot order: the same bits for any number of threads.
+
+#include "cpu/contrastive_loss.h"
+
+#include "cpu/pair_gradient.h"
+
+namespace modalign::cpu {
+inline namespace MODALIGN_ISA {
+namespace {
+
+// ---- the plain product as a third geometry --------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct ProductGeometry {
+  static constexpr int kData = 0;
+  void column_data(std::int64_t, T*) const {}
+};
+
+template <class T>
+struct ProductValues {
+  const Sizes& sizes;
+  const Operands<T>& operands;
+  const T* columns;   // [C][D]
+  Scratch<T> a;
+  std::int64_t row = 0;
+
+  ProductValues(const Sizes& sizes, const ProductGeometry<T>&, const Operands<T>& operands, const T* columns, bool)
+      : sizes(sizes), operands(operands), columns(columns), a(sizes.D) {}
+  void begin_row(std::int64_t i) { row = i; }
+  T pair(std::int64_t j) {
+    unpack_row(operands.row_panels, row, sizes.D, static_cast<T*>(a));
+    return dot<T>(a, columns + j * sizes.D, sizes.D);
+  }
+  void operator()(std::int64_t, const T* s, T* out) const {
+    for (int l = 0; l < kLanes<T>; ++l) out[l] = s[l];
+  }
+};
+
+template <class T, class Geometry> struct ValuesOf { using type = PairValues<T, Geometry>; };
+template <class T> struct ValuesOf<T, ProductGeometry<T>> { using type = ProductValues<T>; };
+
+// ---- what both passes know about rows and columns -------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Sides {
+  T scale, bias;
+  std::int64_t* label;     // [B] column of the row's label, kNone without one, kNoPart for a row that takes no part
+  T* active;               // [lane groups of C] 1 where the column takes part, else 0
+  T* absent;               // [lane groups of C] 0 where the column takes part, else -infinity: added to logits
+  Sides(std::int64_t B, std::int64_t C, Arena& arena) {
+    label = arena.take<std::int64_t>(B);
+    active = arena.take<T>(round_up(C, kLanes<T>));
+    absent = arena.take<T>(round_up(C, kLanes<T>));
+  }
+};
+
+// row(i), column(j): whether they may take part at all
+template <class T, class Row, class Column>
+void fill_sides(const ContrastiveProblem& p, const Sides<T>& sides, const Row& row, const Column& column) {
+  const std::int64_t B = p.pairs.B, C = p.pairs.C;
+  for (std::int64_t j = 0; j < round_up(C, kLanes<T>); ++j) {
+    const bool here = j < C && column(j);
+    sides.active[j] = here;
+    sides.absent[j] = here ? 0 : -std::numeric_limits<T>::infinity();
+  }
+  for (std::int64_t i = 0; i < B; ++i) {
+    const std::int64_t t = p.target ? p.target[i * p.target_stride] : i;
+    sides.label[i] = t == kIgnoredTarget || !row(i) ? kNoPart : t >= 0 && t < C && sides.active[t] ? t : kNone;
+  }
+}
+
+template <class T>
+T read_scalar(const void* p) { return p ? *static_cast<const T*>(p) : T(0); }
+
+// f(geometry) for the problem's form
+template <class T, class F>
+auto with_geometry(const ContrastiveProblem& p, const void* factor, const F& f) {
+  if (p.form == PairForm::volume) return f(VolumeGeometry<T>{p.pairs.m, p.pairs.D, static_cast<const T*>(factor)});
+  if (p.form == PairForm::triangle) return f(TriangleGeometry<T>{p.pairs.D, static_cast<const T*>(factor)});
+  return f(ProductGeometry<T>{});
+}
+
+TriangleAreaProblem triangle_of(const GramVolumeProblem& p) { return {p.dtype, 1, p.B, p.C, p.D, false, p.eps, p.anchor, p.others[0], p.others[1]}; }
+
+template <class T>
+void widen_columns(const GramVolumeProblem& p, T* out, const Parallel& parallel) {
+  parallel_for(parallel, 0, p.C, 64, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t j = begin; j < end; ++j) load_row(p.dtype, p.others[0].data, j * p.others[0].row_stride, p.others[0].element_stride, p.D, out + j * p.D);
+  });
+}
+
+int data_of(const ContrastiveProblem& p) { return p.form == PairForm::volume ? 1 : p.form == PairForm::triangle ? 3 : 0; }
+
+// ---- forward --------------------------------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct ForwardBuffers {
+  Sides<T> sides;
+  Operands<T> operands;
+  T* columns = nullptr;        // form product: [C][D]
+  StatisticsBuffers<T> statistics;
+  T* row_label;                // [B] label logit
+  T* column_label;             // [lane groups] the best label logit of the column, +infinity where it has none
+  std::int64_t* column_row;    // [lane groups] and its row
+  double* row_sum;             // [slots][B]
+  double* column_sum;          // [lane groups]
+  std::int64_t* row_before;    // [slots][B] how many logits come before the label
+  std::int64_t* column_before; // [lane groups]
+
+  static Slots slots_of(const ContrastiveProblem& p) {
+    const Columns<T> columns(p.pairs.C, p.pairs.D, p.pairs.m);
+    return {(columns.count + columns.tile - 1) / columns.tile, kMaxSlots};
+  }
+  ForwardBuffers(const ContrastiveProblem& p, Arena& arena)
+      : sides(p.pairs.B, p.pairs.C, arena), operands(sizes_of(p.pairs), data_of(p), arena),
+        statistics(p.pairs.B, Columns<T>(p.pairs.C, p.pairs.D, p.pairs.m).groups * kLanes<T>, slots_of(p), arena) {
+    const std::int64_t B = p.pairs.B, padded = round_up(p.pairs.C, kLanes<T>), slots = slots_of(p).count;
+    if (p.form == PairForm::product) columns = arena.take<T>(p.pairs.C * p.pairs.D);
+    row_label = arena.take<T>(B);
+    column_label = arena.take<T>(padded);
+    column_row = arena.take<std::int64_t>(padded);
+    row_sum = arena.take<double>(slots * B);
+    column_sum = arena.take<double>(padded);
+    row_before = arena.take<std::int64_t>(slots * B);
+    column_before = arena.take<std::int64_t>(padded);
+  }
+};
+
+// Turns a tile of products into logits in place (packed columns [.., m, lanes] become [.., lanes]) and counts sums and ranks. Sigmoid: sums of softplus.
+template <class T, class Values>
+struct Logits {
+  const ContrastiveProblem& p;
+  const ForwardBuffers<T>& buffers;
+  std::int64_t groups;
+  Values values;
+  Scratch<T> column_sum;       // of one tile
+  Scratch<std::int32_t> column_before;
+
+  Tile<T> operator()(const Tile<T>& tile, std::int64_t slot) {
+    constexpr int W = kLanes<T>, L = kVectorLanes<T>;
+    const Sides<T>& sides = buffers.sides;
+    const std::int64_t B = p.pairs.B, stride = p.pairs.m * W, first = tile.column / stride, last = minimum((tile.column + tile.columns) / stride, groups);
+    const std::int64_t count = (last - first) * W, at = first * W;
+    for (std::int64_t c = 0; c < count; ++c) column_sum[c] = 0, column_before[c] = 0;
+    for (std::int64_t i = 0; i < tile.rows; ++i) {
+      const std::int64_t row = tile.row + i, label = sides.label[row];
+      T* z = tile.data + i * tile.ld;
+      if (label == kNoPart) {
+        for (std::int64_t c = 0; c < count; ++c) z[c] = -std::numeric_limits<T>::infinity();
+        continue;
+      }
+      const T mark = label >= 0 ? buffers.row_label[row] : std::numeric_limits<T>::infinity();
+      values.begin_row(row);
+      Vector<T> sum{};
+      std::int64_t before = 0;
+      for (std::int64_t group = first; group < last; ++group) {
+        T* out = z + (group - first) * W;
+        const T *active = sides.active + group * W, *absent = sides.absent + group * W, *column_label = buffers.column_label + group * W;
+        const std::int64_t* column_row = buffers.column_row + group * W;
+        std::int32_t* lane_before = column_before + (group - first) * W;
+        T value[W];
+        values(group, z + (group - first) * stride, value);
+        for (int l = 0; l < W; ++l) value[l] = sides.scale * value[l] + sides.bias;
+        if (label / W == group && label >= 0) value[label % W] = mark;
+        for (int l = 0; l < W; l += L) {
+          const Vector<T> logit = load(value + l), here = load(active + l);
+          const Vector<T> term = p.loss == PairLoss::sigmoid ? softplus<T>(logit) : logit;
+          const Vector<T> counted = here > Vector<T>{} ? term : Vector<T>{};
+          sum += counted;
+          store(column_sum + (group - first) * W + l, load(column_sum + (group - first) * W + l) + counted);
+          store(out + l, logit + load(absent + l));
+        }
+        int earlier = 0;
+        for (int l = 0; l < W; ++l) {
+          earlier += out[l] > mark || (out[l] == mark && group * W + l < label);
+          lane_before[l] += out[l] > column_label[l] || (out[l] == column_label[l] && row < column_row[l]);
+        }
+        before += earlier;
+      }
+      double total = 0;
+      for (int l = 0; l < L; ++l) total += sum[l];
+      buffers.row_sum[slot * B + row] += total;
+      buffers.row_before[slot * B + row] += before;
+    }
+    for (std::int64_t c = 0; c < count; ++c) {
+      buffers.column_sum[at + c] += column_sum[c];
+      buffers.column_before[at + c] += column_before[c];
+    }
+    return {tile.row, tile.rows, at, count, tile.data, tile.ld};
+  }
+};
+
+template <class T, class Geometry>
+void forward(const ContrastiveProblem& p, const ContrastiveForward& to, const ForwardBuffers<T>& buffers, const T* basis, const Geometry& geometry, const Parallel& parallel) {
+  using Values = typename ValuesOf<T, Geometry>::type;
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  const Sizes sizes = sizes_of(p.pairs);
+  const std::int64_t B = sizes.B, C = sizes.C, padded = round_up(C, kLanes<T>);
+  const Sides<T>& sides = buffers.sides;
+  pack_operands(sizes, p.pairs.dtype, p.pairs.anchor, 0, basis, geometry, buffers.operands, parallel, [&](std::int64_t i) { return sides.label[i] != kNoPart; });
+
+  parallel_for(parallel, 0, B, 32, [&](std::int64_t begin, std::int64_t end) {
+    Values values(sizes, geometry, buffers.operands, basis, false);
+    for (std::int64_t i = begin; i < end; ++i) {
+      values.begin_row(i);
+      buffers.row_label[i] = sides.label[i] >= 0 ? sides.scale * values.pair(sides.label[i]) + sides.bias : T(0);
+    }
+  });
+  for (std::int64_t j = 0; j < padded; ++j) {
+    buffers.column_label[j] = infinity;
+    buffers.column_row[j] = kNone;
+    buffers.column_sum[j] = 0;
+    buffers.column_before[j] = 0;
+  }
+  for (std::int64_t i = 0; i < B; ++i) {
+    const std::int64_t t = sides.label[i];
+    if (t < 0 || (buffers.column_row[t] != kNone && !(buffers.row_label[i] > buffers.column_label[t]))) continue;
+    buffers.column_label[t] = buffers.row_label[i];
+    buffers.column_row[t] = i;
+  }
+  const Columns<T> columns(C, sizes.D, sizes.m);
+  const Slots slots = ForwardBuffers<T>::slots_of(p);
+  for (std::int64_t i = 0; i < slots.count * B; ++i) buffers.row_sum[i] = 0, buffers.row_before[i] = 0;
+
+  const PackedPair<T> pair{buffers.operands.row_panels, B, buffers.operands.column_panels, columns.count, sizes.D, columns.tile};
+  const auto make_logits = [&] {
+    return Logits<T, Values>{p, buffers, columns.groups, Values(sizes, geometry, buffers.operands, basis, false), Scratch<T>(columns.tile), Scratch<std::int32_t>(columns.tile)};
+  };
+  T *row_lse = static_cast<T*>(to.row_lse), *column_lse = static_cast<T*>(to.column_lse), *row_sum = static_cast<T*>(to.row_sum), *label = static_cast<T*>(to.label);
+  T *column_sum = static_cast<T*>(to.column_sum), *loss = static_cast<T*>(to.loss), *classes = static_cast<T*>(to.classes);
+  if (p.loss == PairLoss::softmax) {
+    log_sum_exp<T>(pair, C, slots, buffers.statistics, row_lse, column_lse, parallel, make_logits);
+  } else {
+    for_each_slot_tile<T>(pair, slots, parallel, [&] { return [logits = make_logits()](const Tile<T>& tile, std::int64_t slot) mutable { logits(tile, slot); }; });
+    for (std::int64_t i = 0; i < B; ++i) row_lse[i] = sides.label[i] == kNoPart ? -infinity : 0;
+    for (std::int64_t j = 0; j < C; ++j) column_lse[j] = sides.absent[j];
+  }
+
+  double rows_here = 0, columns_here = 0, labelled = 0;
+  for (std::int64_t j = 0; j < C; ++j) columns_here += sides.active[j];
+  for (std::int64_t i = 0; i < B; ++i) rows_here += sides.label[i] != kNoPart, labelled += sides.label[i] >= 0;
+  classes[0] = static_cast<T>(columns_here), classes[1] = static_cast<T>(rows_here), classes[2] = static_cast<T>(labelled);
+  for (std::int64_t j = 0; j < C; ++j) {
+    column_sum[j] = static_cast<T>(buffers.column_sum[j]);
+    to.column_rank[j] = buffers.column_row[j] == kNone ? -1 : buffers.column_label[j] != buffers.column_label[j] ? B : buffers.column_before[j];
+  }
+  for (std::int64_t i = 0; i < B; ++i) {
+    double sum = 0;
+    std::int64_t before = 0;
+    for (std::int64_t slot = 0; slot < slots.count; ++slot) sum += buffers.row_sum[slot * B + i], before += buffers.row_before[slot * B + i];
+    const std::int64_t t = sides.label[i];
+    const double z = buffers.row_label[i], lambda = p.label_smoothing;
+    row_sum[i] = static_cast<T>(sum);
+    label[i] = static_cast<T>(z);
+    to.row_rank[i] = t < 0 ? -1 : z != z ? C : before;
+    if (p.loss == PairLoss::sigmoid) loss[i] = static_cast<T>(sum - z);
+    else if (t < 0) loss[i] = 0;
+    else loss[i] = static_cast<T>((row_lse[i] - z) / 2 + (column_lse[t] - z) / 2 + lambda * (z - (sum / columns_here + buffers.column_sum[t] / rows_here) / 2));
+  }
+}
+
+template <class T>
+void forward_of(const ContrastiveProblem& p, const ContrastiveForward& to, void* workspace, const Parallel& parallel) {
+  Arena arena(workspace);
+  ForwardBuffers<T> buffers(p, arena);
+  buffers.sides.scale = read_scalar<T>(p.scale);
+  buffers.sides.bias = read_scalar<T>(p.bias);
+  const PresenceMask& present = p.pairs.present;
+  fill_sides(p, buffers.sides, [](std::int64_t) { return true; }, [&](std::int64_t j) {
+    bool any = present.data == nullptr;
+    for (int o = 0; o < p.pairs.m && !any; ++o) any = present.data[j * present.row_stride + o * present.element_stride];
+    return any;
+  });
+  T* basis = static_cast<T*>(to.basis);
+  if (p.form == PairForm::volume) candidate_basis(p.pairs, 0, basis, static_cast<T*>(to.factor), parallel);
+  else if (p.form == PairForm::triangle) candidate_basis(triangle_of(p.pairs), 0, basis, static_cast<T*>(to.factor), parallel);
+  else widen_columns(p.pairs, basis = buffers.columns, parallel);
+  with_geometry<T>(p, to.factor, [&](const auto& geometry) { forward(p, to, buffers, basis, geometry, parallel); });
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct LossBuffers {
+  Sides<T> sides;
+  T* columns = nullptr;    // form product: [C][D]
+  T* column_lse;           // [lane groups] +infinity where the column takes no part
+  T* column_weight;        // [lane groups]
+  double* slot_scale;      // [slots][2]
+  LossBuffers(const ContrastiveProblem& p, Arena& arena) : sides(p.pairs.B, p.pairs.C, arena) {
+    const std::int64_t padded = round_up(p.pairs.C, kLanes<T>);
+    if (p.form == PairForm::product) columns = arena.take<T>(p.pairs.C * p.pairs.D);
+    column_lse = arena.take<T>(padded);
+    column_weight = arena.take<T>(padded);
+    slot_scale = arena.take<double>(kMaxSlots * 2);
+  }
+};
+
+// dL/dvalue of the pairs of a row, a lane group at a time.
+template <class T>
+struct LossUpstream {
+  const ContrastiveProblem& p;
+  const LossBuffers<T>& buffers;
+  const T *row_weight, *row_lse;
+  T row_share, column_share;   // lambda / columns, lambda / rows
+  T lambda;
+  std::int64_t label = kNone;
+  T g = 0, lse = 0;
+  Vector<T> dscale{}, dbias{};
+  alignas(64) T out[kLanes<T>] = {};
+
+  std::int64_t begin_row(std::int64_t row, std::int64_t, std::int64_t) {
+    label = buffers.sides.label[row];
+    g = label == kNoPart || (label == kNone && p.loss == PairLoss::softmax) ? T(0) : row_weight[row];
+    lse = row_lse[row];
+    dscale = dbias = Vector<T>{};
+    return label;
+  }
+  const T* weights(std::int64_t group, const T* value) {
+    constexpr int W = kLanes<T>, L = kVectorLanes<T>;
+    const Sides<T>& sides = buffers.sides;
+    for (int l = 0; l < W; l += L) {
+      const std::int64_t at = group * W + l;
+      const Vector<T> v = load(value + l), z = broadcast(sides.scale) * v + broadcast(sides.bias), here = load(sides.active + at);
+      Vector<T> dz;
+      if (p.loss == PairLoss::sigmoid) {
+        dz = broadcast(g) * sigmoid<T>(z);
+      } else {
+        const Vector<T> h = load(buffers.column_weight + at);
+        dz = broadcast(T(0.5)) * (broadcast(g) * (exponential<T>(z - broadcast(lse)) - broadcast(row_share)) +
+                                  h * (exponential<T>(z - load(buffers.column_lse + at)) - broadcast(column_share)));
+      }
+      if (label >= at && label < at + L) dz[label - at] -= (1 - lambda) * g;
+      dz = here > Vector<T>{} ? dz : Vector<T>{};
+      dscale += here > Vector<T>{} ? dz * v : Vector<T>{};
+      dbias += dz;
+      store(out + l, broadcast(sides.scale) * dz);
+    }
+    return out;
+  }
+  void end_row(std::int64_t slot) const {
+    double scale = 0, bias = 0;
+    for (int l = 0; l < kVectorLanes<T>; ++l) scale += dscale[l], bias += dbias[l];
+    buffers.slot_scale[2 * slot] += scale;
+    buffers.slot_scale[2 * slot + 1] += bias;
+  }
+};
+
+// Form product: the coefficient of a pair is dL/dvalue itself.
+template <class T>
+struct ProductEpilogue {
+  const Sizes& sizes;
+  std::int64_t groups;
+  ProductValues<T> values;
+  LossUpstream<T> upstream;
+
+  void operator()(const Tile<T>& tile, T*, std::int64_t slot) {
+    constexpr int W = kLanes<T>;
+    const std::int64_t first = tile.column / W, last = minimum((tile.column + tile.columns) / W, groups);
+    for (std::int64_t i = 0; i < tile.rows; ++i) {
+      const std::int64_t named = upstream.begin_row(tile.row + i, first, last);
+      if (named == kNoPart) {
+        for (std::int64_t c = 0; c < tile.columns; ++c) tile.data[i * tile.ld + c] = 0;
+        continue;
+      }
+      values.begin_row(tile.row + i);
+      for (std::int64_t group = first; group < last; ++group) {
+        T* s = tile.data + i * tile.ld + (group - first) * W;
+        if (named >= 0 && named / W == group) s[named % W] = values.pair(named);
+        const T* weights = upstream.weights(group, s);
+        for (int l = 0; l < W; ++l) s[l] = weights[l];
+      }
+      upstream.end_row(slot);
+    }
+  }
+};
+
+template <class T>
+struct BackwardOf {
+  LossBuffers<T> loss;
+  BackwardBuffers<T> pairs;
+  BackwardOf(const ContrastiveProblem& p, Arena& arena) : loss(p, arena), pairs(sizes_of(p.pairs), data_of(p), arena) {}
+};
+
+template <class T>
+void backward_of(const ContrastiveProblem& p, const ContrastiveBackward& to, void* workspace, const Parallel& parallel) {
+  Arena arena(workspace);
+  BackwardOf<T> buffers(p, arena);
+  const Sizes sizes = sizes_of(p.pairs);
+  const std::int64_t D = sizes.D;
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  const T *row_lse = static_cast<const T*>(to.row_lse), *column_lse = static_cast<const T*>(to.column_lse), *classes = static_cast<const T*>(to.classes);
+  LossBuffers<T>& loss = buffers.loss;
+  loss.sides.scale = read_scalar<T>(p.scale);
+  loss.sides.bias = read_scalar<T>(p.bias);
+  fill_sides(p, loss.sides, [&](std::int64_t i) { return row_lse[i] != -infinity; }, [&](std::int64_t j) { return column_lse[j] != -infinity; });
+  for (std::int64_t j = 0; j < round_up(sizes.C, kLanes<T>); ++j) {
+    loss.column_lse[j] = loss.sides.active[j] != 0 ? column_lse[j] : infinity;
+    loss.column_weight[j] = loss.sides.active[j] != 0 ? static_cast<const T*>(to.column_weight)[j] : 0;
+  }
+  for (std::int64_t s = 0; s < 2 * kMaxSlots; ++s) loss.slot_scale[s] = 0;
+  const T* basis = static_cast<const T*>(to.basis);
+  if (p.form == PairForm::product) widen_columns(p.pairs, loss.columns, parallel), basis = loss.columns;
+
+  const auto make_upstream = [&] {
+    const T lambda = static_cast<T>(p.label_smoothing);
+    return LossUpstream<T>{p, loss, static_cast<const T*>(to.row_weight), row_lse, lambda == 0 ? 0 : lambda / classes[0], lambda == 0 ? 0 : lambda / classes[1], lambda};
+  };
+  with_geometry<T>(p, to.factor, [&](const auto& geometry) {
+    using Geometry = std::decay_t<decltype(geometry)>;
+    pack_operands(sizes, p.pairs.dtype, p.pairs.anchor, 0, basis, geometry, buffers.pairs.operands, parallel,
+                  [&](std::int64_t i) { return loss.sides.label[i] != kNoPart; });
+    if constexpr (std::is_same_v<Geometry, ProductGeometry<T>>) {
+      const Columns<T> columns(sizes.C, D, 1);
+      gradient_walk<T>(
+          {buffers.pairs.operands.row_panels, sizes.B, buffers.pairs.operands.column_panels, columns.count, D, columns.tile}, slots_of<T>(sizes, columns),
+          buffers.pairs.gradient, to.grad_anchor != nullptr, to.grad_others != nullptr, Into::add, parallel, [&](std::int64_t c) { return columns.row(c, basis); },
+          [&] { return ProductEpilogue<T>{sizes, columns.groups, ProductValues<T>(sizes, geometry, buffers.pairs.operands, basis, false), make_upstream()}; },
+          [&](std::int64_t first, std::int64_t rows, const auto& add_slots) {
+            parallel_for(parallel, 0, rows, 8, [&](std::int64_t begin, std::int64_t end) {
+              Scratch<T> line(D);
+              for (std::int64_t i = begin; i < end; ++i) {
+                for (std::int64_t k = 0; k < D; ++k) line[k] = 0;
+                add_slots(i, static_cast<T*>(line));
+                store_row<T>(p.pairs.dtype, to.grad_anchor, (first + i) * D, D, line);
+              }
+            });
+          });
+      if (to.grad_others)
+        for (std::int64_t j = 0; j < sizes.C; ++j) store_row<T>(p.pairs.dtype, to.grad_others, j * D, D, buffers.pairs.gradient.column_gradient + j * D);
+    } else {
+      pair_gradient(sizes, p.pairs.dtype, 0, false, p.pairs.eps, basis, geometry, to.grad_anchor, to.grad_others, buffers.pairs, parallel, make_upstream);
+    }
+  });
+  double scale = 0, bias = 0;
+  for (std::int64_t s = 0; s < kMaxSlots; ++s) scale += loss.slot_scale[2 * s], bias += loss.slot_scale[2 * s + 1];
+  static_cast<T*>(to.grad_scale)[0] = static_cast<T>(scale);
+  static_cast<T*>(to.grad_scale)[1] = static_cast<T>(bias);
+}
+
+// ---- entry points ---------------------------------------------------------------------------------------------------------------------------------------
+
+template <template <class> class Buffers>
+std::int64_t workspace(const ContrastiveProblem& p) {
+  return with_real(p.pairs.dtype, [&](auto real) {
+    Arena arena(nullptr);
+    Buffers<decltype(real)>(p, arena);
+    return arena.used();
+  });
+}
+void forward_entry(const ContrastiveProblem& p, const ContrastiveForward& to, void* workspace, const Parallel& parallel) {
+  with_real(p.pairs.dtype, [&](auto real) { forward_of<decltype(real)>(p, to, workspace, parallel); });
+}
+void backward_entry(const ContrastiveProblem& p, const ContrastiveBackward& to, void* workspace, const Parallel& parallel) {
+  with_real(p.pairs.dtype, [&](auto real) { backward_of<decltype(real)>(p, to, workspace, parallel); });
+}
+
+}  // namespace
+
+extern const ContrastiveKernels kContrastiveKernels;
+const ContrastiveKernels kContrastiveKernels = {workspace<ForwardBuffers>, forward_entry, workspace<BackwardOf>, backward_entry};
+
+}  // inline namespace
+}  // namespace modalign::cpu

@@ -1,0 +1,209 @@
+// gram_contrastive_loss, triangle_contrastive_loss, clip_loss, siglip_loss: one schema, one check, CPU and CUDA entry points. ops/contrastive_loss.h says what the numbers are.
+#include "ops/contrastive_loss.h"
+
+#include <cmath>
+#include <tuple>
+
+#include "common/check.h"
+#include "common/stable.h"
+#include "cpu/contrastive_loss.h"
+
+namespace modalign {
+namespace {
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor>;
+using Optional = std::optional<Tensor>;
+
+template <PairForm form_, PairLoss loss_>
+struct Loss {
+  static constexpr PairForm form = form_;
+  static constexpr PairLoss loss = loss_;
+  static constexpr const char* name = loss == PairLoss::sigmoid ? "siglip_loss" : form == PairForm::product ? "clip_loss" : form == PairForm::triangle ? "triangle_contrastive_loss" : "gram_contrastive_loss";
+  static constexpr bool distance = form != PairForm::product;   // scale = -1 / temperature
+  static constexpr std::size_t least = form == PairForm::triangle ? 2 : 1, most = form == PairForm::triangle ? 2 : form == PairForm::product ? 1 : kMaxOthers;
+};
+
+BatchedRows rows_of(const Tensor& t) { return {t.const_data_ptr(), 0, t.stride(0), t.stride(1)}; }
+
+double value_of(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? *static_cast<const double*>(t.const_data_ptr()) : *static_cast<const float*>(t.const_data_ptr());
+}
+
+const void* check_scalar(const char* op, const char* argument, const Tensor& t, const Tensor& anchor) {
+  check_like(op, argument, t, anchor, accumulation_type(anchor.scalar_type()));
+  MODALIGN_CHECK(t.dim() == 0, op, ": ", argument, " must have no dimensions, got ", shape_of(t));
+  return t.const_data_ptr();
+}
+
+// Values are looked at on the CPU alone: on a GPU that would wait for it.
+template <class L>
+void check_values(const ContrastiveProblem& p, const Tensor& scale, const Optional& bias) {
+  const double s = value_of(scale);
+  if (L::distance) {
+    MODALIGN_CHECK(s < 0 && std::isfinite(s), L::name, ": temperature must be positive and finite, got ", -1 / s);
+  } else {
+    MODALIGN_CHECK(s > 0 && std::isfinite(s), L::name, ": logit_scale must be positive and finite, got ", s);
+  }
+  if (bias) MODALIGN_CHECK(std::isfinite(value_of(*bias)), L::name, ": logit_bias must be finite, got ", value_of(*bias));
+  if (p.target)
+    for (std::int64_t i = 0; i < p.pairs.B; ++i) {
+      const std::int64_t t = p.target[i * p.target_stride];
+      MODALIGN_CHECK(t == kIgnoredTarget || (t >= 0 && t < p.pairs.C), L::name, ": target must hold indices from 0 to C - 1 = ", p.pairs.C - 1, " or -100, got ", t, " at row ", i);
+    }
+}
+
+template <class L>
+ContrastiveProblem check(const Tensor& anchor, const std::vector<Tensor>& others, const Tensor& scale, const Optional& bias, const Optional& target, const Optional& present,
+                         double label_smoothing, double eps) {
+  ContrastiveProblem p{};
+  GramVolumeProblem& q = p.pairs;
+  p.form = L::form, p.loss = L::loss;
+  q.dtype = check_floating(L::name, "anchor", anchor);
+  MODALIGN_CHECK(anchor.dim() == 2, L::name, ": anchor must have shape [B, D], got ", shape_of(anchor));
+  MODALIGN_CHECK(others.size() >= L::least && others.size() <= L::most, L::name, ": others must hold ", L::least, " to ", L::most, " tensors, got ", others.size());
+  MODALIGN_CHECK(others[0].dim() == 2, L::name, ": others must have shape [C, D], got ", shape_of(others[0]));
+  MODALIGN_CHECK(eps >= 0 && std::isfinite(eps), L::name, ": eps must be finite and at least 0, got ", eps);
+  MODALIGN_CHECK(label_smoothing >= 0 && label_smoothing < 1 && (L::loss == PairLoss::softmax || label_smoothing == 0), L::name, ": label_smoothing must be in [0, 1), got ", label_smoothing);
+  q.N = 1, q.B = anchor.size(0), q.D = anchor.size(1), q.C = others[0].size(0), q.m = static_cast<int>(others.size()), q.eps = eps;
+  q.anchor = rows_of(anchor);
+  for (int o = 0; o < q.m; ++o) {
+    check_like(L::name, "others", others[o], anchor, anchor.scalar_type());
+    check_shape(L::name, "others", others[o], {q.C, q.D});
+    q.others[o] = rows_of(others[o]);
+  }
+  if (present) {
+    MODALIGN_CHECK(L::form == PairForm::volume, L::name, ": present must be None, got a tensor");
+    check_like(L::name, "present", *present, anchor, ScalarType::Bool);
+    check_shape(L::name, "present", *present, {q.C, q.m});
+    q.present = {static_cast<const bool*>(present->const_data_ptr()), 0, present->stride(0), present->stride(1)};
+  }
+  p.scale = check_scalar(L::name, L::distance ? "temperature" : "logit_scale", scale, anchor);
+  if (bias) p.bias = check_scalar(L::name, "logit_bias", *bias, anchor);
+  if (target) {
+    check_like(L::name, "target", *target, anchor, ScalarType::Long);
+    check_shape(L::name, "target", *target, {q.B});
+    p.target = static_cast<const std::int64_t*>(target->const_data_ptr());
+    p.target_stride = target->stride(0);
+  }
+  p.label_smoothing = label_smoothing;
+  MODALIGN_CHECK(!anchor.is_cuda(), L::name, ": anchor must be on the CPU, got a CUDA tensor");
+  check_values<L>(p, scale, bias);
+  return p;
+}
+
+template <class L>
+Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double eps) {
+  const ContrastiveProblem p = check<L>(anchor, others, scale, bias, target, present, label_smoothing, eps);
+  const std::int64_t B = p.pairs.B, C = p.pairs.C, D = p.pairs.D, m = p.pairs.m;
+  const ScalarType real = accumulation_type(anchor.scalar_type()), whole = ScalarType::Long;
+  const auto rows = [&](ScalarType type) { return new_tensor(anchor, {B}, type); };
+  const auto columns = [&](ScalarType type) { return new_tensor(anchor, {C}, type); };
+  Tensor loss = rows(real), row_lse = rows(real), row_sum = rows(real), label = rows(real), row_rank = rows(whole);
+  Tensor column_lse = columns(real), column_sum = columns(real), column_rank = columns(whole), classes = new_tensor(anchor, {3}, real);
+  const bool product = L::form == PairForm::product;
+  Tensor basis = new_tensor(anchor, {product ? 0 : C, m, D}, real);
+  Tensor factor = new_tensor(anchor, {product ? 0 : C, L::form == PairForm::triangle ? 3 : m * m}, real);
+  const ContrastiveForward to{loss.mutable_data_ptr(), row_lse.mutable_data_ptr(), column_lse.mutable_data_ptr(), row_sum.mutable_data_ptr(), column_sum.mutable_data_ptr(),
+                              label.mutable_data_ptr(), static_cast<std::int64_t*>(row_rank.mutable_data_ptr()), static_cast<std::int64_t*>(column_rank.mutable_data_ptr()),
+                              classes.mutable_data_ptr(), basis.mutable_data_ptr(), factor.mutable_data_ptr()};
+  const cpu::ContrastiveKernels& kernels = cpu::contrastive_kernels();
+  const Tensor workspace = new_workspace(anchor, kernels.workspace(p));
+  kernels.forward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  return {loss, row_lse, column_lse, row_sum, column_sum, label, row_rank, column_rank, classes, basis, factor};
+}
+
+template <class L>
+Backward backward(const Tensor& row_weight, const Tensor& column_weight, const Tensor& row_lse, const Tensor& column_lse, const Tensor& classes, const Tensor& basis, const Tensor& factor,
+                  const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double eps,
+                  bool need_anchor, bool need_others) {
+  const ContrastiveProblem p = check<L>(anchor, others, scale, bias, target, present, label_smoothing, eps);
+  const std::int64_t B = p.pairs.B, C = p.pairs.C, D = p.pairs.D, m = p.pairs.m;
+  const ScalarType real = accumulation_type(anchor.scalar_type());
+  const bool product = L::form == PairForm::product;
+  const auto data = [&](const char* argument, const Tensor& t, std::initializer_list<std::int64_t> shape) {
+    check_like(L::name, argument, t, anchor, real);
+    check_shape(L::name, argument, t, shape);
+    MODALIGN_CHECK(t.is_contiguous(), L::name, ": ", argument, " must be contiguous, got a strided one");
+    return t.const_data_ptr();
+  };
+  Tensor grad_anchor = need_anchor ? new_tensor(anchor, {B, D}, anchor.scalar_type()) : new_tensor(anchor, {0}, anchor.scalar_type());
+  Tensor grad_others = need_others ? new_tensor(anchor, {C, m, D}, anchor.scalar_type()) : new_tensor(anchor, {0}, anchor.scalar_type());
+  Tensor grad_scale = new_tensor(anchor, {2}, real);
+  const ContrastiveBackward to{data("row_weight", row_weight, {B}),
+                               data("column_weight", column_weight, {C}),
+                               data("row_lse", row_lse, {B}),
+                               data("column_lse", column_lse, {C}),
+                               data("classes", classes, {3}),
+                               data("basis", basis, {product ? 0 : C, m, D}),
+                               data("factor", factor, {product ? 0 : C, L::form == PairForm::triangle ? 3 : m * m}),
+                               need_anchor ? grad_anchor.mutable_data_ptr() : nullptr,
+                               need_others ? grad_others.mutable_data_ptr() : nullptr,
+                               grad_scale.mutable_data_ptr()};
+  const cpu::ContrastiveKernels& kernels = cpu::contrastive_kernels();
+  const Tensor workspace = new_workspace(anchor, kernels.bwd_workspace(p));
+  kernels.backward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  return {grad_anchor, grad_others, grad_scale};
+}
+
+using Gram = Loss<PairForm::volume, PairLoss::softmax>;
+using Triangle = Loss<PairForm::triangle, PairLoss::softmax>;
+using Clip = Loss<PairForm::product, PairLoss::softmax>;
+using SigLip = Loss<PairForm::product, PairLoss::sigmoid>;
+
+template <class L, class Library>
+void define(Library& m) {
+  const std::string inputs = "Tensor anchor, Tensor[] others, Tensor scale, Tensor? bias, Tensor? target, Tensor? present, float label_smoothing, float eps", name = L::name;
+  m.def((name + "(" + inputs + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)").c_str());
+  m.def((name + "_bwd(Tensor row_weight, Tensor column_weight, Tensor row_lse, Tensor column_lse, Tensor classes, Tensor basis, Tensor factor, " + inputs +
+         ", bool need_anchor, bool need_others) -> (Tensor, Tensor, Tensor)").c_str());
+}
+
+template <class L, class Library>
+void implement(Library& m) {
+  static const std::string name = L::name, name_bwd = name + "_bwd";
+  m.impl(name.c_str(), TORCH_BOX(&forward<L>));
+  m.impl(name_bwd.c_str(), TORCH_BOX(&backward<L>));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(modalign, m) {
+  define<Gram>(m);
+  define<Triangle>(m);
+  define<Clip>(m);
+  define<SigLip>(m);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(modalign, CPU, m) {
+  implement<Gram>(m);
+  implement<Triangle>(m);
+  implement<Clip>(m);
+  implement<SigLip>(m);
+}
+#ifdef MODALIGN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(modalign, CUDA, m) {
+  implement<Gram>(m);
+  implement<Triangle>(m);
+  implement<Clip>(m);
+  implement<SigLip>(m);
+}
+#endif
+
+namespace cpu {
+namespace portable { extern const ContrastiveKernels kContrastiveKernels; }
+#ifdef MODALIGN_WITH_X86
+namespace avx2 { extern const ContrastiveKernels kContrastiveKernels; }
+namespace avx512 { extern const ContrastiveKernels kContrastiveKernels; }
+#endif
+
+const ContrastiveKernels& contrastive_kernels() {
+#ifdef MODALIGN_WITH_X86
+  return Variants<ContrastiveKernels>{&portable::kContrastiveKernels, &avx2::kContrastiveKernels, &avx512::kContrastiveKernels}.chosen();
+#else
+  return portable::kContrastiveKernels;
+#endif
+}
+}  // namespace cpu
+
+}  // namespace modalign

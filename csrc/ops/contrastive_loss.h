@@ -1,0 +1,73 @@
+// What one call of a contrastive loss over all pairs asks for: sizes, strides and pointers, and nothing of torch. check_<op> in contrastive_loss.cpp fills these structs
+// once; cpu/contrastive_loss.cpp and cuda/contrastive_loss.cuh both take them as they are.
+//
+// Rows i are anchors, columns j candidates; v_ij is a value per pair and z_ij = scale v_ij + bias its logit:
+//
+//     form        v_ij                                       scale
+//     volume      Gramian volume (ops/gram_volume.h)         -1 / temperature
+//     triangle    triangle area                              -1 / temperature
+//     product     x_i . y_j                                  logit_scale
+//
+// Taking part: rows whose target is not kIgnored and columns that have any modality present. Everything below runs over these alone.
+//     row_lse_i = log sum_j exp z_ij      row_sum_i = sum_j z_ij      column_lse_j, column_sum_j over rows the same way
+//     label_i = z_{i, t_i}, always recomputed from the vectors; a row is labelled where its target takes part
+//     row_rank_i = how many columns come before t_i (a larger logit, or an equal one at a lower index); column_rank_j = how many rows come before the best labelled row of j
+//
+// softmax, per labelled row:  loss_i = 1/2 [row_lse_i + column_lse_t - 2 (1 - lambda) label_i - lambda (row_sum_i / columns + column_sum_t / rows)],   t = t_i
+// sigmoid:                    loss_i = sum_j softplus(z_ij) - label_i
+// and 0 for rows without a label (sigmoid: without the label term). With row weights g_i = dL/dloss_i and column weights h_j = sum of g_i over the rows whose target is j
+//
+// softmax:  dL/dz_ij = 1/2 [g_i (exp(z_ij - row_lse_i) - lambda / columns) + h_j (exp(z_ij - column_lse_j) - lambda / rows)] - (1 - lambda) g_i [j = t_i]
+// sigmoid:  dL/dz_ij = g_i (sigmoid(z_ij) - [j = t_i])
+// dv = scale dz,  dscale = sum_ij dz_ij v_ij,  dbias = sum_ij dz_ij; from dv on it is the gradient of the pair value.
+#pragma once
+
+#include "ops/gram_volume.h"
+
+namespace modalign {
+
+constexpr std::int64_t kIgnoredTarget = -100;   // torch's ignore_index
+
+enum class PairForm : std::int8_t { volume, triangle, product };
+enum class PairLoss : std::int8_t { softmax, sigmoid };
+
+struct ContrastiveProblem {
+  PairForm form;
+  PairLoss loss;
+  GramVolumeProblem pairs;         // N = 1; form triangle: others = u, v; form product: others = y and m = 1. `squared` is false
+  const void* scale;               // 1 real, in the memory of the device
+  const void* bias;                // 1 real, or nullptr: 0
+  const std::int64_t* target;      // [B], or nullptr: t_i = i
+  std::int64_t target_stride;
+  double label_smoothing;          // lambda; sigmoid: 0
+};
+
+// Contiguous. "real" is float, or double for f64.
+struct ContrastiveForward {
+  void* loss;                      // [B] real
+  void* row_lse;                   // [B] real; -inf where the row takes no part
+  void* column_lse;                // [C] real
+  void* row_sum;                   // [B] real
+  void* column_sum;                // [C] real
+  void* label;                     // [B] real; 0 where the row has none
+  std::int64_t* row_rank;          // [B]; -1 where the row has no label; C where its label is NaN
+  std::int64_t* column_rank;       // [C]; -1 where the column is nobody's target; B where its best label is NaN
+  void* classes;                   // [3] real: columns and rows that take part, rows with a label
+  void* basis;                     // as in PairForward; form product: empty
+  void* factor;
+};
+
+struct ContrastiveBackward {
+  const void* row_weight;          // g [B] real; 0 where a row has no label (softmax)
+  const void* column_weight;       // h [C] real
+  const void* row_lse;             // of this forward, or of a larger problem that this one is a part of
+  const void* column_lse;
+  const void* classes;
+  const void* basis;
+  const void* factor;
+  void* grad_anchor;               // [B, D] dtype, or nullptr
+  void* grad_others;               // [C, m, D] dtype, or nullptr
+  void* grad_scale;                // [2] real: dscale, dbias
+};
+
+}  // namespace modalign

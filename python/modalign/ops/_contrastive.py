@@ -1,0 +1,249 @@
+"""What the contrastive losses share: the raw ops `<loss>` and `<loss>_bwd`, their autograd, and the way from a loss per row to the result."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _arguments as arguments
+from ._registration import accumulation_dtype, call, register_pair, tie_to
+
+IGNORED = -100
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class ContrastiveRanks(NamedTuple):
+    """Where the labelled pairs stand in their batch: in-batch retrieval for free.
+
+    row : int64 [B], how many candidates come before a row's own one; -1 for a row without a label
+    column : int64 [C], how many rows come before the best labelled row of a candidate; -1 for a candidate that is nobody's target
+
+    Ties go to the lowest index; a NaN label counts as last."""
+
+    row: Tensor
+    column: Tensor
+
+    @property
+    def accuracy(self) -> Tensor:
+        """Share of first places among the labelled rows and columns, float32 [2]."""
+        return torch.stack([((rank == 0).sum() / (rank >= 0).sum().clamp(min=1)).float() for rank in self])
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------- arguments
+
+
+def check_scalar(op: str, name: str, value: object, like: Tensor, *, positive: bool) -> Tensor:
+    """A float or a floating-point tensor with one element as a 0-dim tensor in the accumulation dtype, so that a new value compiles nothing anew."""
+    real = accumulation_dtype(like.dtype)
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or value.numel() != 1:
+            raise TypeError(f"{op}: {name} must be a number or a floating-point tensor of one element, got {arguments.describe(value)}")
+        if value.device != like.device and value.device.type != "cpu":
+            raise ValueError(f"{op}: {name} must be on the device of the other arguments, {like.device}, got {value.device}")
+        return value.reshape(()).to(device=like.device, dtype=real)
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} must be a number or a floating-point tensor of one element, got {arguments.describe(value)}")
+    if not isinstance(value, torch.SymFloat) and not (math.isfinite(value) and (value > 0 or not positive)):
+        raise ValueError(f"{op}: {name} must be {'positive and ' if positive else ''}finite, got {value!r}")
+    return torch.full((), value, dtype=real, device=like.device)
+
+
+def check_target(op: str, target: object, rows: int, columns: int, like: Tensor) -> Tensor | None:
+    if target is None:
+        if rows != columns:
+            raise ValueError(f"{op}: target must be given where there are not as many candidates as rows, got {rows} rows and {columns} candidates")
+        return None
+    if not isinstance(target, Tensor) or target.dtype is not torch.int64:
+        raise TypeError(f"{op}: target must be None or an int64 tensor [B], got {arguments.describe(target)}")
+    if target.device != like.device:
+        raise ValueError(f"{op}: target must be on the device of the other arguments, {like.device}, got {target.device}")
+    if tuple(target.shape) != (rows,):
+        raise ValueError(f"{op}: target must have shape [B] = [{rows}], got {arguments.describe(target)}")
+    return target
+
+
+def check_label_smoothing(op: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: label_smoothing must be a number, got {arguments.describe(value)}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{op}: label_smoothing must be at least 0 and below 1, got {value!r}")
+    return float(value)
+
+
+def check_reduction(op: str, value: object) -> str:
+    if value not in REDUCTIONS:
+        raise ValueError(f'{op}: reduction must be "mean", "sum" or "none", got {arguments.describe(value)}')
+    return value  # type: ignore[return-value]
+
+
+def check_matrix(op: str, name: str, value: object, shape: str) -> Tensor:
+    tensor = arguments.check_vectors(op, name, value, shape)
+    if tensor.dim() != 2:
+        raise ValueError(f"{op}: {name} must have 2 dimensions {shape}, got {arguments.describe(tensor)}")
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------- evaluation
+
+
+def reduce(loss: Tensor, count: Tensor, reduction: str) -> Tensor:
+    """`loss` per row to the result; the mean over none is 0."""
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.sum() / count.clamp(min=1)
+
+
+def evaluate(
+    name: str,
+    anchor: Tensor,
+    others: list[Tensor],
+    scale: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    present: Tensor | None,
+    label_smoothing: float,
+    eps: float,
+    reduction: str,
+    return_ranks: bool,
+) -> Any:
+    loss, _, _, _, _, _, row_rank, column_rank, classes, _, _ = call(name, anchor, others, scale, bias, target, present, label_smoothing, eps)
+    result = reduce(loss, classes[1] if name == "siglip_loss" else classes[2], reduction)
+    return (result, ContrastiveRanks(row_rank, column_rank)) if return_ranks else result
+
+
+def column_weights(row_weight: Tensor, target: Tensor | None, columns: int) -> Tensor:
+    """h_j: the weights of the rows whose target is j, added in the order of the rows on every device."""
+    if target is None:
+        return row_weight
+    if columns == 0:
+        return row_weight.new_zeros(0)
+    there = (target >= 0) & (target < columns)
+    weight, at = torch.where(there, row_weight, 0), torch.where(there, target, 0)
+    if row_weight.device.type == "cpu":
+        return row_weight.new_zeros(columns).index_add(0, at, weight)
+    order = torch.argsort(at, stable=True)  # index_add on a GPU adds in any order
+    return torch.segment_reduce(weight[order], "sum", lengths=torch.bincount(at, minlength=columns), initial=0)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- what torch needs to know
+
+
+def _fake(anchor: Tensor, others: list[Tensor], scale: Tensor, bias: Tensor | None, target: Tensor | None, present: Tensor | None, *_: float) -> tuple[Tensor, ...]:
+    given = [*others, scale, *(tensor for tensor in (bias, target, present) if tensor is not None)]
+    torch._check(all(tensor.device == anchor.device for tensor in given), lambda: "contrastive loss: tensors must be on one device")
+    (B, D), C, m, real = anchor.shape, others[0].shape[0], len(others), accumulation_dtype(anchor.dtype)
+
+    def new(*size: Any, dtype: torch.dtype = real) -> Tensor:
+        return anchor.new_empty(size, dtype=dtype)
+
+    ranks = new(B, dtype=torch.int64), new(C, dtype=torch.int64)
+    return new(B), new(B), new(C), new(B), new(C), new(B), *ranks, new(3), new(C, m, D), new(C, m * m)
+
+
+def _fake_triangle(anchor: Tensor, others: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    return *_fake(anchor, others, *rest)[:-1], anchor.new_empty((others[0].shape[0], 3), dtype=accumulation_dtype(anchor.dtype))
+
+
+def _fake_product(anchor: Tensor, others: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    statistics = _fake(anchor, others, *rest)[:-2]
+    return *statistics, *(anchor.new_empty(size, dtype=accumulation_dtype(anchor.dtype)) for size in ((0, 1, anchor.shape[1]), (0, 1)))
+
+
+def _fake_backward(
+    row_weight: Tensor,
+    column_weight: Tensor,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    classes: Tensor,
+    basis: Tensor,
+    factor: Tensor,
+    anchor: Tensor,
+    others: list[Tensor],
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_anchor, need_others = rest[-2:]
+    shape = (others[0].shape[0], len(others), anchor.shape[1])
+    return anchor.new_empty(anchor.shape if need_anchor else (0,)), anchor.new_empty(shape if need_others else (0,)), row_weight.new_empty((2,))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    anchor, others, scale, bias, target, present, ctx.label_smoothing, ctx.eps = inputs
+    _, row_lse, column_lse, _, _, _, row_rank, _, classes, basis, factor = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.m, ctx.has = len(others), tuple(tensor is not None for tensor in (bias, target, present))
+    optional = [tensor for tensor in (bias, target, present) if tensor is not None]
+    ctx.save_for_backward(row_lse, column_lse, row_rank, classes, basis, factor, anchor, scale, *others, *optional)
+
+
+def _backward_of(name: str) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return None, [None] * ctx.m, *[None] * 6
+        row_lse, column_lse, row_rank, classes, basis, factor, anchor, scale, *rest = ctx.saved_tensors
+        others, optional = rest[: ctx.m], iter(rest[ctx.m :])
+        bias, target, present = (next(optional) if has else None for has in ctx.has)
+        need_anchor, need_each, need_scale, need_bias = *ctx.needs_input_grad[:3], ctx.needs_input_grad[3]
+        row_weight = grad.contiguous() if name == "siglip_loss" else torch.where(row_rank >= 0, grad, 0)
+        saved = row_lse, column_lse, classes, basis, factor
+        if torch.is_grad_enabled():
+            anchor = tie_to(anchor, [*others, scale.reshape(1), *([] if bias is None else [bias.reshape(1)])])
+        column_weight = column_weights(row_weight, target, others[0].shape[0])
+        grad_anchor, grad_others, grad_scale = call(
+            name + "_bwd", row_weight, column_weight, *saved, anchor, others, scale, bias, target, present, ctx.label_smoothing, ctx.eps, need_anchor, any(need_each)
+        )
+        return (
+            grad_anchor if need_anchor else None,
+            [grad_others[:, p] if need else None for p, need in enumerate(need_each)],
+            grad_scale[0] if need_scale else None,
+            grad_scale[1] if need_bias else None,
+            *[None] * 4,
+        )
+
+    return backward
+
+
+for _name, _fake_of in (
+    ("gram_contrastive_loss", _fake),
+    ("triangle_contrastive_loss", _fake_triangle),
+    ("clip_loss", _fake_product),
+    ("siglip_loss", _fake_product),
+):
+    register_pair(
+        _name,
+        op=_name,
+        fake=_fake_of,
+        fake_backward=_fake_backward,
+        setup_context=_setup_context,
+        backward=_backward_of(_name),
+        vmap="loop",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------- plain-torch formulas
+
+
+def loss_of_logits(
+    logits: Tensor, target: Tensor | None, *, rows: Tensor | None = None, columns: Tensor | None = None, label_smoothing: float = 0.0, sigmoid: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The loss per row and the number that the mean divides by, of a matrix of logits. rows, columns: bool, which take part."""
+    B, C = logits.shape
+    at = torch.arange(B, device=logits.device) if target is None else target
+    rows = at != IGNORED if rows is None else rows & (at != IGNORED)
+    columns = torch.ones(C, dtype=torch.bool, device=logits.device) if columns is None else columns
+    labelled = rows & (at >= 0) & (at < C)
+    labelled = labelled & columns[torch.where(labelled, at, 0)] if C else labelled & False
+    row, column = rows.nonzero().squeeze(1), columns.nonzero().squeeze(1)
+    inside = logits[row][:, column]
+    where_row, where_column = rows.cumsum(0) - 1, columns.cumsum(0) - 1
+    pairs = labelled.nonzero().squeeze(1)
+    i, j = where_row[pairs], where_column[at[pairs]]
+    label = inside[i, j]
+    loss = logits.new_zeros(B)
+    if sigmoid:
+        loss = loss.index_put((row,), torch.nn.functional.softplus(inside).sum(1))
+        return loss.index_put((pairs,), loss[pairs] - label), rows.sum()
+    smooth = inside.mean(1)[i] / 2 + inside.mean(0)[j] / 2
+    both = inside.logsumexp(1)[i] / 2 + inside.logsumexp(0)[j] / 2
+    return loss.index_put((pairs,), both - (1 - label_smoothing) * label - label_smoothing * smooth), labelled.sum()

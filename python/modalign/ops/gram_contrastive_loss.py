@@ -1,0 +1,187 @@
+"""Contrastive loss on Gramian volumes, both directions, without the matrix of volumes. [GRAM, ICLR 2025]"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _arguments as arguments
+from . import _contrastive as contrastive
+from ._gram_schmidt import unit
+from ._registration import autocast_is_on, refuse_forward_mode, to_autocast
+from .gram_volume import MAX_KERNEL_MODALITIES, formula_gram_volume, gram_volume, reference_gram_volume, warn_more_vectors_than_dimensions
+
+__all__ = ["gram_contrastive_loss", "reference_gram_contrastive_loss", "formula_gram_contrastive_loss"]
+
+IMPLEMENTATIONS = ("auto", "streaming", "dense")
+
+
+def gram_contrastive_loss(
+    anchor: Tensor,
+    others: Sequence[Tensor],
+    *,
+    temperature: float | Tensor = 0.07,
+    target: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    present: Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    return_ranks: bool = False,
+    eps: float | None = None,
+    implementation: str = "auto",
+) -> Any:
+    r"""InfoNCE over all pairs of anchors and candidate tuples with logits ``-V[i, j] / temperature``, V the Gramian volume; rows and columns at once.
+
+    With ``t_i`` the candidate of row i, ``CE`` the cross entropy with smoothing::
+
+        loss_i = 1/2 CE(z[i, :], t_i) + 1/2 CE(z[:, t_i], i)        z = -V / temperature
+
+    and the mean of that over the labelled rows: the usual two directions where target is a permutation. A tile of volumes is made, folded into
+    log-sum-exps of its rows and columns, and forgotten; the backward makes it again. Training memory is linear in B and C.
+
+    >>> import torch
+    >>> anchor, video, audio = torch.eye(4), torch.eye(4), torch.eye(4).roll(2, 0)
+    >>> gram_contrastive_loss(anchor, [video, audio], temperature=0.5)
+    tensor(0.8201)
+
+    Parameters
+    ----------
+    anchor : Tensor [B, D]
+    others : sequence of Tensor [C, D]
+        Row j of all of them belongs to candidate j. 1 to 7 of them on every device; from 8 on (``implementation="dense"``) B x C volumes are stored.
+    temperature : float or Tensor of one element
+        Positive; a tensor gets a gradient.
+    target : Tensor int64 [B], optional
+        The candidate of each row, or -100 for a row that takes no part, neither as a row nor among the rows that a column is compared with. Default:
+        row i belongs to candidate i, and B must equal C. Several rows may share a candidate: each labelled pair counts once in either direction.
+    label_smoothing : float
+        In [0, 1): that share of the target is spread over all classes, the target included (as in torch).
+    present : Tensor bool [C, m], optional
+        Which modalities a candidate has. The volume is that of the present vectors; what an absent one holds does not matter. A candidate without
+        any is left out, and rows that point to it have no label (they stay among the rows that columns are compared with).
+    normalize : bool
+        Scale all vectors to unit length first, as the published model does.
+    reduction : "mean", "sum" or "none"
+        "none": float32 [B], 0 for rows without a label.
+    return_ranks : bool
+        Also return `ContrastiveRanks`: where each labelled pair stands in its row and column, ``.accuracy``.
+    eps : float, optional
+        See `gram_volume`.
+    implementation : "auto", "streaming" or "dense"
+        "dense" stores the B x C volumes and goes on in torch; it is refused above 8 GiB.
+
+    Returns
+    -------
+    Tensor, float32 (float64 for float64), or (Tensor, ContrastiveRanks)
+
+    Gradient
+    --------
+    Closed form in anchor, others and temperature; finite also where everything is aligned: a volume of 0 has gradient 0. The labelled pair is always
+    computed from its vectors, as are pairs whose volume would lose its digits (see `gram_volume`). Double backward and forward mode raise.
+
+    Edges
+    -----
+    B = 1: 0 without smoothing. No labelled row: 0 with gradient 0. A NaN that takes part makes the loss NaN.
+
+    Raises
+    ------
+    TypeError, ValueError
+        ``gram_contrastive_loss: <argument> must ..., got ...``; RuntimeError for values of tensors (a temperature that is not positive, a target out
+        of range), which are looked at on the CPU only.
+
+    Complexity
+    ----------
+    2 B C m D FLOP, the backward 6 B C m D. Memory beyond inputs and gradients: about 2 (B + m C) D, no B x C anywhere.
+
+    Paper: Cicchetti et al., "Gramian Multimodal Representation Learning and Alignment", ICLR 2025, section 3.3; the released code smooths labels by 0.1,
+    which the paper leaves out.
+    """
+    op = "gram_contrastive_loss"
+    anchor, vectors, present = _checked(op, anchor, others, present)
+    target = contrastive.check_target(op, target, anchor.shape[0], vectors[0].shape[0], anchor)
+    smoothing = contrastive.check_label_smoothing(op, label_smoothing)
+    normalize = arguments.check_flag(op, "normalize", normalize)
+    reduction = contrastive.check_reduction(op, reduction)
+    return_ranks = arguments.check_flag(op, "return_ranks", return_ranks)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f'{op}: implementation must be "auto", "streaming" or "dense", got {arguments.describe(implementation)}')
+    dense = implementation == "dense" or len(vectors) >= MAX_KERNEL_MODALITIES
+    if dense and (implementation == "streaming" or return_ranks):
+        what = "return_ranks must be False" if return_ranks else 'implementation must not be "streaming"'
+        raise ValueError(f"{op}: {what} {'for more than 7 others' if implementation != 'dense' else 'in the dense implementation'}, got {len(vectors)} others")
+    given = [anchor, *vectors] + [value for value in (temperature,) if isinstance(value, Tensor)]
+    refuse_forward_mode(op, given)
+    if autocast_is_on(anchor.device.type):
+        anchor, vectors = to_autocast(anchor), [to_autocast(vector) for vector in vectors]
+    scale = -1 / contrastive.check_scalar(op, "temperature", temperature, anchor, positive=True)
+    eps = arguments.check_eps(op, eps, anchor.dtype)
+    warn_more_vectors_than_dimensions(op, len(vectors) + 1, anchor.shape[1])
+    with torch.autocast(anchor.device.type, enabled=False):
+        if normalize:
+            if present is not None:  # an absent NaN would come back through the gradient of the division
+                vectors = [torch.where(present[:, p, None], vector, 0) for p, vector in enumerate(vectors)]
+            anchor, vectors = unit(anchor), [unit(vector) for vector in vectors]
+        if dense:
+            rows = None if target is None else target != contrastive.IGNORED
+            here = anchor if rows is None else torch.where(rows[:, None], anchor, 0)
+            logits = gram_volume(here, vectors, present=present, eps=eps) * scale
+            loss, count = contrastive.loss_of_logits(
+                logits.to(scale.dtype), target, columns=None if present is None else present.any(1), label_smoothing=smoothing
+            )
+            return contrastive.reduce(loss, count, reduction)
+        return contrastive.evaluate(op, anchor, vectors, scale, None, target, present, smoothing, eps, reduction, return_ranks)
+
+
+def _checked(op: str, anchor: object, others: object, present: object) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    anchor = contrastive.check_matrix(op, "anchor", anchor, "[B, D]")
+    vectors = arguments.check_sequence(op, "others", others, "others[{}]", "[C, D]")
+    mixed = autocast_is_on(anchor.device.type)
+    for index, other in enumerate(vectors):
+        contrastive.check_matrix(op, f"others[{index}]", other, "[C, D]")
+        arguments.check_alike(op, f"others[{index}]", to_autocast(other) if mixed else other, "anchor", to_autocast(anchor) if mixed else anchor)
+        if other.shape[0] != vectors[0].shape[0]:
+            raise ValueError(f"{op}: others[{index}] must have as many candidates C as others[0] = {vectors[0].shape[0]}, got {arguments.describe(other)}")
+    sizes = (vectors[0].shape[0], len(vectors))
+    mask = arguments.check_presence(op, present, "anchor", anchor, "[C, m]", sizes)
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(f"{op}: present must have shape [C, m] = {list(sizes)}, got {arguments.describe(mask)}")
+    return anchor, vectors, mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------- plain-torch formulas
+
+
+def reference_gram_contrastive_loss(
+    anchor: Tensor,
+    others: Sequence[Tensor],
+    *,
+    temperature: float | Tensor = 0.07,
+    target: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    present: Tensor | None = None,
+    normalize: bool = False,
+    reduction: str = "mean",
+    eps: float | None = None,
+) -> Tensor:
+    """`gram_contrastive_loss` in a few lines of differentiable torch, as accurate as the dtype allows; stores B x C x D numbers."""
+    anchor, vectors, present = _checked("reference_gram_contrastive_loss", anchor, others, present)
+    real = torch.float64 if anchor.dtype is torch.float64 else torch.float32
+    if target is not None:
+        anchor = torch.where((target != contrastive.IGNORED)[:, None], anchor, 0)
+    volume = reference_gram_volume(anchor.to(real), [vector.to(real) for vector in vectors], present=present, normalize=normalize, eps=eps)
+    columns = None if present is None else present.any(1)
+    loss, count = contrastive.loss_of_logits(-volume / temperature, target, columns=columns, label_smoothing=label_smoothing)
+    return contrastive.reduce(loss, count, reduction)
+
+
+def formula_gram_contrastive_loss(
+    anchor: Tensor, others: Sequence[Tensor], *, temperature: float | Tensor = 0.07, target: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """The usual code: all B x C Gram matrices, their determinants, two cross entropies. For comparisons; B = C."""
+    logits = -formula_gram_volume(anchor, others) / temperature
+    at = torch.arange(anchor.shape[0], device=anchor.device) if target is None else target
+    entropy = torch.nn.functional.cross_entropy
+    return (entropy(logits, at, label_smoothing=label_smoothing) + entropy(logits.T, at, label_smoothing=label_smoothing)) / 2
