@@ -259,7 +259,7 @@ def test_files_that_it_did_not_write_stay(pictures, tmp_path):
     theirs = miniature.write(tmp_path / "out/text_fr.safetensors", "mine")
     (tmp_path / "captions.csv").write_text((tmp_path / "captions.csv").read_text().replace(",caption_de", ",caption_fr"))
     assert f"{theirs}: expected no file of this name but our own, got one that is not in SHA256SUMS" in run(tmp_path).output
-    assert theirs.read_text() == "mine" and encode.prepared(tmp_path / "out")
+    assert theirs.read_text() == "mine" and shards.prepared(tmp_path / "out")
 
 
 def test_a_run_killed_while_it_writes_knows_its_files(pictures, tmp_path, monkeypatch):
@@ -282,6 +282,25 @@ def test_force_encodes_anew(pictures, tmp_path, monkeypatch):
     assert "already encoded" in run(tmp_path).output
     assert "wrote" in run(tmp_path, "--force").output
     assert torch.equal(read_tensors(tmp_path / "out/picture.safetensors")["features"], before + 1)
+
+
+def test_an_interrupted_force_is_taken_up(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD", 4)
+    run(tmp_path)
+    encoded = []
+    call = miniature.ToyPictureEncoder.__call__
+
+    def interrupted(self, batch):
+        encoded.append(len(batch))
+        if len(encoded) == 3:
+            raise KeyboardInterrupt
+        return call(self, batch)
+
+    monkeypatch.setattr(miniature.ToyPictureEncoder, "__call__", interrupted)
+    result = run(tmp_path, "--force")
+    assert result.exit_code == 130 and "continue by the same command without --force" in result.output
+    assert "wrote" in run(tmp_path).output and encoded == [4, 4, 4, 4, 2]
+    assert "already encoded" in run(tmp_path).output
 
 
 def test_too_few_items_for_align(pictures, tmp_path):

@@ -174,6 +174,45 @@ def test_a_trial_without_tokens(tmp_path):
     assert len(data.load("footprints", root)) == 40 and list((root / "footprints").glob("*.tokens.*"))
 
 
+def test_a_trial_does_not_replace_the_whole_set(tmp_path):
+    root, _ = make_root("footprints", tmp_path)
+    command = ["prepare", "footprints", "--data-root", str(root), "--no-tokens"]
+    assert runner.invoke(app, command).exit_code == 0
+    refused = runner.invoke(app, [*command, "--limit", "16"], env={"COLUMNS": "300"})
+    expected = f"prepare: --limit must not make a set smaller than the one in {root / 'footprints'}, got 16 items for 40; --force replaces it"
+    assert refused.exit_code == 1 and expected in refused.output and len(data.load("footprints", root)) == 40
+    assert "already prepared" in runner.invoke(app, [*command, "--limit", "40"]).output
+    assert runner.invoke(app, [*command, "--limit", "16", "--force"]).exit_code == 0 and len(data.load("footprints", root)) == 16
+    assert runner.invoke(app, [*command, "--limit", "20"]).exit_code == 0 and len(data.load("footprints", root)) == 20
+
+
+def test_force_prepares_anew_and_an_interruption_is_taken_up(tmp_path, monkeypatch):
+    root, _ = make_root("footprints", tmp_path)
+    monkeypatch.setattr(shards, "SHARD", 8)
+    encoded = []
+    whole = miniature.ToyTextEncoder.encode
+    command = ["prepare", "footprints", "--data-root", str(root)]
+    assert runner.invoke(app, command).exit_code == 0
+
+    def interrupted(self, texts):
+        encoded.append(len(texts))
+        if len(encoded) in stops:
+            raise KeyboardInterrupt
+        return whole(self, texts)
+
+    monkeypatch.setattr(miniature.ToyTextEncoder, "encode", interrupted)
+    for stops, finished, *trial in (([1], 0), ([3], 2), ([2], 1, "--limit", "39")):  # before the first piece, after the second, in a smaller set
+        encoded.clear()
+        command += trial
+        stopped = runner.invoke(app, [*command, "--force"])
+        assert stopped.exit_code == 130 and "continue by the same command without --force" in stopped.output
+        assert len(data.load("footprints", root)) == 40  # what was there stays until the end
+        encoded.clear()
+        stops = ()
+        assert "wrote" in runner.invoke(app, command).output and len(encoded) == 5 - finished
+        assert "already prepared" in runner.invoke(app, command).output
+
+
 def test_the_sets_of_the_package_are_made_of_the_same_sources(tmp_path):
     emoji = prepare_emoji_mini.read_items(miniature.emoji_root(tmp_path / "emoji"))
     assert emoji.names == list(miniature.EMOJI.values()) and emoji.extra[0] == {"character": "☀"} and emoji.pictures[0].size == (136, 128)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..data.encode import encode_folder
-from .prepare import COLUMNS, tell_foreign
+from .prepare import COLUMNS, tell_foreign, tell_interrupted
 
 __all__ = ["encode"]
 
@@ -46,7 +46,7 @@ def encode(
                 progress=lambda done, total: bar.update(task, description="encoding", completed=done, total=total),
             )
     except KeyboardInterrupt:
-        Console(stderr=True).print("modalign encode: interrupted; continue by the same command", style="yellow")
+        tell_interrupted("encode:", force)
         raise typer.Exit(130) from None
     if result.without_text:
         console.print(f"{result.without_text} of {result.items} items have an empty caption: their text is marked as missing", highlight=False)

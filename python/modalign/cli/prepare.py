@@ -32,6 +32,7 @@ def prepare(
     languages: Annotated[str | None, typer.Option(help="beside English, as fr,de; an empty text for none; default: see the guide")] = None,
     tokens: Annotated[bool, typer.Option("--tokens/--no-tokens", help="keep tokens and layers beside pooled features")] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="the first items only, for a trial")] = None,
+    force: Annotated[bool, typer.Option("--force", help="prepare anew, though nothing has changed, or fewer items than are there")] = False,
     threads: Annotated[int, typer.Option(min=1, help="of torch")] = 1,
 ) -> None:
     """Make data sets from the packages that hold them: read, draw, encode with frozen encoders.
@@ -62,10 +63,11 @@ def prepare(
                     languages=chosen,
                     tokens=tokens,
                     limit=limit,
+                    force=force,
                     progress=lambda done, total, name=name, task=task, bar=bar: bar.update(task, description=name, completed=done, total=total),
                 )
         except KeyboardInterrupt:
-            Console(stderr=True).print(f"modalign prepare: {name} interrupted; continue by the same command", style="yellow")
+            tell_interrupted(f"prepare: {name}", force)
             raise typer.Exit(130) from None
         tell(console, name, result)
 
@@ -83,6 +85,12 @@ def tell(console: Console, name: str, result: Prepared) -> None:
         line(f"{name}: {len(reasons)} with an unreadable {kind}, all in items.json, such as {reasons[0]}")
     tell_foreign(console, result.foreign)
     line(f"wrote {result.folder}")
+
+
+def tell_interrupted(what: str, force: bool) -> None:
+    """`--force` would begin anew."""
+    way = "the same command without --force" if force else "the same command"
+    Console(stderr=True).print(f"modalign {what} interrupted; continue by {way}", style="yellow", highlight=False, soft_wrap=True)
 
 
 def tell_foreign(console: Console, names: Sequence[str]) -> None:

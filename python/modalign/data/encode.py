@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .encoders import ENCODERS, make, open_picture
-from .shards import Encoding, Progress, file_identity, prepared
+from .shards import Encoding, Progress, file_identity
 from .sources import Item, Modality
 from .sources._items import item_text
 
@@ -108,7 +108,7 @@ def encode_folder(
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Encoded:
-    """Encode the pictures and captions of a CSV file into the folder `out`, taking up an interrupted run where it stopped (not with `force`)."""
+    """Encode the pictures and captions of a CSV file into the folder `out`, taking up an interrupted run where it stopped (`force`: anew)."""
     for option, name, kind in (("--encoder", encoder, "picture"), ("--text-encoder", text_encoder, "text")):
         place = ENCODERS.get(name, name)
         if place in ENCODERS.values() and place not in [ENCODERS[own] for own in KINDS[kind]]:
@@ -136,7 +136,7 @@ def encode_folder(
         strict=True,
     )
     without = Counter("text" in item.inputs for item in items)[False]
-    if not force and prepared(out, encoding.fingerprint):
+    if not force and encoding.finished():
         return Encoded(out, len(items), without, new=False)
     encoding.run(progress, anew=force)
     return Encoded(out, len(items), without, True, tuple(encoding.foreign))

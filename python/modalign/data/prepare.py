@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import tempfile
@@ -71,9 +72,10 @@ def prepare(
     languages: Sequence[str] | None = None,
     tokens: bool = True,
     limit: int | None = None,
+    force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Prepared:
-    """Prepare a data set in `root / name`, taking up an interrupted run where it stopped."""
+    """Prepare a data set in `root / name`, taking up an interrupted run where it stopped (`force`: anew, and a trial may replace a whole set)."""
     source = source_of(name)
     missing = missing_packages(source, root)
     if missing:
@@ -106,8 +108,13 @@ def prepare(
         },
         settings={"files": file_identity(root, files)},
     )
-    if prepared(encoding.folder, encoding.fingerprint):
+    if not force and encoding.finished():
         shutil.rmtree(encoding.folder / ".cache", ignore_errors=True)
         return Prepared(encoding.folder, len(items), left_out, {}, new=False)
-    unreadable = encoding.run(progress)
+    if limit is not None and not force and not encoding.cache.exists() and prepared(encoding.folder):
+        there = len(json.loads((encoding.folder / "items.json").read_text(encoding="utf-8"))["items"])
+        if there > len(items):
+            found = f"{len(items)} items for {there}"
+            raise ValueError(f"prepare: --limit must not make a set smaller than the one in {encoding.folder}, got {found}; --force replaces it")
+    unreadable = encoding.run(progress, anew=force)
     return Prepared(encoding.folder, len(items), left_out, unreadable, True, tuple(encoding.foreign))

@@ -125,6 +125,7 @@ class Encoding:
             self._own()
             if anew:
                 shutil.rmtree(self.cache, ignore_errors=True)
+                self.cache.mkdir(parents=True)  # from now on the run is unfinished
             self._demand_space()
             for number, start in enumerate(range(0, len(self.items), SHARD)):
                 path = self._shard(number)
@@ -135,6 +136,10 @@ class Encoding:
             report = self._write()
             shutil.rmtree(self.folder / CACHE)
         return report
+
+    def finished(self) -> bool:
+        """Whether the folder holds what this would make, and no run of the same (a forced one) was interrupted since."""
+        return not self.cache.exists() and prepared(self.folder, self.fingerprint)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
