@@ -84,6 +84,19 @@ def test_splits_differ_by_seed_and_repeat():
     assert not torch.equal(emoji.splits(0).test, emoji.splits(1).test)
 
 
+def test_one_large_group_does_not_make_up_the_test_part():
+    """A candidate of the query's group is a hit, so a group of a third of the candidates would be found by chance."""
+    sizes = [170, 120, 30, 11] + [1, 2, 3, 4, 10] * 100
+    captions = [f"kind {number}" for number, size in enumerate(sizes) for _ in range(size)]
+    features = {"a": torch.randn(len(captions), 4), "b": torch.randn(len(captions), 4)}
+    for seed in range(3):
+        split = data.from_features(features, names=captions, test_size=500, validation_size=300).splits(seed)
+        assert (len(split.test), len(split.validation)) == (500, 300) and not set(split.test.tolist()) & set(split.train.tolist())
+        assert (split.test >= 331).all() and (split.validation >= 331).all()  # none of the first four groups
+    few = data.from_features(features, names=[f"half {i % 4}" for i in range(len(captions))], test_size=700, validation_size=600).splits(0)
+    assert (len(few.test), len(few.validation)) == (583, 583)  # where there are large groups only, they have to do
+
+
 def test_splits_do_not_drift():
     # The stored basis was fitted on the training items of seed 0: another split would leak test items into it unseen.
     emoji = data.load("emoji_mini")

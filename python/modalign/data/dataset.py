@@ -57,6 +57,12 @@ def _ordered(groups: Sequence[int], labels: Mapping[int, str], salt: str) -> lis
     return sorted(set(groups), key=lambda g: hashlib.sha256(f"{salt}/{labels[g]}".encode()).digest())
 
 
+def _small_first(order: Sequence[int], members: Mapping[int, list[int]], size: int) -> list[int]:
+    """The same order, but groups of more than 10 items and a fiftieth of `size` last: every candidate of a query's group is a hit, so that in a part of a
+    few large groups chance alone finds much."""
+    return sorted(order, key=lambda group: len(members[group]) > max(10, size // 50))
+
+
 def _take(order: Sequence[int], members: Mapping[int, list[int]], size: int) -> list[int]:
     """Items of the first groups that together hold exactly `size` items (a group that would overshoot is passed over)."""
     taken: list[int] = []
@@ -115,7 +121,8 @@ class PairedDataset:
         return replace(self, modalities={name: self.modalities[name] for name in names}, present=kept, default=())
 
     def splits(self, seed: int = 0, pairs: int | None = None) -> Split:
-        """Split by caption group, the same on every machine: test, and a training part that is divided into fit and validation.
+        """Split by caption group, the same on every machine: test, and a training part that is divided into fit and validation. A group of more than
+        10 items and a fiftieth of the test (or validation) part comes into it only where smaller ones do not fill it.
 
         `pairs` keeps only so many training items (the first of an order that depends on the seed, so that the 100 of one call lie among the 200 of
         another but for groups that do not fit in); the validation part then is a quarter of them, at most the usual size. The test part stays.
@@ -125,7 +132,7 @@ class PairedDataset:
         members: dict[int, list[int]] = {}
         for item, group in enumerate(groups):
             members.setdefault(group, []).append(item)
-        test = _take(_ordered(groups, labels, f"{salt}/test/{seed}"), members, self.test_size)
+        test = _take(_small_first(_ordered(groups, labels, f"{salt}/test/{seed}"), members, self.test_size), members, self.test_size)
         held = set(test)
         train = [i for i in range(len(self)) if i not in held]
         validation_size = self.validation_size
@@ -135,7 +142,8 @@ class PairedDataset:
             train = _take(_ordered([groups[i] for i in train], labels, f"{salt}/pairs/{seed}"), members, pairs)
             validation_size = min(validation_size, pairs // 4)
         rest = sorted({groups[i] for i in train})
-        validation = _take(_ordered(rest, labels, f"{salt}/validation/{seed}"), members, validation_size)
+        order = _small_first(_ordered(rest, labels, f"{salt}/validation/{seed}"), members, validation_size)
+        validation = _take(order, members, validation_size)
         seen = set(validation)
         fit = [i for i in train if i not in seen]
         for name, part, least in (("test", test, 1), ("validation", validation, 1), ("fit", fit, 2)):
