@@ -102,6 +102,8 @@ int data_of(const ContrastiveProblem& p) { return p.form == PairForm::volume ? 1
 
 // ---- forward --------------------------------------------------------------------------------------------------------------------------------------------
 
+template <class T> using Integer = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;   // what comparing T gives; rows are fewer than 2^31
+
 template <class T>
 struct ForwardBuffers {
   Sides<T> sides;
@@ -110,11 +112,11 @@ struct ForwardBuffers {
   StatisticsBuffers<T> statistics;
   T* row_label;                // [B] label logit
   T* column_label;             // [lane groups] the best label logit of the column, +infinity where it has none
-  std::int64_t* column_row;    // [lane groups] and its row
+  Integer<T>* column_row;      // [lane groups] and its row
   double* row_sum;             // [slots][B]
   double* column_sum;          // [lane groups]
   std::int64_t* row_before;    // [slots][B] how many logits come before the label
-  std::int64_t* column_before; // [lane groups]
+  std::int64_t* column_before; // [lane groups] how many rows come before the best label
 
   static Slots slots_of(const ContrastiveProblem& p) {
     const Columns<T> columns(p.pairs.C, p.pairs.D, p.pairs.m);
@@ -127,7 +129,7 @@ struct ForwardBuffers {
     if (p.form == PairForm::product) columns = arena.take<T>(p.pairs.C * p.pairs.D);
     row_label = arena.take<T>(B);
     column_label = arena.take<T>(padded);
-    column_row = arena.take<std::int64_t>(padded);
+    column_row = arena.take<Integer<T>>(padded);
     row_sum = arena.take<double>(slots * B);
     column_sum = arena.take<double>(padded);
     row_before = arena.take<std::int64_t>(slots * B);
@@ -143,7 +145,7 @@ struct Logits {
   std::int64_t groups;
   Values values;
   Scratch<T> column_sum;       // of one tile
-  Scratch<std::int32_t> column_before;
+  Scratch<Integer<T>> column_before;
 
   Tile<T> operator()(const Tile<T>& tile, std::int64_t slot) {
     constexpr int W = kLanes<T>, L = kVectorLanes<T>;
@@ -161,39 +163,38 @@ struct Logits {
       const T mark = label >= 0 ? buffers.row_label[row] : std::numeric_limits<T>::infinity();
       values.begin_row(row);
       Vector<T> sum{};
-      std::int64_t before = 0;
+      Vector<Integer<T>> before{};   // comparisons give -1
+      const std::int64_t label_group = label >= 0 ? label / W : std::numeric_limits<std::int64_t>::max();
       for (std::int64_t group = first; group < last; ++group) {
-        T* out = z + (group - first) * W;
-        const T *active = sides.active + group * W, *absent = sides.absent + group * W, *column_label = buffers.column_label + group * W;
-        const std::int64_t* column_row = buffers.column_row + group * W;
-        std::int32_t* lane_before = column_before + (group - first) * W;
+        T *out = z + (group - first) * W, *lane_sum = column_sum + (group - first) * W;
+        Integer<T>* lane_before = column_before + (group - first) * W;
         T value[W];
         values(group, z + (group - first) * stride, value);
         for (int l = 0; l < W; ++l) value[l] = sides.scale * value[l] + sides.bias;
-        if (label / W == group && label >= 0) value[label % W] = mark;
+        if (group == label_group) value[label % W] = mark;
         for (int l = 0; l < W; l += L) {
-          const Vector<T> logit = load(value + l), here = load(active + l);
+          const std::int64_t at = group * W + l;
+          const Vector<T> logit = load(value + l), z_here = logit + load(sides.absent + at), best = load(buffers.column_label + at);
           const Vector<T> term = p.loss == PairLoss::sigmoid ? softplus<T>(logit) : logit;
-          const Vector<T> counted = here > Vector<T>{} ? term : Vector<T>{};
+          const Vector<T> counted = load(sides.active + at) > Vector<T>{} ? term : Vector<T>{};
           sum += counted;
-          store(column_sum + (group - first) * W + l, load(column_sum + (group - first) * W + l) + counted);
-          store(out + l, logit + load(absent + l));
+          store(lane_sum + l, load(lane_sum + l) + counted);
+          store(out + l, z_here);
+          before += group < label_group ? z_here >= broadcast(mark) : z_here > broadcast(mark);
+          const Vector<Integer<T>> earlier_row = broadcast(static_cast<Integer<T>>(row)) < load(buffers.column_row + at);
+          store(lane_before + l, load(lane_before + l) + ((z_here > best) | ((z_here == best) & earlier_row)));
         }
-        int earlier = 0;
-        for (int l = 0; l < W; ++l) {
-          earlier += out[l] > mark || (out[l] == mark && group * W + l < label);
-          lane_before[l] += out[l] > column_label[l] || (out[l] == column_label[l] && row < column_row[l]);
-        }
-        before += earlier;
+        if (group == label_group)
+          for (int l = 0; l < label % W; ++l) before[0] -= out[l] == mark;
       }
       double total = 0;
       for (int l = 0; l < L; ++l) total += sum[l];
       buffers.row_sum[slot * B + row] += total;
-      buffers.row_before[slot * B + row] += before;
+      for (int l = 0; l < L; ++l) buffers.row_before[slot * B + row] -= before[l];
     }
     for (std::int64_t c = 0; c < count; ++c) {
       buffers.column_sum[at + c] += column_sum[c];
-      buffers.column_before[at + c] += column_before[c];
+      buffers.column_before[at + c] -= column_before[c];
     }
     return {tile.row, tile.rows, at, count, tile.data, tile.ld};
   }
@@ -225,7 +226,7 @@ void forward(const ContrastiveProblem& p, const ContrastiveForward& to, const Fo
     const std::int64_t t = sides.label[i];
     if (t < 0 || (buffers.column_row[t] != kNone && !(buffers.row_label[i] > buffers.column_label[t]))) continue;
     buffers.column_label[t] = buffers.row_label[i];
-    buffers.column_row[t] = i;
+    buffers.column_row[t] = static_cast<Integer<T>>(i);
   }
   const Columns<T> columns(C, sizes.D, sizes.m);
   const Slots slots = ForwardBuffers<T>::slots_of(p);
@@ -233,7 +234,7 @@ void forward(const ContrastiveProblem& p, const ContrastiveForward& to, const Fo
 
   const PackedPair<T> pair{buffers.operands.row_panels, B, buffers.operands.column_panels, columns.count, sizes.D, columns.tile};
   const auto make_logits = [&] {
-    return Logits<T, Values>{p, buffers, columns.groups, Values(sizes, geometry, buffers.operands, basis, false), Scratch<T>(columns.tile), Scratch<std::int32_t>(columns.tile)};
+    return Logits<T, Values>{p, buffers, columns.groups, Values(sizes, geometry, buffers.operands, basis, false), Scratch<T>(columns.tile), Scratch<Integer<T>>(columns.tile)};
   };
   T *row_lse = static_cast<T*>(to.row_lse), *column_lse = static_cast<T*>(to.column_lse), *row_sum = static_cast<T*>(to.row_sum), *label = static_cast<T*>(to.label);
   T *column_sum = static_cast<T*>(to.column_sum), *loss = static_cast<T*>(to.loss), *classes = static_cast<T*>(to.classes);

@@ -28,7 +28,7 @@ template <class T>
 struct BackwardBuffers {
   Operands<T> operands;
   GradientBuffers<T> gradient;
-  // Sums over all rows or columns that enter differences of large terms: in double whatever T is, they are few.
+  // Sums over all rows or columns that enter differences of large terms: in double beyond one tile.
   double* statistics;    // [groups][1 + m (m + 1) / 2][lanes]: alpha, then S_pq for p >= q
   double* slot_weights;  // [slots][panel rows]: sum_j w_ij
   BackwardBuffers(const Sizes& s, int data, Arena& arena)
@@ -53,11 +53,14 @@ struct BackwardEpilogue {
   double* slot_weights;
   Upstream upstream;
   Scratch<T> e, a;      // e [lanes][D]
+  Scratch<T> partial;   // the statistics of one tile, in T
 
   void operator()(const Tile<T>& tile, T* row_gradient, std::int64_t slot) {
-    constexpr int W = kLanes<T>;
+    constexpr int W = kLanes<T>, L = kVectorLanes<T>;
     const int m = sizes.m, per_group = 1 + m * (m + 1) / 2;
-    const std::int64_t D = sizes.D, first_group = tile.column / (m * W), last_group = minimum((tile.column + tile.columns) / (m * W), (sizes.C + W - 1) / W);
+    const std::int64_t first_group = tile.column / (m * W), last_group = minimum((tile.column + tile.columns) / (m * W), (sizes.C + W - 1) / W);
+    const std::int64_t statistics_here = (last_group - first_group) * per_group * W;
+    for (std::int64_t k = 0; k < statistics_here; ++k) partial[k] = 0;
     for (std::int64_t i = 0; i < tile.rows; ++i) {
       const std::int64_t row = tile.row + i, named = upstream.begin_row(row, first_group, last_group);
       if (named == kNoPart) {
@@ -66,59 +69,84 @@ struct BackwardEpilogue {
       }
       const T row_square = operands.row_square[row];
       bool loaded = false;
-      double weight = 0;
+      Vector<T> weight{};
       for (std::int64_t group = first_group; group < last_group; ++group) {
         T* s = tile.data + i * tile.ld + group * m * W - tile.column;
         const T* data = operands.column_data + group * Geometry::kData * W;
-        double* sums = statistics + group * per_group * W;
-        T r[W], trust[W], root[W], value[W], w[W], kappa[W][kMaxOthers], reference[W];
-        bool direct[W];
+        T* sums = partial + (group - first_group) * per_group * W;
+        T r[W], trust[W], root[W], value[W], w[W];
         geometry.residual(s, row_square, data, r, trust);
-        bool any = false;
-        for (int l = 0; l < W; ++l) any |= direct[l] = near_zero(r[l], trust[l]);
-        if (named / W == group && named >= 0) any = direct[named % W] = true;
-        if (any)
+        int any = named >= 0 && named / W == group;
+        for (int l = 0; l < W; ++l) any |= near_zero(r[l], trust[l]);
+        if (any) {
+          if (!loaded) unpack_row(operands.row_panels, row, sizes.D, static_cast<T*>(a));
+          loaded = true;
+          direct_pairs(group, named, row_square, s, r, trust, row_gradient ? row_gradient + i * sizes.D : nullptr, sums, w);
+        } else {
           for (int l = 0; l < W; ++l) {
-            const std::int64_t j = group * W + l;
-            if (!direct[l] || j >= sizes.C) continue;
-            if (!loaded) unpack_row(operands.row_panels, row, D, static_cast<T*>(a));
-            loaded = true;
-            reference[l] = geometry.direct(a, row_square, basis + j * m * D, kappa[l], e + l * D);
-            r[l] = dot<T>(e + l * D, e + l * D, D);
-            if (is_rounding(r[l], reference[l])) r[l] = 0;
+            root[l] = std::sqrt(r[l]);
+            value[l] = squared ? data[l] * data[l] * r[l] : data[l] * root[l];
           }
-        for (int l = 0; l < W; ++l) {
-          const T residual = r[l] < 0 ? 0 : r[l];   // keeps NaN
-          root[l] = std::sqrt(residual);
-          value[l] = squared ? data[l] * data[l] * residual : data[l] * root[l];
-        }
-        const T* W_up = upstream.weights(group, value);
-        for (int l = 0; l < W; ++l) {
-          w[l] = direct[l] ? T(0) : squared ? 2 * W_up[l] * data[l] * data[l] : W_up[l] * data[l] / root[l];
-          sums[l] += direct[l] ? T(0) : w[l] * r[l];   // alpha: W value, for both forms (squared: twice)
-          weight += w[l];
-        }
-        if (any)
+          const T* W_up = upstream.weights(group, value);
           for (int l = 0; l < W; ++l) {
-            if (!direct[l]) continue;
-            for (int p = 0; p < m; ++p) s[p * W + l] = 0;
-            if (r[l] == 0 || group * W + l >= sizes.C) continue;
-            const T floor = root_eps * std::sqrt(reference[l]);
-            const T w_direct = squared ? 2 * W_up[l] * data[l] * data[l] : W_up[l] * data[l] / (root[l] > floor ? root[l] : floor);
-            sums[l] += squared ? w_direct * r[l] : W_up[l] * value[l];
-            if (row_gradient) add_scaled<T>(row_gradient + i * D, w_direct, e + l * D, D);
-            if (column_gradient)
-              for (int p = 0; p < m; ++p) add_scaled<T>(column_gradient + ((group * m + p) * W + l) * D, w_direct * kappa[l][p], e + l * D, D);
+            w[l] = squared ? 2 * W_up[l] * data[l] * data[l] : W_up[l] * data[l] / root[l];
+            sums[l] += w[l] * r[l];   // alpha: W value, for both forms (squared: twice)
           }
-        double* S = sums + W;
+        }
+        for (int l = 0; l < W; l += L) weight += load(w + l);
+        T* S = sums + W;
         for (int p = 0; p < m; ++p)
           for (int q = 0; q <= p; ++q, S += W)
             for (int l = 0; l < W; ++l) S[l] += w[l] * s[p * W + l] * s[q * W + l];
         for (int p = 0; p < m; ++p)
           for (int l = 0; l < W; ++l) s[p * W + l] *= w[l];
       }
-      slot_weights[slot * panel_rows_of(sizes.B) + i] += weight;
+      double total = 0;
+      for (int l = 0; l < L; ++l) total += weight[l];
+      slot_weights[slot * panel_rows_of(sizes.B) + i] += total;
       upstream.end_row(slot);
+    }
+    double* to = statistics + first_group * per_group * W;
+    for (std::int64_t k = 0; k < statistics_here; ++k) to[k] += partial[k];
+  }
+
+ private:
+  // A lane group with pairs that are recomputed from their vectors: these add w e themselves and leave w = 0, s = 0 and their alpha behind.
+  void direct_pairs(std::int64_t group, std::int64_t named, T row_square, T* s, T* r, const T* trust, T* row_gradient, T* sums, T* w) {
+    constexpr int W = kLanes<T>;
+    const int m = sizes.m;
+    const std::int64_t D = sizes.D;
+    const T* data = operands.column_data + group * Geometry::kData * W;
+    T value[W], kappa[W][kMaxOthers], reference[W];
+    bool direct[W];
+    for (int l = 0; l < W; ++l) {
+      const std::int64_t j = group * W + l;
+      direct[l] = near_zero(r[l], trust[l]) || j == named;
+      if (direct[l] && j < sizes.C) {
+        reference[l] = geometry.direct(a, row_square, basis + j * m * D, kappa[l], e + l * D);
+        r[l] = dot<T>(e + l * D, e + l * D, D);
+        if (is_rounding(r[l], reference[l])) r[l] = 0;
+      }
+      const T residual = r[l] < 0 ? 0 : r[l];   // keeps NaN
+      value[l] = squared ? data[l] * data[l] * residual : data[l] * std::sqrt(residual);
+    }
+    const T* W_up = upstream.weights(group, value);
+    for (int l = 0; l < W; ++l) {
+      const T root = std::sqrt(r[l]);
+      if (!direct[l]) {
+        w[l] = squared ? 2 * W_up[l] * data[l] * data[l] : W_up[l] * data[l] / root;
+        sums[l] += w[l] * r[l];
+        continue;
+      }
+      w[l] = 0;
+      for (int p = 0; p < m; ++p) s[p * W + l] = 0;
+      if (r[l] == 0 || group * W + l >= sizes.C) continue;
+      const T floor = root_eps * std::sqrt(reference[l]);
+      const T w_direct = squared ? 2 * W_up[l] * data[l] * data[l] : W_up[l] * data[l] / (root > floor ? root : floor);
+      sums[l] += squared ? w_direct * r[l] : W_up[l] * value[l];
+      if (row_gradient) add_scaled<T>(row_gradient, w_direct, e + l * D, D);
+      if (column_gradient)
+        for (int p = 0; p < m; ++p) add_scaled<T>(column_gradient + ((group * m + p) * W + l) * D, w_direct * kappa[l][p], e + l * D, D);
     }
   }
 };
@@ -142,7 +170,7 @@ inline void pair_gradient(const Sizes& sizes, Scalar dtype, std::int64_t batch, 
       [&] {
         return BackwardEpilogue<T, Geometry, Upstream>{sizes, geometry, buffers.operands, basis, squared, static_cast<T>(std::sqrt(eps)),
                                                        grad_others ? buffers.gradient.column_gradient : nullptr, buffers.statistics, buffers.slot_weights,
-                                                       make_upstream(), Scratch<T>(W * D), Scratch<T>(D)};
+                                                       make_upstream(), Scratch<T>(W * D), Scratch<T>(D), Scratch<T>(columns.tile / m * per_group)};
       },
       [&](std::int64_t first, std::int64_t rows, const auto& add_slots) {   // dA_i = (sum_j w_ij) a_i - (T X)_i + near-zero pairs
         parallel_for(parallel, 0, rows, 8, [&](std::int64_t begin, std::int64_t end) {
