@@ -51,7 +51,7 @@ Progress = Callable[[str, int, int], None]  # (what is going on, steps done, ste
 
 @dataclass
 class SeedResult:
-    """`table` maps row -> direction ("picture → text") -> figures on the test part; `histories` those of the runs that chose the number of steps."""
+    """`train` counts the training items that have two modalities or more; `table` maps row -> direction ("picture → text") -> figures on the test part; `histories` those of the runs that chose the number of steps."""
 
     seed: int
     train: int
@@ -362,7 +362,7 @@ def _run_seed(
     table = {row: {way: figures for way, (figures, _) in by_way.items()} for row, by_way in found.items()}
     table["chance"] = {way: chance_retrieval(who) for way, (_, who) in found["cca"].items()}
     items = {way: len(who) for way, (_, who) in found["cca"].items()}
-    result = SeedResult(seed, len(split.train), split.transductive, {row: table[row] for row in ROWS}, chosen, histories, items)
+    result = SeedResult(seed, len(dataset.paired(split.train)), split.transductive, {row: table[row] for row in ROWS}, chosen, histories, items)
     return models["trained"].cpu().on_raw_features(reductions["train"]), result
 
 
