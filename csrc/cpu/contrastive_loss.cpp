@@ -313,7 +313,7 @@ struct LossUpstream {
   const LossBuffers<T>& buffers;
   const T *row_weight, *row_lse;
   T row_share, column_share;   // lambda / columns, lambda / rows
-  T lambda;
+  T lambda, center;            // dscale is summed over v - center: softmax, where the dz add up to 0
   std::int64_t label = kNone;
   T g = 0, lse = 0;
   Vector<T> dscale{}, dbias{};
@@ -342,7 +342,7 @@ struct LossUpstream {
       }
       if (label >= at && label < at + L) dz[label - at] -= (1 - lambda) * g;
       dz = here > Vector<T>{} ? dz : Vector<T>{};
-      dscale += here > Vector<T>{} ? dz * v : Vector<T>{};
+      dscale += here > Vector<T>{} ? dz * (v - broadcast(center)) : Vector<T>{};
       dbias += dz;
       store(out + l, broadcast(sides.scale) * dz);
     }
@@ -412,9 +412,17 @@ void backward_of(const ContrastiveProblem& p, const ContrastiveBackward& to, voi
   const T* basis = static_cast<const T*>(to.basis);
   if (p.form == PairForm::product) widen_columns(p.pairs, loss.columns, parallel), basis = loss.columns;
 
+  // The values of most pairs lie close together: without what they have in common, dscale keeps two more digits. Any constant will do; this one is the same on all parts
+  // of a larger problem.
+  double center = 0;
+  if (p.loss == PairLoss::softmax) {
+    for (std::int64_t j = 0; j < sizes.C; ++j)
+      if (loss.sides.active[j] != 0) center += (column_lse[j] - std::log(classes[1]) - loss.sides.bias) / loss.sides.scale / classes[0];
+    if (!(std::abs(center) < infinity)) center = 0;
+  }
   const auto make_upstream = [&] {
     const T lambda = static_cast<T>(p.label_smoothing);
-    return LossUpstream<T>{p, loss, static_cast<const T*>(to.row_weight), row_lse, lambda == 0 ? 0 : lambda / classes[0], lambda == 0 ? 0 : lambda / classes[1], lambda};
+    return LossUpstream<T>{p, loss, static_cast<const T*>(to.row_weight), row_lse, lambda == 0 ? 0 : lambda / classes[0], lambda == 0 ? 0 : lambda / classes[1], lambda, static_cast<T>(center)};
   };
   with_geometry<T>(p, to.factor, [&](const auto& geometry) {
     using Geometry = std::decay_t<decltype(geometry)>;

@@ -247,3 +247,9 @@ def loss_of_logits(
     smooth = inside.mean(1)[i] / 2 + inside.mean(0)[j] / 2
     both = inside.logsumexp(1)[i] / 2 + inside.logsumexp(0)[j] / 2
     return loss.index_put((pairs,), both - (1 - label_smoothing) * label - label_smoothing * smooth), labelled.sum()
+
+
+def two_entropies(logits: Tensor, label_smoothing: float) -> Tensor:
+    """Cross entropy of the rows and of the columns of a square matrix of logits, halved."""
+    at, entropy = torch.arange(logits.shape[0], device=logits.device), torch.nn.functional.cross_entropy
+    return (entropy(logits, at, label_smoothing=label_smoothing) + entropy(logits.T, at, label_smoothing=label_smoothing)) / 2

@@ -25,7 +25,7 @@ def gram_contrastive_loss(
     *,
     temperature: float | Tensor = 0.07,
     target: Tensor | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float = 0,  # an int: torch.compile(dynamic=True) would trace a float default twice
     present: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
@@ -178,10 +178,7 @@ def reference_gram_contrastive_loss(
 
 
 def formula_gram_contrastive_loss(
-    anchor: Tensor, others: Sequence[Tensor], *, temperature: float | Tensor = 0.07, target: Tensor | None = None, label_smoothing: float = 0.0
+    anchor: Tensor, others: Sequence[Tensor], *, temperature: float | Tensor = 0.07, label_smoothing: float = 0.0
 ) -> Tensor:
     """The usual code: all B x C Gram matrices, their determinants, two cross entropies. For comparisons; B = C."""
-    logits = -formula_gram_volume(anchor, others) / temperature
-    at = torch.arange(anchor.shape[0], device=anchor.device) if target is None else target
-    entropy = torch.nn.functional.cross_entropy
-    return (entropy(logits, at, label_smoothing=label_smoothing) + entropy(logits.T, at, label_smoothing=label_smoothing)) / 2
+    return contrastive.two_entropies(-formula_gram_volume(anchor, others) / temperature, label_smoothing)
