@@ -223,15 +223,13 @@ class PairedDataset:
 
     def encode(self, name: str, inputs: Sequence[Any]) -> Tensor:
         """New texts, pictures or recordings in the space of a modality's stored features, by its frozen encoder: [len(inputs), D_name]."""
-        from . import encoders
+        from . import encoders, shards
 
         if name not in self.encoders:
             raise ValueError(f"PairedDataset.encode: name must be a modality with a known encoder out of {sorted(self.encoders)}, got '{name}'")
-        features = encoders.make(self.encoders[name])(inputs)
-        if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(inputs) or not bool(torch.isfinite(features).all()):
-            found = f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"{self.encoders[name]}: expected a finite tensor [{len(inputs)}, D], got {found}")
-        features = self.bases[name].project(features) if name in self.bases else features.float()
+        encoder = self.encoders[name]
+        features = shards.run_encoder(encoder, encoders.make(encoder), inputs, tokens=False, layers=False).pooled
+        features = self.bases[name].project(features) if name in self.bases else features
         if features.shape[1] != self.modalities[name].shape[1]:
             raise ValueError(f"{self.encoders[name]}: expected width {self.modalities[name].shape[1]} as '{name}' has, got {features.shape[1]}")
         return features
