@@ -166,7 +166,7 @@ def bad_inputs(name: str, form: str, make: Maker) -> list[BadInput]:
         bad("float target", TypeError, r"target must be None or an int64 tensor \[B\], got", a, rest(r), target=a[:, 0]),
         bad("short target", ValueError, r"target must have shape \[B\] = \[4\], got", a, rest(r), target=torch.zeros(3, dtype=torch.long, device=make.device)),
         bad("reduction", ValueError, 'reduction must be "mean", "sum" or "none", got str', a, rest(r), reduction="average"),
-        bad("return_ranks", TypeError, "return_ranks must be True or False, got int 1", a, rest(r), return_ranks=1),
+        bad("return_accuracy", TypeError, "return_accuracy must be True or False, got int 1", a, rest(r), return_accuracy=1),
         bad("normalize", TypeError, "normalize must be True or False, got str", a, rest(r), normalize="root"),
         *[bad(f"{scale} = {value}", ValueError, f"{scale} must be positive and finite, got {value}", a, rest(r), **{scale: value}) for value in (0.0, -1.0, float("inf"), float("nan"))],
         bad(f"{scale} is a string", TypeError, f"{scale} must be a number or a floating-point tensor of one element, got str", a, rest(r), **{scale: "low"}),
@@ -189,7 +189,7 @@ def bad_inputs(name: str, form: str, make: Maker) -> list[BadInput]:
             bad("present of the wrong shape", ValueError, r"present must have shape \[C, m\]", a, ([r],), present=make.mask(4, 2)),
             bad("implementation", ValueError, 'implementation must be "auto", "streaming" or "dense", got str', a, ([r],), implementation="fast"),
             bad("streaming k=9", ValueError, 'implementation must not be "streaming" for more than 7 others, got 8', a, ([r] * 8,), implementation="streaming"),
-            bad("ranks of dense", ValueError, "return_ranks must be False in the dense implementation", a, ([r],), implementation="dense", return_ranks=True),
+            bad("accuracy of dense", ValueError, "return_accuracy must be False in the dense implementation", a, ([r],), implementation="dense", return_accuracy=True),
             bad("eps", ValueError, "eps must be finite and 0 or more, got -1.0", a, ([r],), eps=-1.0),
         ]
     if form == "triangle":

@@ -99,18 +99,18 @@ Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& 
   const ScalarType real = accumulation_type(anchor.scalar_type()), whole = ScalarType::Long;
   const auto rows = [&](ScalarType type) { return new_tensor(anchor, {B}, type); };
   const auto columns = [&](ScalarType type) { return new_tensor(anchor, {C}, type); };
-  Tensor loss = rows(real), row_lse = rows(real), row_sum = rows(real), label = rows(real), row_rank = rows(whole);
-  Tensor column_lse = columns(real), column_sum = columns(real), column_rank = columns(whole), classes = new_tensor(anchor, {3}, real);
+  Tensor loss = rows(real), row_lse = rows(real), row_sum = rows(real), label = rows(real), row_best = rows(whole);
+  Tensor column_lse = columns(real), column_sum = columns(real), column_best = columns(whole), classes = new_tensor(anchor, {3}, real);
   const bool product = L::form == PairForm::product;
   Tensor basis = new_tensor(anchor, {product ? 0 : C, m, D}, real);
   Tensor factor = new_tensor(anchor, {product ? 0 : C, L::form == PairForm::triangle ? 3 : m * m}, real);
   const ContrastiveForward to{loss.mutable_data_ptr(), row_lse.mutable_data_ptr(), column_lse.mutable_data_ptr(), row_sum.mutable_data_ptr(), column_sum.mutable_data_ptr(),
-                              label.mutable_data_ptr(), static_cast<std::int64_t*>(row_rank.mutable_data_ptr()), static_cast<std::int64_t*>(column_rank.mutable_data_ptr()),
+                              label.mutable_data_ptr(), static_cast<std::int64_t*>(row_best.mutable_data_ptr()), static_cast<std::int64_t*>(column_best.mutable_data_ptr()),
                               classes.mutable_data_ptr(), basis.mutable_data_ptr(), factor.mutable_data_ptr()};
   const cpu::ContrastiveKernels& kernels = cpu::contrastive_kernels();
   const Tensor workspace = new_workspace(anchor, kernels.workspace(p));
   kernels.forward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
-  return {loss, row_lse, column_lse, row_sum, column_sum, label, row_rank, column_rank, classes, basis, factor};
+  return {loss, row_lse, column_lse, row_sum, column_sum, label, row_best, column_best, classes, basis, factor};
 }
 
 template <class L>

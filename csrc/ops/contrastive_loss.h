@@ -11,7 +11,7 @@
 // Taking part: rows whose target is not kIgnored and columns that have any modality present. Everything below runs over these alone.
 //     row_lse_i = log sum_j exp z_ij      row_sum_i = sum_j z_ij      column_lse_j, column_sum_j over rows the same way
 //     label_i = z_{i, t_i}, always recomputed from the vectors; a row is labelled where its target takes part
-//     row_rank_i = how many columns come before t_i (a larger logit, or an equal one at a lower index); column_rank_j = how many rows come before the best labelled row of j
+//     row_best_i = the candidate with the largest logit of a row, column_best_j = the row with the largest logit of a candidate; ties go to the lowest index
 //
 // softmax, per labelled row:  loss_i = 1/2 [row_lse_i + column_lse_t - 2 (1 - lambda) label_i - lambda (row_sum_i / columns + column_sum_t / rows)],   t = t_i
 // sigmoid:                    loss_i = sum_j softplus(z_ij) - label_i
@@ -50,8 +50,8 @@ struct ContrastiveForward {
   void* row_sum;                   // [B] real
   void* column_sum;                // [C] real
   void* label;                     // [B] real; 0 where the row has none
-  std::int64_t* row_rank;          // [B]; -1 where the row has no label; C where its label is NaN
-  std::int64_t* column_rank;       // [C]; -1 where the column is nobody's target; B where its best label is NaN
+  std::int64_t* row_best;          // [B]; -1 where the row has no label, C where all logits are NaN
+  std::int64_t* column_best;       // [C]; -1 where the column is nobody's target, B where all logits are NaN
   void* classes;                   // [3] real: columns and rows that take part, rows with a label
   void* basis;                     // as in PairForward; form product: empty
   void* factor;

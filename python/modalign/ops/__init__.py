@@ -4,7 +4,6 @@ from .._load import load_library
 
 load_library()  # the files below tell torch about the raw ops, so these have to be there first
 
-from ._contrastive import ContrastiveRanks  # noqa: E402
 from .clip_loss import clip_loss  # noqa: E402
 from .gram_contrastive_loss import gram_contrastive_loss  # noqa: E402
 from .gram_volume import gram_volume  # noqa: E402
@@ -14,7 +13,6 @@ from .triangle_area import triangle_area  # noqa: E402
 from .triangle_contrastive_loss import triangle_contrastive_loss  # noqa: E402
 
 __all__ = [
-    "ContrastiveRanks",
     "clip_loss",
     "gram_contrastive_loss",
     "gram_volume",

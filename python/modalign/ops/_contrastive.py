@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +13,6 @@ from ._registration import accumulation_dtype, call, register_pair, tie_to
 
 IGNORED = -100
 REDUCTIONS = ("mean", "sum", "none")
-
-
-class ContrastiveRanks(NamedTuple):
-    """Where the labelled pairs stand in their batch: in-batch retrieval for free.
-
-    row : int64 [B], how many candidates come before a row's own one; -1 for a row without a label
-    column : int64 [C], how many rows come before the best labelled row of a candidate; -1 for a candidate that is nobody's target
-
-    Ties go to the lowest index; a NaN label counts as last."""
-
-    row: Tensor
-    column: Tensor
-
-    @property
-    def accuracy(self) -> Tensor:
-        """Share of first places among the labelled rows and columns, float32 [2]."""
-        return torch.stack([((rank == 0).sum() / (rank >= 0).sum().clamp(min=1)).float() for rank in self])
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------- arguments
@@ -105,11 +88,22 @@ def evaluate(
     label_smoothing: float,
     eps: float,
     reduction: str,
-    return_ranks: bool,
+    return_accuracy: bool,
 ) -> Any:
-    loss, _, _, _, _, _, row_rank, column_rank, classes, _, _ = call(name, anchor, others, scale, bias, target, present, label_smoothing, eps)
+    loss, _, _, _, _, _, row_best, column_best, classes, _, _ = call(name, anchor, others, scale, bias, target, present, label_smoothing, eps)
     result = reduce(loss, classes[1] if name == "siglip_loss" else classes[2], reduction)
-    return (result, ContrastiveRanks(row_rank, column_rank)) if return_ranks else result
+    return (result, accuracy(row_best, column_best, target)) if return_accuracy else result
+
+
+def accuracy(row_best: Tensor, column_best: Tensor, target: Tensor | None) -> Tensor:
+    """Share of the labelled rows whose best candidate is their own, and of the labelled candidates whose best row is one of theirs: float32 [2]."""
+    rows = torch.arange(row_best.shape[0], device=row_best.device) if target is None else target
+    right_row = row_best == rows
+    there = (column_best >= 0) & (column_best < row_best.shape[0])
+    own = rows[torch.where(there, column_best, 0)] if row_best.shape[0] else column_best
+    right_column = there & (own == torch.arange(column_best.shape[0], device=row_best.device))
+    labelled = [(row_best >= 0).sum(), (column_best >= 0).sum()]
+    return torch.stack([(right & (best >= 0)).sum() / count.clamp(min=1) for right, best, count in zip((right_row, right_column), (row_best, column_best), labelled, strict=True)])
 
 
 def column_weights(row_weight: Tensor, target: Tensor | None, columns: int) -> Tensor:
@@ -137,8 +131,8 @@ def _fake(anchor: Tensor, others: list[Tensor], scale: Tensor, bias: Tensor | No
     def new(*size: Any, dtype: torch.dtype = real) -> Tensor:
         return anchor.new_empty(size, dtype=dtype)
 
-    ranks = new(B, dtype=torch.int64), new(C, dtype=torch.int64)
-    return new(B), new(B), new(C), new(B), new(C), new(B), *ranks, new(3), new(C, m, D), new(C, m * m)
+    best = new(B, dtype=torch.int64), new(C, dtype=torch.int64)
+    return new(B), new(B), new(C), new(B), new(C), new(B), *best, new(3), new(C, m, D), new(C, m * m)
 
 
 def _fake_triangle(anchor: Tensor, others: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
@@ -169,23 +163,23 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     anchor, others, scale, bias, target, present, ctx.label_smoothing, ctx.eps = inputs
-    _, row_lse, column_lse, _, _, _, row_rank, _, classes, basis, factor = output
+    _, row_lse, column_lse, _, _, _, row_best, _, classes, basis, factor = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.m, ctx.has = len(others), tuple(tensor is not None for tensor in (bias, target, present))
     optional = [tensor for tensor in (bias, target, present) if tensor is not None]
-    ctx.save_for_backward(row_lse, column_lse, row_rank, classes, basis, factor, anchor, scale, *others, *optional)
+    ctx.save_for_backward(row_lse, column_lse, row_best, classes, basis, factor, anchor, scale, *others, *optional)
 
 
 def _backward_of(name: str) -> Any:
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad is None:
             return None, [None] * ctx.m, *[None] * 6
-        row_lse, column_lse, row_rank, classes, basis, factor, anchor, scale, *rest = ctx.saved_tensors
+        row_lse, column_lse, row_best, classes, basis, factor, anchor, scale, *rest = ctx.saved_tensors
         others, optional = rest[: ctx.m], iter(rest[ctx.m :])
         bias, target, present = (next(optional) if has else None for has in ctx.has)
         need_anchor, need_each, need_scale, need_bias = *ctx.needs_input_grad[:3], ctx.needs_input_grad[3]
-        row_weight = grad.contiguous() if name == "siglip_loss" else torch.where(row_rank >= 0, grad, 0)
+        row_weight = grad.contiguous() if name == "siglip_loss" else torch.where(row_best >= 0, grad, 0)
         saved = row_lse, column_lse, classes, basis, factor
         if torch.is_grad_enabled():
             anchor = tie_to(anchor, [*others, scale.reshape(1), *([] if bias is None else [bias.reshape(1)])])

@@ -26,7 +26,7 @@ def clip_loss(
     label_smoothing: float = 0,  # an int: torch.compile(dynamic=True) would trace a float default twice
     normalize: bool = False,
     reduction: str = "mean",
-    return_ranks: bool = False,
+    return_accuracy: bool = False,
 ) -> Any:
     r"""InfoNCE over all pairs of rows of x and y with logits ``logit_scale x_i . y_j + logit_bias``; rows and columns at once.
 
@@ -54,14 +54,14 @@ def clip_loss(
         The candidate of each row, or -100 for a row that takes no part. Default: row i belongs to candidate i, and B must equal C.
     negatives : Tensor [K, D], optional
         More candidates that belong to no row, such as a queue.
-    label_smoothing, reduction, return_ranks
+    label_smoothing, reduction, return_accuracy
         See `gram_contrastive_loss`.
     normalize : bool
         Scale all rows to unit length first.
 
     Returns
     -------
-    Tensor, float32 (float64 for float64), or (Tensor, ContrastiveRanks)
+    Tensor, float32 (float64 for float64), or (Tensor, Tensor [2])
 
     Gradient
     --------
@@ -89,8 +89,8 @@ def clip_loss(
     smoothing = contrastive.check_label_smoothing(op, label_smoothing)
     normalize = arguments.check_flag(op, "normalize", normalize)
     reduction = contrastive.check_reduction(op, reduction)
-    return_ranks = arguments.check_flag(op, "return_ranks", return_ranks)
-    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, smoothing, normalize, reduction, return_ranks)
+    return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
+    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, smoothing, normalize, reduction, return_accuracy)
 
 
 def pair_loss(
@@ -104,7 +104,7 @@ def pair_loss(
     label_smoothing: float,
     normalize: bool,
     reduction: str,
-    return_ranks: bool,
+    return_accuracy: bool,
 ) -> Any:
     """What `clip_loss` and `siglip_loss` do with checked arguments."""
     refuse_forward_mode(op, [value for value in (x, y, negatives, logit_scale, logit_bias) if isinstance(value, Tensor)])
@@ -120,7 +120,7 @@ def pair_loss(
             y = torch.cat([y, negatives])
         if normalize:
             x, y = unit(x), unit(y)
-        return contrastive.evaluate(op, x, [y], scale, bias, target, None, label_smoothing, 0.0, reduction, return_ranks)
+        return contrastive.evaluate(op, x, [y], scale, bias, target, None, label_smoothing, 0.0, reduction, return_accuracy)
 
 
 def _checked(op: str, x: object, y: object, negatives: object) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -29,7 +29,7 @@ def gram_contrastive_loss(
     present: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
-    return_ranks: bool = False,
+    return_accuracy: bool = False,
     eps: float | None = None,
     implementation: str = "auto",
 ) -> Any:
@@ -66,8 +66,9 @@ def gram_contrastive_loss(
         Scale all vectors to unit length first, as the published model does.
     reduction : "mean", "sum" or "none"
         "none": float32 [B], 0 for rows without a label.
-    return_ranks : bool
-        Also return `ContrastiveRanks`: where each labelled pair stands in its row and column, ``.accuracy``.
+    return_accuracy : bool
+        Also return the in-batch accuracy, float32 [2]: the share of labelled rows whose best candidate is their own, and of labelled candidates whose
+        best row is one of theirs. Ties go to the lowest index, so that a collapsed batch does not look perfect.
     eps : float, optional
         See `gram_volume`.
     implementation : "auto", "streaming" or "dense"
@@ -75,7 +76,7 @@ def gram_contrastive_loss(
 
     Returns
     -------
-    Tensor, float32 (float64 for float64), or (Tensor, ContrastiveRanks)
+    Tensor, float32 (float64 for float64), or (Tensor, Tensor [2])
 
     Gradient
     --------
@@ -105,12 +106,12 @@ def gram_contrastive_loss(
     smoothing = contrastive.check_label_smoothing(op, label_smoothing)
     normalize = arguments.check_flag(op, "normalize", normalize)
     reduction = contrastive.check_reduction(op, reduction)
-    return_ranks = arguments.check_flag(op, "return_ranks", return_ranks)
+    return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f'{op}: implementation must be "auto", "streaming" or "dense", got {arguments.describe(implementation)}')
     dense = implementation == "dense" or len(vectors) >= MAX_KERNEL_MODALITIES
-    if dense and (implementation == "streaming" or return_ranks):
-        what = "return_ranks must be False" if return_ranks else 'implementation must not be "streaming"'
+    if dense and (implementation == "streaming" or return_accuracy):
+        what = "return_accuracy must be False" if return_accuracy else 'implementation must not be "streaming"'
         raise ValueError(f"{op}: {what} {'for more than 7 others' if implementation != 'dense' else 'in the dense implementation'}, got {len(vectors)} others")
     given = [anchor, *vectors] + [value for value in (temperature,) if isinstance(value, Tensor)]
     refuse_forward_mode(op, given)
@@ -132,7 +133,7 @@ def gram_contrastive_loss(
                 logits.to(scale.dtype), target, columns=None if present is None else present.any(1), label_smoothing=smoothing
             )
             return contrastive.reduce(loss, count, reduction)
-        return contrastive.evaluate(op, anchor, vectors, scale, None, target, present, smoothing, eps, reduction, return_ranks)
+        return contrastive.evaluate(op, anchor, vectors, scale, None, target, present, smoothing, eps, reduction, return_accuracy)
 
 
 def _checked(op: str, anchor: object, others: object, present: object) -> tuple[Tensor, list[Tensor], Tensor | None]:

@@ -24,7 +24,7 @@ def siglip_loss(
     negatives: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
-    return_ranks: bool = False,
+    return_accuracy: bool = False,
 ) -> Any:
     r"""Sigmoid loss over all pairs: each pair is a binary question of its own.
 
@@ -48,12 +48,12 @@ def siglip_loss(
         The candidate of each row, or -100 for a row that takes no part. Default: row i belongs to candidate i, and B must equal C.
     negatives : Tensor [K, D], optional
         More candidates that belong to no row.
-    normalize, reduction, return_ranks
+    normalize, reduction, return_accuracy
         See `clip_loss`; "none" gives the sum over the candidates of each row.
 
     Returns
     -------
-    Tensor, float32 (float64 for float64), or (Tensor, ContrastiveRanks)
+    Tensor, float32 (float64 for float64), or (Tensor, Tensor [2])
 
     Gradient
     --------
@@ -79,8 +79,8 @@ def siglip_loss(
     target = contrastive.check_target(op, target, x.shape[0], y.shape[0], x)
     normalize = arguments.check_flag(op, "normalize", normalize)
     reduction = contrastive.check_reduction(op, reduction)
-    return_ranks = arguments.check_flag(op, "return_ranks", return_ranks)
-    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, 0.0, normalize, reduction, return_ranks)
+    return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
+    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, 0.0, normalize, reduction, return_accuracy)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- plain-torch formulas

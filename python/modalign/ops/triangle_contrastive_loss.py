@@ -26,7 +26,7 @@ def triangle_contrastive_loss(
     label_smoothing: float = 0,  # an int: torch.compile(dynamic=True) would trace a float default twice
     normalize: bool = False,
     reduction: str = "mean",
-    return_ranks: bool = False,
+    return_accuracy: bool = False,
     eps: float | None = None,
 ) -> Any:
     r"""InfoNCE over all pairs with logits ``-Area(a_i, u_j, v_j) / temperature`` (`triangle_area`); rows and columns at once.
@@ -41,14 +41,14 @@ def triangle_contrastive_loss(
     ----------
     anchor : Tensor [B, D]
     u, v : Tensor [C, D]
-    temperature, target, label_smoothing, normalize, reduction, return_ranks
+    temperature, target, label_smoothing, normalize, reduction, return_accuracy
         See `gram_contrastive_loss`.
     eps : float, optional
         See `triangle_area`.
 
     Returns
     -------
-    Tensor, float32 (float64 for float64), or (Tensor, ContrastiveRanks)
+    Tensor, float32 (float64 for float64), or (Tensor, Tensor [2])
 
     Gradient
     --------
@@ -75,7 +75,7 @@ def triangle_contrastive_loss(
     smoothing = contrastive.check_label_smoothing(op, label_smoothing)
     normalize = arguments.check_flag(op, "normalize", normalize)
     reduction = contrastive.check_reduction(op, reduction)
-    return_ranks = arguments.check_flag(op, "return_ranks", return_ranks)
+    return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
     refuse_forward_mode(op, [anchor, u, v] + [value for value in (temperature,) if isinstance(value, Tensor)])
     if autocast_is_on(anchor.device.type):
         anchor, u, v = to_autocast(anchor), to_autocast(u), to_autocast(v)
@@ -84,7 +84,7 @@ def triangle_contrastive_loss(
     with torch.autocast(anchor.device.type, enabled=False):
         if normalize:
             anchor, u, v = unit(anchor), unit(u), unit(v)
-        return contrastive.evaluate(op, anchor, [u, v], scale, None, target, None, smoothing, eps, reduction, return_ranks)
+        return contrastive.evaluate(op, anchor, [u, v], scale, None, target, None, smoothing, eps, reduction, return_accuracy)
 
 
 def _checked(op: str, anchor: object, u: object, v: object) -> tuple[Tensor, Tensor, Tensor]:
