@@ -584,7 +584,7 @@ def test_search_compares_the_data_with_those_that_the_model_was_trained_on(tmp_p
     described_folder(folder, "miniature:OtherTextEncoder")
     for options in ([], ["--data", str(folder)]):
         other = searched(model, *options)
-        expected = "must have text features of encoder 'miniature:ToyTextEncoder', as MODEL was trained on, got those of 'miniature:OtherTextEncoder' in cards"
+        expected = "text features of encoder 'miniature:ToyTextEncoder', as MODEL was trained on, got those of 'miniature:OtherTextEncoder' in cards"
         assert other.exit_code == 1 and expected in other.output
 
 

@@ -219,7 +219,7 @@ def test_a_picture_broken_further_down(pictures, tmp_path):
         ("NoWidth", "output must be [14, D] with D at least 1, got [14, 0]"),
         ("Silent", "must be callable with a list of inputs, got an object of Silent that is not"),
         ("WithSettings", "'test_encode:WithSettings' must be made without arguments, got TypeError: "),
-        ("Failing", "encoder 'test_encode:Failing': must take a list of inputs, got AttributeError: 'Image' object has no attribute 'no_such_thing' (test_encode.py, line"),
+        ("Failing", "encoder 'test_encode:Failing': must take a list of inputs, got AttributeError: 'Image' object has no attribute 'no_such_"),
         ("Missing", "'Missing' must be in module 'test_encode', got"),
     ],
 )
@@ -234,7 +234,7 @@ def test_encoders_that_are_for_something_else(pictures, tmp_path, monkeypatch):
     miniature.write(tmp_path / "needing_more.py", "import a_package_that_is_not_there\n")
     for encoder, expected in (
         ("half_written:Encoder", "the module of 'half_written:Encoder' must be importable, got SyntaxError: "),
-        ("needing_more:Encoder", "the module of 'needing_more:Encoder' must be importable, got ModuleNotFoundError: No module named 'a_package_that_is_not_there'"),
+        ("needing_more:Encoder", "the module of 'needing_more:Encoder' must be importable, got ModuleNotFoundError: No module named 'a_package"),
         ("torch.nn:Linear", "'torch.nn:Linear' must be made without arguments, got TypeError: "),
         ("miniature:ToyTextEncoder", "encoder 'miniature:ToyTextEncoder': must take a list of inputs, got AttributeError: "),
         ("torch.nn:ReLU", "encoder 'torch.nn:ReLU': must take a list of inputs, got TypeError: "),

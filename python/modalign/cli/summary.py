@@ -16,7 +16,7 @@ from .settings import ALL
 __all__ = ["BASELINE", "SCHEMA", "summary"]
 
 SCHEMA = 2
-FULL_BASIS = "the stored features were reduced with a basis fitted on all training items of seed 0 (not on their pairing), however few pairs are learnt from"
+FULL_BASIS = "the stored features were reduced with a basis fitted on all training items of seed 0 (not on their pairing), however few are learnt from"
 BASELINE = "cca"  # rows are compared with it seed by seed: what the seeds have in common cancels
 
 

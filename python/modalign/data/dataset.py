@@ -58,8 +58,8 @@ def _ordered(groups: Sequence[int], labels: Mapping[int, str], salt: str) -> lis
 
 
 def _small_first(order: Sequence[int], members: Mapping[int, list[int]], size: int) -> list[int]:
-    """The same order, but groups of more than 10 items and a fiftieth of `size` last: every candidate of a query's group is a hit, so that in a part of a
-    few large groups chance alone finds much."""
+    """The same order, but groups of more than 10 items and a fiftieth of `size` last: every candidate of a query's group is a hit, so that in a part
+    of a few large groups chance alone finds much."""
     return sorted(order, key=lambda group: len(members[group]) > max(10, size // 50))
 
 
@@ -124,9 +124,9 @@ class PairedDataset:
         """Split by caption group, the same on every machine: test, and a training part that is divided into fit and validation. A group of more than
         10 items and a fiftieth of the test (or validation) part comes into it only where smaller ones do not fill it.
 
-        `pairs` keeps only so many training items that have two modalities or more (the first of an order that depends on the seed, so that the 100 of one
-        call lie among the 200 of another but for groups that do not fit in); the validation part then is a quarter of them, at most the usual size. The
-        test part stays.
+        `pairs` keeps only so many training items that have two modalities or more (the first of an order that depends on the seed, so that the 100 of
+        one call lie among the 200 of another but for groups that do not fit in); the validation part then is a quarter of them, at most the usual size.
+        The test part stays.
         """
         groups, salt = self.groups.tolist(), self.salt or self.name
         labels = {g: self._label(i) for i, g in reversed(list(enumerate(groups)))}

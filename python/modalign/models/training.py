@@ -82,8 +82,8 @@ def validation_score(
 ) -> float:
     """What choices are made by: mean R@10 over all ordered pairs of modalities, with mean R@1 to settle near ties (weight 1/10).
 
-    Given the volume matrix of three or more modalities, among the items that have all, both its directions count like a pair's: a model is meant to be
-    good at the joint score too. A pair counts the items that have both modalities.
+    Given the volume matrix of three or more modalities, among the items that have all, both its directions count like a pair's: a model is meant to
+    be good at the joint score too. A pair counts the items that have both modalities.
     """
     found = []
     for a, b in permutations(embeddings, 2):

