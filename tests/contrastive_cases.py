@@ -59,6 +59,7 @@ def samples(name: str, form: str, make: Maker) -> list[Sample]:
     ]
     if softmax:
         found += [call("smoothing", 40, 40, 20, 2, label_smoothing=0.1), call("smoothing, targets", 17, 30, 20, 4, label_smoothing=0.1, target=targets(make, 17, 30))]
+        found += [call(way, 20, 31, 24, 2, direction=way, label_smoothing=0.1, target=targets(make, 20, 31)) for way in ("rows", "columns")]
     if form == "gram":
         some = make.mask(29, 4)
         some[7] = False
@@ -134,7 +135,7 @@ def raw(name: str, form: str, make: Maker) -> list[tuple[object, tuple[object, .
     scale = make.place(torch.tensor(4.0 if form == "product" else -4.0))
     bias = make.place(torch.tensor(-1.0)) if form == "product" else None
     smoothing = 0.0 if name == "siglip_loss" else 0.1
-    given = (make.unit(B, D), vectors, scale, bias, targets(make, B, C), make.mask(C, 2) if form == "gram" else None, smoothing, 1e-12)
+    given = (make.unit(B, D), vectors, scale, bias, targets(make, B, C), make.mask(C, 2) if form == "gram" else None, smoothing, 0.5, 0.5, 1e-12)
     loss, row_lse, column_lse, *_, classes, basis, factor = forward(*given)
     wanting = (given[0].clone().requires_grad_(), [vector.clone().requires_grad_() for vector in vectors], scale.clone().requires_grad_(), *given[3:])
     found: list[tuple[object, tuple[object, ...]]] = [(forward, wanting)]
@@ -180,6 +181,7 @@ def bad_inputs(name: str, form: str, make: Maker) -> list[BadInput]:
     if name != "siglip_loss":
         found += [
             bad("label_smoothing", ValueError, "label_smoothing must be at least 0 and below 1, got 1.0", a, rest(r), label_smoothing=1.0),
+            bad("direction", ValueError, 'direction must be "both", "rows" or "columns", got str', a, rest(r), direction="left"),
             bad("label_smoothing is a string", TypeError, "label_smoothing must be a number, got str", a, rest(r), label_smoothing="some"),
         ]
     if form == "gram":

@@ -259,7 +259,9 @@ void forward(const ContrastiveProblem& p, const ContrastiveForward& to, const Fo
     label[i] = static_cast<T>(z);
     if (p.loss == PairLoss::sigmoid) loss[i] = static_cast<T>(sum - z);
     else if (t < 0) loss[i] = 0;
-    else loss[i] = static_cast<T>((row_lse[i] - z) / 2 + (column_lse[t] - z) / 2 + lambda * (z - (sum / columns_here + buffers.column_sum[t] / rows_here) / 2));
+    else
+      loss[i] = static_cast<T>(p.row_part * (row_lse[i] - z + lambda * (z - sum / columns_here)) +
+                               p.column_part * (column_lse[t] - z + lambda * (z - buffers.column_sum[t] / rows_here)));
   }
 }
 
@@ -307,7 +309,8 @@ struct LossUpstream {
   const LossBuffers<T>& buffers;
   const T *row_weight, *row_lse;
   T row_share, column_share;   // lambda / columns, lambda / rows
-  T lambda, center;            // dscale is summed over v - center: softmax, where the dz add up to 0
+  T row_part, column_part, label_part;
+  T center;                    // dscale is summed over v - center: softmax, where the dz add up to 0
   std::int64_t label = kNone;
   T g = 0, lse = 0;
   Vector<T> dscale{}, dbias{};
@@ -331,10 +334,10 @@ struct LossUpstream {
         dz = broadcast(g) * sigmoid<T>(z);
       } else {
         const Vector<T> h = load(buffers.column_weight + at);
-        dz = broadcast(T(0.5)) * (broadcast(g) * (exponential<T>(z - broadcast(lse)) - broadcast(row_share)) +
-                                  h * (exponential<T>(z - load(buffers.column_lse + at)) - broadcast(column_share)));
+        dz = broadcast(row_part * g) * (exponential<T>(z - broadcast(lse)) - broadcast(row_share)) +
+             broadcast(column_part) * h * (exponential<T>(z - load(buffers.column_lse + at)) - broadcast(column_share));
       }
-      if (label >= at && label < at + L) dz[label - at] -= (1 - lambda) * g;
+      if (label >= at && label < at + L) dz[label - at] -= label_part * g;
       dz = here > Vector<T>{} ? dz : Vector<T>{};
       dscale += here > Vector<T>{} ? dz * (v - broadcast(center)) : Vector<T>{};
       dbias += dz;
@@ -416,7 +419,9 @@ void backward_of(const ContrastiveProblem& p, const ContrastiveBackward& to, voi
   }
   const auto make_upstream = [&] {
     const T lambda = static_cast<T>(p.label_smoothing);
-    return LossUpstream<T>{p, loss, static_cast<const T*>(to.row_weight), row_lse, lambda == 0 ? 0 : lambda / classes[0], lambda == 0 ? 0 : lambda / classes[1], lambda, static_cast<T>(center)};
+    const double label_part = p.loss == PairLoss::sigmoid ? 1 : (p.row_part + p.column_part) * (1 - p.label_smoothing);
+    return LossUpstream<T>{p, loss, static_cast<const T*>(to.row_weight), row_lse, lambda == 0 ? 0 : lambda / classes[0], lambda == 0 ? 0 : lambda / classes[1],
+                           static_cast<T>(p.row_part), static_cast<T>(p.column_part), static_cast<T>(label_part), static_cast<T>(center)};
   };
   with_geometry<T>(p, to.factor, [&](const auto& geometry) {
     using Geometry = std::decay_t<decltype(geometry)>;

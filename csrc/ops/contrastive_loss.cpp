@@ -55,7 +55,7 @@ void check_values(const ContrastiveProblem& p, const Tensor& scale, const Option
 
 template <class L>
 ContrastiveProblem check(const Tensor& anchor, const std::vector<Tensor>& others, const Tensor& scale, const Optional& bias, const Optional& target, const Optional& present,
-                         double label_smoothing, double eps) {
+                         double label_smoothing, double row_part, double column_part, double eps) {
   ContrastiveProblem p{};
   GramVolumeProblem& q = p.pairs;
   p.form = L::form, p.loss = L::loss;
@@ -86,15 +86,16 @@ ContrastiveProblem check(const Tensor& anchor, const std::vector<Tensor>& others
     p.target = static_cast<const std::int64_t*>(target->const_data_ptr());
     p.target_stride = target->stride(0);
   }
-  p.label_smoothing = label_smoothing;
+  MODALIGN_CHECK(row_part >= 0 && column_part >= 0 && row_part + column_part <= 1, L::name, ": row_part and column_part must be at least 0 and add up to 1 at most, got ", row_part, " and ", column_part);
+  p.label_smoothing = label_smoothing, p.row_part = row_part, p.column_part = column_part;
   MODALIGN_CHECK(!anchor.is_cuda(), L::name, ": anchor must be on the CPU, got a CUDA tensor");
   check_values<L>(p, scale, bias);
   return p;
 }
 
 template <class L>
-Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double eps) {
-  const ContrastiveProblem p = check<L>(anchor, others, scale, bias, target, present, label_smoothing, eps);
+Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double row_part, double column_part, double eps) {
+  const ContrastiveProblem p = check<L>(anchor, others, scale, bias, target, present, label_smoothing, row_part, column_part, eps);
   const std::int64_t B = p.pairs.B, C = p.pairs.C, D = p.pairs.D, m = p.pairs.m;
   const ScalarType real = accumulation_type(anchor.scalar_type()), whole = ScalarType::Long;
   const auto rows = [&](ScalarType type) { return new_tensor(anchor, {B}, type); };
@@ -115,9 +116,9 @@ Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& 
 
 template <class L>
 Backward backward(const Tensor& row_weight, const Tensor& column_weight, const Tensor& row_lse, const Tensor& column_lse, const Tensor& classes, const Tensor& basis, const Tensor& factor,
-                  const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double eps,
+                  const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double row_part, double column_part, double eps,
                   bool need_anchor, bool need_others) {
-  const ContrastiveProblem p = check<L>(anchor, others, scale, bias, target, present, label_smoothing, eps);
+  const ContrastiveProblem p = check<L>(anchor, others, scale, bias, target, present, label_smoothing, row_part, column_part, eps);
   const std::int64_t B = p.pairs.B, C = p.pairs.C, D = p.pairs.D, m = p.pairs.m;
   const ScalarType real = accumulation_type(anchor.scalar_type());
   const bool product = L::form == PairForm::product;
@@ -153,7 +154,7 @@ using SigLip = Loss<PairForm::product, PairLoss::sigmoid>;
 
 template <class L, class Library>
 void define(Library& m) {
-  const std::string inputs = "Tensor anchor, Tensor[] others, Tensor scale, Tensor? bias, Tensor? target, Tensor? present, float label_smoothing, float eps", name = L::name;
+  const std::string inputs = "Tensor anchor, Tensor[] others, Tensor scale, Tensor? bias, Tensor? target, Tensor? present, float label_smoothing, float row_part, float column_part, float eps", name = L::name;
   m.def((name + "(" + inputs + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)").c_str());
   m.def((name + "_bwd(Tensor row_weight, Tensor column_weight, Tensor row_lse, Tensor column_lse, Tensor classes, Tensor basis, Tensor factor, " + inputs +
          ", bool need_anchor, bool need_others) -> (Tensor, Tensor, Tensor)").c_str());

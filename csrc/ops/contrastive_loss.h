@@ -13,11 +13,13 @@
 //     label_i = z_{i, t_i}, always recomputed from the vectors; a row is labelled where its target takes part
 //     row_best_i = the candidate with the largest logit of a row, column_best_j = the row with the largest logit of a candidate; ties go to the lowest index
 //
-// softmax, per labelled row:  loss_i = 1/2 [row_lse_i + column_lse_t - 2 (1 - lambda) label_i - lambda (row_sum_i / columns + column_sum_t / rows)],   t = t_i
+// softmax, per labelled row, t = t_i, alpha and beta the parts of the two directions (1/2 and 1/2, or one of them alone):
+//     loss_i = alpha [row_lse_i - (1 - lambda) label_i - lambda row_sum_i / columns] + beta [column_lse_t - (1 - lambda) label_i - lambda column_sum_t / rows]
 // sigmoid:                    loss_i = sum_j softplus(z_ij) - label_i
 // and 0 for rows without a label (sigmoid: without the label term). With row weights g_i = dL/dloss_i and column weights h_j = sum of g_i over the rows whose target is j
 //
-// softmax:  dL/dz_ij = 1/2 [g_i (exp(z_ij - row_lse_i) - lambda / columns) + h_j (exp(z_ij - column_lse_j) - lambda / rows)] - (1 - lambda) g_i [j = t_i]
+// softmax:  dL/dz_ij = alpha g_i (exp(z_ij - row_lse_i) - lambda / columns) + beta h_j (exp(z_ij - column_lse_j) - lambda / rows)
+//                      - (alpha + beta) (1 - lambda) g_i [j = t_i]
 // sigmoid:  dL/dz_ij = g_i (sigmoid(z_ij) - [j = t_i])
 // dv = scale dz,  dscale = sum_ij dz_ij v_ij,  dbias = sum_ij dz_ij; from dv on it is the gradient of the pair value.
 #pragma once
@@ -40,6 +42,7 @@ struct ContrastiveProblem {
   const std::int64_t* target;      // [B], or nullptr: t_i = i
   std::int64_t target_stride;
   double label_smoothing;          // lambda; sigmoid: 0
+  double row_part, column_part;    // alpha, beta
 };
 
 // Contiguous. "real" is float, or double for f64.

@@ -13,6 +13,7 @@ from ._registration import accumulation_dtype, call, register_pair, tie_to
 
 IGNORED = -100
 REDUCTIONS = ("mean", "sum", "none")
+DIRECTIONS = {"both": (0.5, 0.5), "rows": (1.0, 0.0), "columns": (0.0, 1.0)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------- arguments
@@ -62,6 +63,12 @@ def check_reduction(op: str, value: object) -> str:
     return value  # type: ignore[return-value]
 
 
+def check_direction(op: str, value: object) -> str:
+    if value not in DIRECTIONS:
+        raise ValueError(f'{op}: direction must be "both", "rows" or "columns", got {arguments.describe(value)}')
+    return value  # type: ignore[return-value]
+
+
 def check_matrix(op: str, name: str, value: object, shape: str) -> Tensor:
     tensor = arguments.check_vectors(op, name, value, shape)
     if tensor.dim() != 2:
@@ -86,11 +93,12 @@ def evaluate(
     target: Tensor | None,
     present: Tensor | None,
     label_smoothing: float,
+    direction: str,
     eps: float,
     reduction: str,
     return_accuracy: bool,
 ) -> Any:
-    loss, _, _, _, _, _, row_best, column_best, classes, _, _ = call(name, anchor, others, scale, bias, target, present, label_smoothing, eps)
+    loss, _, _, _, _, _, row_best, column_best, classes, _, _ = call(name, anchor, others, scale, bias, target, present, label_smoothing, *DIRECTIONS[direction], eps)
     result = reduce(loss, classes[1] if name == "siglip_loss" else classes[2], reduction)
     return (result, accuracy(row_best, column_best, target)) if return_accuracy else result
 
@@ -162,7 +170,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    anchor, others, scale, bias, target, present, ctx.label_smoothing, ctx.eps = inputs
+    anchor, others, scale, bias, target, present, *ctx.options = inputs
     _, row_lse, column_lse, _, _, _, row_best, _, classes, basis, factor = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -174,7 +182,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward_of(name: str) -> Any:
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad is None:
-            return None, [None] * ctx.m, *[None] * 6
+            return None, [None] * ctx.m, *[None] * 8
         row_lse, column_lse, row_best, classes, basis, factor, anchor, scale, *rest = ctx.saved_tensors
         others, optional = rest[: ctx.m], iter(rest[ctx.m :])
         bias, target, present = (next(optional) if has else None for has in ctx.has)
@@ -185,14 +193,14 @@ def _backward_of(name: str) -> Any:
             anchor = tie_to(anchor, [*others, scale.reshape(1), *([] if bias is None else [bias.reshape(1)])])
         column_weight = column_weights(row_weight, target, others[0].shape[0])
         grad_anchor, grad_others, grad_scale = call(
-            name + "_bwd", row_weight, column_weight, *saved, anchor, others, scale, bias, target, present, ctx.label_smoothing, ctx.eps, need_anchor, any(need_each)
+            name + "_bwd", row_weight, column_weight, *saved, anchor, others, scale, bias, target, present, *ctx.options, need_anchor, any(need_each)
         )
         return (
             grad_anchor if need_anchor else None,
             [grad_others[:, p] if need else None for p, need in enumerate(need_each)],
             grad_scale[0] if need_scale else None,
             grad_scale[1] if need_bias else None,
-            *[None] * 4,
+            *[None] * 6,
         )
 
     return backward
@@ -219,7 +227,7 @@ for _name, _fake_of in (
 
 
 def loss_of_logits(
-    logits: Tensor, target: Tensor | None, *, rows: Tensor | None = None, columns: Tensor | None = None, label_smoothing: float = 0.0, sigmoid: bool = False
+    logits: Tensor, target: Tensor | None, *, rows: Tensor | None = None, columns: Tensor | None = None, label_smoothing: float = 0.0, direction: str = "both", sigmoid: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The loss per row and the number that the mean divides by, of a matrix of logits. rows, columns: bool, which take part."""
     B, C = logits.shape
@@ -238,9 +246,11 @@ def loss_of_logits(
     if sigmoid:
         loss = loss.index_put((row,), torch.nn.functional.softplus(inside).sum(1))
         return loss.index_put((pairs,), loss[pairs] - label), rows.sum()
-    smooth = inside.mean(1)[i] / 2 + inside.mean(0)[j] / 2
-    both = inside.logsumexp(1)[i] / 2 + inside.logsumexp(0)[j] / 2
-    return loss.index_put((pairs,), both - (1 - label_smoothing) * label - label_smoothing * smooth), labelled.sum()
+    label = (1 - label_smoothing) * label
+    row_loss = inside.logsumexp(1)[i] - label - label_smoothing * inside.mean(1)[i]
+    column_loss = inside.logsumexp(0)[j] - label - label_smoothing * inside.mean(0)[j]
+    row_part, column_part = DIRECTIONS[direction]
+    return loss.index_put((pairs,), row_part * row_loss + column_part * column_loss), labelled.sum()
 
 
 def two_entropies(logits: Tensor, label_smoothing: float) -> Tensor:

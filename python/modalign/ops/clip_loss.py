@@ -24,6 +24,7 @@ def clip_loss(
     target: Tensor | None = None,
     negatives: Tensor | None = None,
     label_smoothing: float = 0,  # an int: torch.compile(dynamic=True) would trace a float default twice
+    direction: str = "both",
     normalize: bool = False,
     reduction: str = "mean",
     return_accuracy: bool = False,
@@ -54,7 +55,7 @@ def clip_loss(
         The candidate of each row, or -100 for a row that takes no part. Default: row i belongs to candidate i, and B must equal C.
     negatives : Tensor [K, D], optional
         More candidates that belong to no row, such as a queue.
-    label_smoothing, reduction, return_accuracy
+    label_smoothing, direction, reduction, return_accuracy
         See `gram_contrastive_loss`.
     normalize : bool
         Scale all rows to unit length first.
@@ -88,9 +89,10 @@ def clip_loss(
     target = contrastive.check_target(op, target, x.shape[0], y.shape[0], x)
     smoothing = contrastive.check_label_smoothing(op, label_smoothing)
     normalize = arguments.check_flag(op, "normalize", normalize)
+    direction = contrastive.check_direction(op, direction)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
-    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, smoothing, normalize, reduction, return_accuracy)
+    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, smoothing, direction, normalize, reduction, return_accuracy)
 
 
 def pair_loss(
@@ -102,6 +104,7 @@ def pair_loss(
     logit_bias: float | Tensor | None,
     target: Tensor | None,
     label_smoothing: float,
+    direction: str,
     normalize: bool,
     reduction: str,
     return_accuracy: bool,
@@ -120,7 +123,7 @@ def pair_loss(
             y = torch.cat([y, negatives])
         if normalize:
             x, y = unit(x), unit(y)
-        return contrastive.evaluate(op, x, [y], scale, bias, target, None, label_smoothing, 0.0, reduction, return_accuracy)
+        return contrastive.evaluate(op, x, [y], scale, bias, target, None, label_smoothing, direction, 0.0, reduction, return_accuracy)
 
 
 def _checked(op: str, x: object, y: object, negatives: object) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -157,13 +160,14 @@ def reference_clip_loss(
     target: Tensor | None = None,
     negatives: Tensor | None = None,
     label_smoothing: float = 0.0,
+    direction: str = "both",
     normalize: bool = False,
     reduction: str = "mean",
 ) -> Tensor:
     """`clip_loss` in a few lines of differentiable torch; stores B x C numbers."""
     x, y, negatives = _checked("reference_clip_loss", x, y, negatives)
     logits = reference_logits(x, y, negatives, logit_scale, logit_bias, target, normalize)
-    loss, count = contrastive.loss_of_logits(logits, target, label_smoothing=label_smoothing)
+    loss, count = contrastive.loss_of_logits(logits, target, label_smoothing=label_smoothing, direction=direction)
     return contrastive.reduce(loss, count, reduction)
 
 

@@ -26,6 +26,7 @@ def gram_contrastive_loss(
     temperature: float | Tensor = 0.07,
     target: Tensor | None = None,
     label_smoothing: float = 0,  # an int: torch.compile(dynamic=True) would trace a float default twice
+    direction: str = "both",
     present: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
@@ -59,6 +60,8 @@ def gram_contrastive_loss(
         row i belongs to candidate i, and B must equal C. Several rows may share a candidate: each labelled pair counts once in either direction.
     label_smoothing : float
         In [0, 1): that share of the target is spread over all classes, the target included (as in torch).
+    direction : "both", "rows" or "columns"
+        "rows": each anchor among all candidates alone, ``CE(z[i, :], t_i)``; "columns": each labelled candidate among all anchors alone.
     present : Tensor bool [C, m], optional
         Which modalities a candidate has. The volume is that of the present vectors; what an absent one holds does not matter. A candidate without
         any is left out, and rows that point to it have no label (they stay among the rows that columns are compared with).
@@ -105,6 +108,7 @@ def gram_contrastive_loss(
     target = contrastive.check_target(op, target, anchor.shape[0], vectors[0].shape[0], anchor)
     smoothing = contrastive.check_label_smoothing(op, label_smoothing)
     normalize = arguments.check_flag(op, "normalize", normalize)
+    direction = contrastive.check_direction(op, direction)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
     if implementation not in IMPLEMENTATIONS:
@@ -130,10 +134,10 @@ def gram_contrastive_loss(
             here = anchor if rows is None else torch.where(rows[:, None], anchor, 0)
             logits = gram_volume(here, vectors, present=present, eps=eps) * scale
             loss, count = contrastive.loss_of_logits(
-                logits.to(scale.dtype), target, columns=None if present is None else present.any(1), label_smoothing=smoothing
+                logits.to(scale.dtype), target, columns=None if present is None else present.any(1), label_smoothing=smoothing, direction=direction
             )
             return contrastive.reduce(loss, count, reduction)
-        return contrastive.evaluate(op, anchor, vectors, scale, None, target, present, smoothing, eps, reduction, return_accuracy)
+        return contrastive.evaluate(op, anchor, vectors, scale, None, target, present, smoothing, direction, eps, reduction, return_accuracy)
 
 
 def _checked(op: str, anchor: object, others: object, present: object) -> tuple[Tensor, list[Tensor], Tensor | None]:
@@ -162,6 +166,7 @@ def reference_gram_contrastive_loss(
     temperature: float | Tensor = 0.07,
     target: Tensor | None = None,
     label_smoothing: float = 0.0,
+    direction: str = "both",
     present: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
@@ -174,7 +179,7 @@ def reference_gram_contrastive_loss(
         anchor = torch.where((target != contrastive.IGNORED)[:, None], anchor, 0)
     volume = reference_gram_volume(anchor.to(real), [vector.to(real) for vector in vectors], present=present, normalize=normalize, eps=eps)
     columns = None if present is None else present.any(1)
-    loss, count = contrastive.loss_of_logits(-volume / temperature, target, columns=columns, label_smoothing=label_smoothing)
+    loss, count = contrastive.loss_of_logits(-volume / temperature, target, columns=columns, label_smoothing=label_smoothing, direction=direction)
     return contrastive.reduce(loss, count, reduction)
 
 

@@ -80,7 +80,7 @@ def siglip_loss(
     normalize = arguments.check_flag(op, "normalize", normalize)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
-    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, 0.0, normalize, reduction, return_accuracy)
+    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, 0.0, "both", normalize, reduction, return_accuracy)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- plain-torch formulas

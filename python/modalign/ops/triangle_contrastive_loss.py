@@ -24,6 +24,7 @@ def triangle_contrastive_loss(
     temperature: float | Tensor = 0.07,
     target: Tensor | None = None,
     label_smoothing: float = 0,  # an int: torch.compile(dynamic=True) would trace a float default twice
+    direction: str = "both",
     normalize: bool = False,
     reduction: str = "mean",
     return_accuracy: bool = False,
@@ -41,7 +42,7 @@ def triangle_contrastive_loss(
     ----------
     anchor : Tensor [B, D]
     u, v : Tensor [C, D]
-    temperature, target, label_smoothing, normalize, reduction, return_accuracy
+    temperature, target, label_smoothing, direction, normalize, reduction, return_accuracy
         See `gram_contrastive_loss`.
     eps : float, optional
         See `triangle_area`.
@@ -74,6 +75,7 @@ def triangle_contrastive_loss(
     target = contrastive.check_target(op, target, anchor.shape[0], u.shape[0], anchor)
     smoothing = contrastive.check_label_smoothing(op, label_smoothing)
     normalize = arguments.check_flag(op, "normalize", normalize)
+    direction = contrastive.check_direction(op, direction)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
     refuse_forward_mode(op, [anchor, u, v] + [value for value in (temperature,) if isinstance(value, Tensor)])
@@ -84,7 +86,7 @@ def triangle_contrastive_loss(
     with torch.autocast(anchor.device.type, enabled=False):
         if normalize:
             anchor, u, v = unit(anchor), unit(u), unit(v)
-        return contrastive.evaluate(op, anchor, [u, v], scale, None, target, None, smoothing, eps, reduction, return_accuracy)
+        return contrastive.evaluate(op, anchor, [u, v], scale, None, target, None, smoothing, direction, eps, reduction, return_accuracy)
 
 
 def _checked(op: str, anchor: object, u: object, v: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,6 +113,7 @@ def reference_triangle_contrastive_loss(
     temperature: float | Tensor = 0.07,
     target: Tensor | None = None,
     label_smoothing: float = 0.0,
+    direction: str = "both",
     normalize: bool = False,
     reduction: str = "mean",
     eps: float | None = None,
@@ -122,7 +125,7 @@ def reference_triangle_contrastive_loss(
     if target is not None:
         points[0] = torch.where((target != contrastive.IGNORED)[:, None], points[0], 0)
     area = reference_triangle_area(*(map(unit, points) if normalize else points), eps=eps)
-    loss, count = contrastive.loss_of_logits(-area / temperature, target, label_smoothing=label_smoothing)
+    loss, count = contrastive.loss_of_logits(-area / temperature, target, label_smoothing=label_smoothing, direction=direction)
     return contrastive.reduce(loss, count, reduction)
 
 
