@@ -69,6 +69,17 @@ def check_direction(op: str, value: object) -> str:
     return value  # type: ignore[return-value]
 
 
+def check_group(op: str, group: object, gather_grad: object) -> None:
+    if gather_grad not in ("full", "local"):
+        raise ValueError(f'{op}: gather_grad must be "full" or "local", got {arguments.describe(gather_grad)}')
+    if group is None:
+        return
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ValueError(f"{op}: process_group must be None where torch.distributed is not initialised, got {arguments.describe(group)}")
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"{op}: process_group must be None or a torch.distributed process group such as dist.group.WORLD, got {arguments.describe(group)}")
+
+
 def check_matrix(op: str, name: str, value: object, shape: str) -> Tensor:
     tensor = arguments.check_vectors(op, name, value, shape)
     if tensor.dim() != 2:
@@ -97,7 +108,15 @@ def evaluate(
     eps: float,
     reduction: str,
     return_accuracy: bool,
+    process_group: Any = None,
+    gather_grad: str = "full",
 ) -> Any:
+    if process_group is not None:
+        from . import _distributed
+
+        return _distributed.evaluate(
+            name, anchor, others, scale, bias, target, present, label_smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad
+        )
     loss, _, _, _, _, _, row_best, column_best, classes, _, _ = call(name, anchor, others, scale, bias, target, present, label_smoothing, *DIRECTIONS[direction], eps)
     result = reduce(loss, classes[1] if name == "siglip_loss" else classes[2], reduction)
     return (result, accuracy(row_best, column_best, target)) if return_accuracy else result

@@ -28,6 +28,8 @@ def clip_loss(
     normalize: bool = False,
     reduction: str = "mean",
     return_accuracy: bool = False,
+    process_group: Any = None,
+    gather_grad: str = "full",
 ) -> Any:
     r"""InfoNCE over all pairs of rows of x and y with logits ``logit_scale x_i . y_j + logit_bias``; rows and columns at once.
 
@@ -59,6 +61,8 @@ def clip_loss(
         See `gram_contrastive_loss`.
     normalize : bool
         Scale all rows to unit length first.
+    process_group, gather_grad
+        See `gram_contrastive_loss`.
 
     Returns
     -------
@@ -92,7 +96,8 @@ def clip_loss(
     direction = contrastive.check_direction(op, direction)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
-    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, smoothing, direction, normalize, reduction, return_accuracy)
+    contrastive.check_group(op, process_group, gather_grad)
+    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, smoothing, direction, normalize, reduction, return_accuracy, process_group, gather_grad)
 
 
 def pair_loss(
@@ -108,6 +113,8 @@ def pair_loss(
     normalize: bool,
     reduction: str,
     return_accuracy: bool,
+    process_group: Any,
+    gather_grad: str,
 ) -> Any:
     """What `clip_loss` and `siglip_loss` do with checked arguments."""
     refuse_forward_mode(op, [value for value in (x, y, negatives, logit_scale, logit_bias) if isinstance(value, Tensor)])
@@ -118,12 +125,14 @@ def pair_loss(
     bias = None if logit_bias is None else contrastive.check_scalar(op, "logit_bias", logit_bias, x, positive=False)
     with torch.autocast(x.device.type, enabled=False):
         if negatives is not None:
+            if process_group is not None:
+                raise ValueError(f"{op}: negatives must be None together with process_group, got a tensor")
             if target is None:
                 target = torch.arange(x.shape[0], device=x.device)
             y = torch.cat([y, negatives])
         if normalize:
             x, y = unit(x), unit(y)
-        return contrastive.evaluate(op, x, [y], scale, bias, target, None, label_smoothing, direction, 0.0, reduction, return_accuracy)
+        return contrastive.evaluate(op, x, [y], scale, bias, target, None, label_smoothing, direction, 0.0, reduction, return_accuracy, process_group, gather_grad)
 
 
 def _checked(op: str, x: object, y: object, negatives: object) -> tuple[Tensor, Tensor, Tensor | None]:

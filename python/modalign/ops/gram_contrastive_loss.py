@@ -31,6 +31,8 @@ def gram_contrastive_loss(
     normalize: bool = False,
     reduction: str = "mean",
     return_accuracy: bool = False,
+    process_group: Any = None,
+    gather_grad: str = "full",
     eps: float | None = None,
     implementation: str = "auto",
 ) -> Any:
@@ -76,6 +78,12 @@ def gram_contrastive_loss(
         See `gram_volume`.
     implementation : "auto", "streaming" or "dense"
         "dense" stores the B x C volumes and goes on in torch; it is refused above 8 GiB.
+    process_group : torch.distributed.ProcessGroup, optional
+        Rows and candidates of all ranks form one batch (pass ``dist.group.WORLD``); ``target`` then counts candidates over all ranks, by default from
+        this rank's first one. Ranks may differ in size. Each returns its part of the global loss times the number of ranks, so that averaging the
+        ranks' gradients gives exactly the gradient of the global loss. The accuracy of columns is NaN here. Not for torch.compile.
+    gather_grad : "full" or "local"
+        "local": candidates of other ranks count as constants for the rows, and rows of other ranks for the candidates, as the released code has it.
 
     Returns
     -------
@@ -111,11 +119,12 @@ def gram_contrastive_loss(
     direction = contrastive.check_direction(op, direction)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
+    contrastive.check_group(op, process_group, gather_grad)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f'{op}: implementation must be "auto", "streaming" or "dense", got {arguments.describe(implementation)}')
     dense = implementation == "dense" or len(vectors) >= MAX_KERNEL_MODALITIES
-    if dense and (implementation == "streaming" or return_accuracy):
-        what = "return_accuracy must be False" if return_accuracy else 'implementation must not be "streaming"'
+    if dense and (implementation == "streaming" or return_accuracy or process_group is not None):
+        what = "return_accuracy must be False" if return_accuracy else "process_group must be None" if process_group is not None else 'implementation must not be "streaming"'
         raise ValueError(f"{op}: {what} {'for more than 7 others' if implementation != 'dense' else 'in the dense implementation'}, got {len(vectors)} others")
     given = [anchor, *vectors] + [value for value in (temperature,) if isinstance(value, Tensor)]
     refuse_forward_mode(op, given)
@@ -137,7 +146,7 @@ def gram_contrastive_loss(
                 logits.to(scale.dtype), target, columns=None if present is None else present.any(1), label_smoothing=smoothing, direction=direction
             )
             return contrastive.reduce(loss, count, reduction)
-        return contrastive.evaluate(op, anchor, vectors, scale, None, target, present, smoothing, direction, eps, reduction, return_accuracy)
+        return contrastive.evaluate(op, anchor, vectors, scale, None, target, present, smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad)
 
 
 def _checked(op: str, anchor: object, others: object, present: object) -> tuple[Tensor, list[Tensor], Tensor | None]:

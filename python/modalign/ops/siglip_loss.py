@@ -25,6 +25,8 @@ def siglip_loss(
     normalize: bool = False,
     reduction: str = "mean",
     return_accuracy: bool = False,
+    process_group: Any = None,
+    gather_grad: str = "full",
 ) -> Any:
     r"""Sigmoid loss over all pairs: each pair is a binary question of its own.
 
@@ -50,6 +52,8 @@ def siglip_loss(
         More candidates that belong to no row.
     normalize, reduction, return_accuracy
         See `clip_loss`; "none" gives the sum over the candidates of each row.
+    process_group, gather_grad
+        See `gram_contrastive_loss`.
 
     Returns
     -------
@@ -80,7 +84,8 @@ def siglip_loss(
     normalize = arguments.check_flag(op, "normalize", normalize)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
-    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, 0.0, "both", normalize, reduction, return_accuracy)
+    contrastive.check_group(op, process_group, gather_grad)
+    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, 0.0, "both", normalize, reduction, return_accuracy, process_group, gather_grad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- plain-torch formulas
