@@ -24,6 +24,7 @@ def targets(make: Maker, B: int, C: int) -> Tensor:
     """Some rows ignored, some candidates shared, some nobody's."""
     at = (torch.arange(B) * 5 + 2) % C
     at[3 % B] = -100
+    at[6 % B] = -1
     at[-1] = at[0]
     return make.place(at)
 
@@ -176,7 +177,7 @@ def bad_inputs(name: str, form: str, make: Maker) -> list[BadInput]:
     if make.device.type == "cpu":  # on a GPU values are not looked at
         found += [
             bad(f"a tensor {scale} of 0", RuntimeError, f"{scale} must be positive and finite, got", a, rest(r), **{scale: scalar(make, 0.0)}),
-            bad("target out of range", RuntimeError, "target must hold indices from 0 to C - 1 = 3 or -100, got 4 at row 3", a, rest(r), target=torch.arange(1, 5)),
+            bad("target out of range", RuntimeError, "target must hold indices from 0 to C - 1 = 3, -1 or -100, got 4 at row 3", a, rest(r), target=torch.arange(1, 5)),
         ]
     if name != "siglip_loss":
         found += [

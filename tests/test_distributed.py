@@ -28,7 +28,7 @@ def problem(name, world, dtype=torch.float32):
         present[2] = False
         options["present"] = present
     target = torch.arange(total)
-    target[1], target[-1] = -100, 0
+    target[1], target[-1], target[4] = -100, 0, -1
     starts = [sum(SIZES[world][:rank]) for rank in range(world + 1)]
     return leaves, scalars, options, target, starts
 
@@ -58,9 +58,10 @@ def worker(folder):
         if "present" in options:
             options["present"] = options["present"][here]
         mine = [leaf[here] for leaf in leaves]
-        for how in ({}, {"gather_grad": "local"}):
-            found[name, *how.values()] = run(name, mine, scalars, options, target[here], process_group=dist.group.WORLD, **how)
-        found[name, "again"] = run(name, mine, scalars, options, target[here], process_group=dist.group.WORLD)
+        for exchange in ("gather", "ring"):
+            for how in ("full", "local", "again"):
+                more = {"exchange": exchange, "gather_grad": "full" if how == "again" else how, "process_group": dist.group.WORLD}
+                found[name, exchange, how] = run(name, mine, scalars, options, target[here], **more)
         plain = {key: value for key, value in options.items() if key == "present"}
         found[name, "default target"] = call(name, mine, scalars, plain, None, process_group=dist.group.WORLD, return_accuracy=True)
         found[name, "none"] = call(name, mine, scalars, options, target[here], process_group=dist.group.WORLD, reduction="none")
@@ -87,20 +88,21 @@ def relative(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
 @pytest.mark.parametrize("name", list(LOSSES))
-def test_averaged_gradients_are_those_of_one_process(ranks, name):
+def test_averaged_gradients_are_those_of_one_process(ranks, name, exchange):
     world, found = ranks
     expected = run(name, *problem(name, world, torch.float64)[:4])
     leaves = len(expected) - 1 - len(options_of(name, Maker()))
-    mean = torch.stack([rank[name,][0] for rank in found]).double().mean()
+    mean = torch.stack([rank[name, exchange, "full"][0] for rank in found]).double().mean()
     assert relative(mean, expected[0]) < 1e-5
     for index in range(leaves):  # a leaf's rows lie on one rank; averaging divides by the number of ranks
-        gathered = torch.cat([rank[name,][1 + index] for rank in found]) / world
+        gathered = torch.cat([rank[name, exchange, "full"][1 + index] for rank in found]) / world
         assert relative(gathered, expected[1 + index]) < 1e-5, index
     for index in range(leaves, len(expected) - 1):
-        assert relative(torch.stack([rank[name,][1 + index] for rank in found]).double().mean(), expected[1 + index]) < 3e-5
+        assert relative(torch.stack([rank[name, exchange, "full"][1 + index] for rank in found]).double().mean(), expected[1 + index]) < 3e-5
     for rank in found:
-        for ours, theirs in zip(rank[name,], rank[name, "again"], strict=True):
+        for ours, theirs in zip(rank[name, exchange, "full"], rank[name, exchange, "again"], strict=True):
             assert torch.equal(ours, theirs)
 
 
@@ -116,15 +118,16 @@ def test_rows_and_accuracy(ranks, name):
         assert rank[name, "default target"][1][0].item() == pytest.approx(accuracy[0].item())
 
 
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "siglip_loss"])
-def test_local_gradients_leave_out_what_was_gathered(ranks, name):
+def test_local_gradients_leave_out_what_was_gathered(ranks, name, exchange):
     """Rows get the gradient of their own direction, candidates of theirs."""
     world, found = ranks
     leaves, scalars, options, target, _ = problem(name, world, torch.float64)
     half = [run(name, leaves, scalars, options | {"direction": direction}, target) for direction in ("rows", "columns")]
-    assert relative(torch.stack([rank[name, "local"][0] for rank in found]).double().mean(), (half[0][0] + half[1][0]) / 2) < 1e-5
-    anchors = torch.cat([rank[name, "local"][1] for rank in found]) / world
+    assert relative(torch.stack([rank[name, exchange, "local"][0] for rank in found]).double().mean(), (half[0][0] + half[1][0]) / 2) < 1e-5
+    anchors = torch.cat([rank[name, exchange, "local"][1] for rank in found]) / world
     assert relative(anchors, half[0][1] / 2) < 1e-5
     for index in range(1, len(leaves)):
-        candidates = torch.cat([rank[name, "local"][1 + index] for rank in found]) / world
+        candidates = torch.cat([rank[name, exchange, "local"][1 + index] for rank in found]) / world
         assert relative(candidates, half[1][1 + index] / 2) < 1e-5

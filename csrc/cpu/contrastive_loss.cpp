@@ -239,6 +239,11 @@ void forward(const ContrastiveProblem& p, const ContrastiveForward& to, const Fo
   for (std::int64_t j = 0; j < C; ++j) columns_here += sides.active[j];
   for (std::int64_t i = 0; i < B; ++i) rows_here += sides.label[i] != kNoPart, labelled += sides.label[i] >= 0;
   classes[0] = static_cast<T>(columns_here), classes[1] = static_cast<T>(rows_here), classes[2] = static_cast<T>(labelled);
+  double center = 0;
+  if (p.loss == PairLoss::softmax)
+    for (std::int64_t j = 0; j < C; ++j)
+      if (sides.active[j] != 0) center += (column_lse[j] - std::log(rows_here) - sides.bias) / sides.scale / columns_here;
+  classes[3] = static_cast<T>(std::abs(center) < infinity ? center : 0);
   for (std::int64_t j = 0; j < C; ++j) {
     column_sum[j] = static_cast<T>(buffers.column_sum[j]);
     to.column_best[j] = kNone;
@@ -310,7 +315,7 @@ struct LossUpstream {
   const T *row_weight, *row_lse;
   T row_share, column_share;   // lambda / columns, lambda / rows
   T row_part, column_part, label_part;
-  T center;                    // dscale is summed over v - center: softmax, where the dz add up to 0
+  T center;
   std::int64_t label = kNone;
   T g = 0, lse = 0;
   Vector<T> dscale{}, dbias{};
@@ -318,7 +323,7 @@ struct LossUpstream {
 
   std::int64_t begin_row(std::int64_t row, std::int64_t, std::int64_t) {
     label = buffers.sides.label[row];
-    g = label == kNoPart || (label == kNone && p.loss == PairLoss::softmax) ? T(0) : row_weight[row];
+    g = label == kNoPart ? T(0) : row_weight[row];
     lse = row_lse[row];
     dscale = dbias = Vector<T>{};
     return label;
@@ -409,19 +414,11 @@ void backward_of(const ContrastiveProblem& p, const ContrastiveBackward& to, voi
   const T* basis = static_cast<const T*>(to.basis);
   if (p.form == PairForm::product) widen_columns(p.pairs, loss.columns, parallel), basis = loss.columns;
 
-  // The values of most pairs lie close together: without what they have in common, dscale keeps two more digits. Any constant will do; this one is the same on all parts
-  // of a larger problem.
-  double center = 0;
-  if (p.loss == PairLoss::softmax) {
-    for (std::int64_t j = 0; j < sizes.C; ++j)
-      if (loss.sides.active[j] != 0) center += (column_lse[j] - std::log(classes[1]) - loss.sides.bias) / loss.sides.scale / classes[0];
-    if (!(std::abs(center) < infinity)) center = 0;
-  }
   const auto make_upstream = [&] {
     const T lambda = static_cast<T>(p.label_smoothing);
     const double label_part = p.loss == PairLoss::sigmoid ? 1 : (p.row_part + p.column_part) * (1 - p.label_smoothing);
     return LossUpstream<T>{p, loss, static_cast<const T*>(to.row_weight), row_lse, lambda == 0 ? 0 : lambda / classes[0], lambda == 0 ? 0 : lambda / classes[1],
-                           static_cast<T>(p.row_part), static_cast<T>(p.column_part), static_cast<T>(label_part), static_cast<T>(center)};
+                           static_cast<T>(p.row_part), static_cast<T>(p.column_part), static_cast<T>(label_part), classes[3]};
   };
   with_geometry<T>(p, to.factor, [&](const auto& geometry) {
     using Geometry = std::decay_t<decltype(geometry)>;

@@ -49,7 +49,7 @@ void check_values(const ContrastiveProblem& p, const Tensor& scale, const Option
   if (p.target)
     for (std::int64_t i = 0; i < p.pairs.B; ++i) {
       const std::int64_t t = p.target[i * p.target_stride];
-      MODALIGN_CHECK(t == kIgnoredTarget || (t >= 0 && t < p.pairs.C), L::name, ": target must hold indices from 0 to C - 1 = ", p.pairs.C - 1, " or -100, got ", t, " at row ", i);
+      MODALIGN_CHECK(t == kIgnoredTarget || (t >= kNoTarget && t < p.pairs.C), L::name, ": target must hold indices from 0 to C - 1 = ", p.pairs.C - 1, ", -1 or -100, got ", t, " at row ", i);
     }
 }
 
@@ -101,7 +101,7 @@ Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& 
   const auto rows = [&](ScalarType type) { return new_tensor(anchor, {B}, type); };
   const auto columns = [&](ScalarType type) { return new_tensor(anchor, {C}, type); };
   Tensor loss = rows(real), row_lse = rows(real), row_sum = rows(real), label = rows(real), row_best = rows(whole);
-  Tensor column_lse = columns(real), column_sum = columns(real), column_best = columns(whole), classes = new_tensor(anchor, {3}, real);
+  Tensor column_lse = columns(real), column_sum = columns(real), column_best = columns(whole), classes = new_tensor(anchor, {4}, real);
   const bool product = L::form == PairForm::product;
   Tensor basis = new_tensor(anchor, {product ? 0 : C, m, D}, real);
   Tensor factor = new_tensor(anchor, {product ? 0 : C, L::form == PairForm::triangle ? 3 : m * m}, real);
@@ -135,7 +135,7 @@ Backward backward(const Tensor& row_weight, const Tensor& column_weight, const T
                                data("column_weight", column_weight, {C}),
                                data("row_lse", row_lse, {B}),
                                data("column_lse", column_lse, {C}),
-                               data("classes", classes, {3}),
+                               data("classes", classes, {4}),
                                data("basis", basis, {product ? 0 : C, m, D}),
                                data("factor", factor, {product ? 0 : C, L::form == PairForm::triangle ? 3 : m * m}),
                                need_anchor ? grad_anchor.mutable_data_ptr() : nullptr,

@@ -21,14 +21,17 @@
 // softmax:  dL/dz_ij = alpha g_i (exp(z_ij - row_lse_i) - lambda / columns) + beta h_j (exp(z_ij - column_lse_j) - lambda / rows)
 //                      - (alpha + beta) (1 - lambda) g_i [j = t_i]
 // sigmoid:  dL/dz_ij = g_i (sigmoid(z_ij) - [j = t_i])
-// dv = scale dz,  dscale = sum_ij dz_ij v_ij,  dbias = sum_ij dz_ij; from dv on it is the gradient of the pair value.
+// dv = scale dz,  dscale = sum_ij dz_ij (v_ij - center),  dbias = sum_ij dz_ij; from dv on it is the gradient of the pair value. The dz of softmax add up to 0 over the whole
+// problem, so any constant may be its center: with the mean over columns of (column_lse - log rows - bias) / scale, what all values have in common (0 for sigmoid and where
+// that is not finite), dscale keeps two more digits.
 #pragma once
 
 #include "ops/gram_volume.h"
 
 namespace modalign {
 
-constexpr std::int64_t kIgnoredTarget = -100;   // torch's ignore_index
+constexpr std::int64_t kIgnoredTarget = -100;   // torch's ignore_index: the row takes no part
+constexpr std::int64_t kNoTarget = -1;          // the row takes part and has no label
 
 enum class PairForm : std::int8_t { volume, triangle, product };
 enum class PairLoss : std::int8_t { softmax, sigmoid };
@@ -55,13 +58,13 @@ struct ContrastiveForward {
   void* label;                     // [B] real; 0 where the row has none
   std::int64_t* row_best;          // [B]; -1 where the row has no label, C where all logits are NaN
   std::int64_t* column_best;       // [C]; -1 where the column is nobody's target, B where all logits are NaN
-  void* classes;                   // [3] real: columns and rows that take part, rows with a label
+  void* classes;                   // [4] real: columns and rows that take part, rows with a label, center
   void* basis;                     // as in PairForward; form product: empty
   void* factor;
 };
 
 struct ContrastiveBackward {
-  const void* row_weight;          // g [B] real; 0 where a row has no label (softmax)
+  const void* row_weight;          // g [B] real; softmax: 0 where a row has no label in the whole problem
   const void* column_weight;       // h [C] real
   const void* row_lse;             // of this forward, or of a larger problem that this one is a part of
   const void* column_lse;

@@ -13,7 +13,7 @@ from ._registration import accumulation_dtype, call, register_pair, tie_to
 
 IGNORED = -100
 REDUCTIONS = ("mean", "sum", "none")
-DIRECTIONS = {"both": (0.5, 0.5), "rows": (1.0, 0.0), "columns": (0.0, 1.0)}
+DIRECTIONS = ("both", "rows", "columns")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------- arguments
@@ -63,13 +63,22 @@ def check_reduction(op: str, value: object) -> str:
     return value  # type: ignore[return-value]
 
 
+def parts_of(direction: str) -> tuple[float, float]:
+    """The shares of rows and columns. Literals: torch.compile(dynamic=True) would take floats of a table for inputs."""
+    if direction == "both":
+        return 0.5, 0.5
+    return (1.0, 0.0) if direction == "rows" else (0.0, 1.0)
+
+
 def check_direction(op: str, value: object) -> str:
     if value not in DIRECTIONS:
         raise ValueError(f'{op}: direction must be "both", "rows" or "columns", got {arguments.describe(value)}')
     return value  # type: ignore[return-value]
 
 
-def check_group(op: str, group: object, gather_grad: object) -> None:
+def check_group(op: str, group: object, gather_grad: object, exchange: object) -> None:
+    if exchange not in ("gather", "ring"):
+        raise ValueError(f'{op}: exchange must be "gather" or "ring", got {arguments.describe(exchange)}')
     if gather_grad not in ("full", "local"):
         raise ValueError(f'{op}: gather_grad must be "full" or "local", got {arguments.describe(gather_grad)}')
     if group is None:
@@ -110,14 +119,15 @@ def evaluate(
     return_accuracy: bool,
     process_group: Any = None,
     gather_grad: str = "full",
+    exchange: str = "gather",
 ) -> Any:
     if process_group is not None:
         from . import _distributed
 
         return _distributed.evaluate(
-            name, anchor, others, scale, bias, target, present, label_smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad
+            name, anchor, others, scale, bias, target, present, label_smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad, exchange
         )
-    loss, _, _, _, _, _, row_best, column_best, classes, _, _ = call(name, anchor, others, scale, bias, target, present, label_smoothing, *DIRECTIONS[direction], eps)
+    loss, _, _, _, _, _, row_best, column_best, classes, _, _ = call(name, anchor, others, scale, bias, target, present, label_smoothing, *parts_of(direction), eps)
     result = reduce(loss, classes[1] if name == "siglip_loss" else classes[2], reduction)
     return (result, accuracy(row_best, column_best, target)) if return_accuracy else result
 
@@ -159,7 +169,7 @@ def _fake(anchor: Tensor, others: list[Tensor], scale: Tensor, bias: Tensor | No
         return anchor.new_empty(size, dtype=dtype)
 
     best = new(B, dtype=torch.int64), new(C, dtype=torch.int64)
-    return new(B), new(B), new(C), new(B), new(C), new(B), *best, new(3), new(C, m, D), new(C, m * m)
+    return new(B), new(B), new(C), new(B), new(C), new(B), *best, new(4), new(C, m, D), new(C, m * m)
 
 
 def _fake_triangle(anchor: Tensor, others: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
@@ -268,7 +278,7 @@ def loss_of_logits(
     label = (1 - label_smoothing) * label
     row_loss = inside.logsumexp(1)[i] - label - label_smoothing * inside.mean(1)[i]
     column_loss = inside.logsumexp(0)[j] - label - label_smoothing * inside.mean(0)[j]
-    row_part, column_part = DIRECTIONS[direction]
+    row_part, column_part = parts_of(direction)
     return loss.index_put((pairs,), row_part * row_loss + column_part * column_loss), labelled.sum()
 
 

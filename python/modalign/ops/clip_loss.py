@@ -30,6 +30,7 @@ def clip_loss(
     return_accuracy: bool = False,
     process_group: Any = None,
     gather_grad: str = "full",
+    exchange: str = "gather",
 ) -> Any:
     r"""InfoNCE over all pairs of rows of x and y with logits ``logit_scale x_i . y_j + logit_bias``; rows and columns at once.
 
@@ -54,14 +55,14 @@ def clip_loss(
     logit_bias : float or Tensor of one element, optional
         Added to all logits: without effect on this loss, taken for the sake of training loops that pass it.
     target : Tensor int64 [B], optional
-        The candidate of each row, or -100 for a row that takes no part. Default: row i belongs to candidate i, and B must equal C.
+        The candidate of each row; -1: none; -100: the row takes no part. Default: row i belongs to candidate i, and B must equal C.
     negatives : Tensor [K, D], optional
         More candidates that belong to no row, such as a queue.
     label_smoothing, direction, reduction, return_accuracy
         See `gram_contrastive_loss`.
     normalize : bool
         Scale all rows to unit length first.
-    process_group, gather_grad
+    process_group, gather_grad, exchange
         See `gram_contrastive_loss`.
 
     Returns
@@ -96,8 +97,8 @@ def clip_loss(
     direction = contrastive.check_direction(op, direction)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
-    contrastive.check_group(op, process_group, gather_grad)
-    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, smoothing, direction, normalize, reduction, return_accuracy, process_group, gather_grad)
+    contrastive.check_group(op, process_group, gather_grad, exchange)
+    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, smoothing, direction, normalize, reduction, return_accuracy, process_group, gather_grad, exchange)
 
 
 def pair_loss(
@@ -115,6 +116,7 @@ def pair_loss(
     return_accuracy: bool,
     process_group: Any,
     gather_grad: str,
+    exchange: str,
 ) -> Any:
     """What `clip_loss` and `siglip_loss` do with checked arguments."""
     refuse_forward_mode(op, [value for value in (x, y, negatives, logit_scale, logit_bias) if isinstance(value, Tensor)])
@@ -132,7 +134,7 @@ def pair_loss(
             y = torch.cat([y, negatives])
         if normalize:
             x, y = unit(x), unit(y)
-        return contrastive.evaluate(op, x, [y], scale, bias, target, None, label_smoothing, direction, 0.0, reduction, return_accuracy, process_group, gather_grad)
+        return contrastive.evaluate(op, x, [y], scale, bias, target, None, label_smoothing, direction, 0.0, reduction, return_accuracy, process_group, gather_grad, exchange)
 
 
 def _checked(op: str, x: object, y: object, negatives: object) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -33,6 +33,7 @@ def gram_contrastive_loss(
     return_accuracy: bool = False,
     process_group: Any = None,
     gather_grad: str = "full",
+    exchange: str = "gather",
     eps: float | None = None,
     implementation: str = "auto",
 ) -> Any:
@@ -58,8 +59,9 @@ def gram_contrastive_loss(
     temperature : float or Tensor of one element
         Positive; a tensor gets a gradient.
     target : Tensor int64 [B], optional
-        The candidate of each row, or -100 for a row that takes no part, neither as a row nor among the rows that a column is compared with. Default:
-        row i belongs to candidate i, and B must equal C. Several rows may share a candidate: each labelled pair counts once in either direction.
+        The candidate of each row; -1 for a row without one, which stays among the rows that columns are compared with; -100 for a row that takes no
+        part at all. Default: row i belongs to candidate i, and B must equal C. Several rows may share a candidate: each labelled pair counts once in
+        either direction.
     label_smoothing : float
         In [0, 1): that share of the target is spread over all classes, the target included (as in torch).
     direction : "both", "rows" or "columns"
@@ -84,6 +86,8 @@ def gram_contrastive_loss(
         ranks' gradients gives exactly the gradient of the global loss. The accuracy of columns is NaN here. Not for torch.compile.
     gather_grad : "full" or "local"
         "local": candidates of other ranks count as constants for the rows, and rows of other ranks for the candidates, as the released code has it.
+    exchange : "gather" or "ring"
+        How ranks meet: all candidates on every rank, or one rank's block of candidates at a time, which travels on while the next is computed.
 
     Returns
     -------
@@ -119,7 +123,7 @@ def gram_contrastive_loss(
     direction = contrastive.check_direction(op, direction)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
-    contrastive.check_group(op, process_group, gather_grad)
+    contrastive.check_group(op, process_group, gather_grad, exchange)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f'{op}: implementation must be "auto", "streaming" or "dense", got {arguments.describe(implementation)}')
     dense = implementation == "dense" or len(vectors) >= MAX_KERNEL_MODALITIES
@@ -146,7 +150,7 @@ def gram_contrastive_loss(
                 logits.to(scale.dtype), target, columns=None if present is None else present.any(1), label_smoothing=smoothing, direction=direction
             )
             return contrastive.reduce(loss, count, reduction)
-        return contrastive.evaluate(op, anchor, vectors, scale, None, target, present, smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad)
+        return contrastive.evaluate(op, anchor, vectors, scale, None, target, present, smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad, exchange)
 
 
 def _checked(op: str, anchor: object, others: object, present: object) -> tuple[Tensor, list[Tensor], Tensor | None]:

@@ -27,6 +27,7 @@ def siglip_loss(
     return_accuracy: bool = False,
     process_group: Any = None,
     gather_grad: str = "full",
+    exchange: str = "gather",
 ) -> Any:
     r"""Sigmoid loss over all pairs: each pair is a binary question of its own.
 
@@ -47,12 +48,12 @@ def siglip_loss(
     logit_scale, logit_bias : float or Tensor of one element
         Published start: 10 (multiplies, already exponentiated) and -10. Tensors get gradients.
     target : Tensor int64 [B], optional
-        The candidate of each row, or -100 for a row that takes no part. Default: row i belongs to candidate i, and B must equal C.
+        The candidate of each row; -1: none; -100: the row takes no part. Default: row i belongs to candidate i, and B must equal C.
     negatives : Tensor [K, D], optional
         More candidates that belong to no row.
     normalize, reduction, return_accuracy
         See `clip_loss`; "none" gives the sum over the candidates of each row.
-    process_group, gather_grad
+    process_group, gather_grad, exchange
         See `gram_contrastive_loss`.
 
     Returns
@@ -84,8 +85,8 @@ def siglip_loss(
     normalize = arguments.check_flag(op, "normalize", normalize)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
-    contrastive.check_group(op, process_group, gather_grad)
-    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, 0.0, "both", normalize, reduction, return_accuracy, process_group, gather_grad)
+    contrastive.check_group(op, process_group, gather_grad, exchange)
+    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, 0.0, "both", normalize, reduction, return_accuracy, process_group, gather_grad, exchange)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- plain-torch formulas

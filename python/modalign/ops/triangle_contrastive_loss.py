@@ -30,6 +30,7 @@ def triangle_contrastive_loss(
     return_accuracy: bool = False,
     process_group: Any = None,
     gather_grad: str = "full",
+    exchange: str = "gather",
     eps: float | None = None,
 ) -> Any:
     r"""InfoNCE over all pairs with logits ``-Area(a_i, u_j, v_j) / temperature`` (`triangle_area`); rows and columns at once.
@@ -48,7 +49,7 @@ def triangle_contrastive_loss(
         See `gram_contrastive_loss`.
     eps : float, optional
         See `triangle_area`.
-    process_group, gather_grad
+    process_group, gather_grad, exchange
         See `gram_contrastive_loss`.
 
     Returns
@@ -82,7 +83,7 @@ def triangle_contrastive_loss(
     direction = contrastive.check_direction(op, direction)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
-    contrastive.check_group(op, process_group, gather_grad)
+    contrastive.check_group(op, process_group, gather_grad, exchange)
     refuse_forward_mode(op, [anchor, u, v] + [value for value in (temperature,) if isinstance(value, Tensor)])
     if autocast_is_on(anchor.device.type):
         anchor, u, v = to_autocast(anchor), to_autocast(u), to_autocast(v)
@@ -91,7 +92,7 @@ def triangle_contrastive_loss(
     with torch.autocast(anchor.device.type, enabled=False):
         if normalize:
             anchor, u, v = unit(anchor), unit(u), unit(v)
-        return contrastive.evaluate(op, anchor, [u, v], scale, None, target, None, smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad)
+        return contrastive.evaluate(op, anchor, [u, v], scale, None, target, None, smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad, exchange)
 
 
 def _checked(op: str, anchor: object, u: object, v: object) -> tuple[Tensor, Tensor, Tensor]:
