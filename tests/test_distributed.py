@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from contrastive_cases import CONTRASTIVE, options_of, others_of
+from modalign import ops
 from modalign.testing import Maker
+from ranks import run_ranks
 
 LOSSES = {case.name: case for case in CONTRASTIVE}
 FORMS = {"gram_contrastive_loss": "gram", "triangle_contrastive_loss": "triangle", "clip_loss": "product", "siglip_loss": "product"}
@@ -45,12 +43,10 @@ def run(name, leaves, scalars, options, target, **more):
     return [loss.detach(), *torch.autograd.grad(loss, [*leaves, *scalars.values()])]
 
 
-def worker(folder):
-    """One rank: every loss, gathered; what it found goes to a file."""
+def worker(rank, world):
+    """One rank: every loss, gathered and round the ring."""
     import torch.distributed as dist
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
     found = {}
     for name in LOSSES:
         leaves, scalars, options, target, starts = problem(name, world)
@@ -65,23 +61,12 @@ def worker(folder):
         plain = {key: value for key, value in options.items() if key == "present"}
         found[name, "default target"] = call(name, mine, scalars, plain, None, process_group=dist.group.WORLD, return_accuracy=True)
         found[name, "none"] = call(name, mine, scalars, options, target[here], process_group=dist.group.WORLD, reduction="none")
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module", params=list(SIZES))
 def ranks(request, tmp_path_factory):
-    world, folder = request.param, str(tmp_path_factory.mktemp("ranks"))
-    code = f"import sys; sys.path[:0] = {sys.path!r}; import test_distributed; test_distributed.worker({folder!r})"
-    started = [
-        subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ, RANK=str(rank), WORLD_SIZE=str(world), OMP_NUM_THREADS="1"), stderr=subprocess.PIPE, text=True)
-        for rank in range(world)
-    ]
-    for process in started:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-    return world, [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
+    return request.param, run_ranks(request.param, "test_distributed:worker", str(tmp_path_factory.mktemp("ranks")))
 
 
 def relative(actual, expected):
@@ -131,3 +116,14 @@ def test_local_gradients_leave_out_what_was_gathered(ranks, name, exchange):
     for index in range(1, len(leaves)):
         candidates = torch.cat([rank[name, exchange, "local"][1 + index] for rank in found]) / world
         assert relative(candidates, half[1][1 + index] / 2) < 1e-5
+
+
+def test_process_groups_are_checked():
+    a = torch.eye(3)
+    for call in (lambda **more: ops.gram_contrastive_loss(a, [a], **more), lambda **more: ops.clip_loss(a, a, logit_scale=1.0, **more)):
+        with pytest.raises(ValueError, match="process_group must be None where torch.distributed is not initialised, got str"):
+            call(process_group="world")
+        with pytest.raises(ValueError, match='gather_grad must be "full" or "local", got str'):
+            call(gather_grad="none")
+        with pytest.raises(ValueError, match='exchange must be "gather" or "ring", got str'):
+            call(exchange="tree")
