@@ -137,11 +137,12 @@ def raw(name: str, form: str, make: Maker) -> list[tuple[object, tuple[object, .
     bias = make.place(torch.tensor(-1.0)) if form == "product" else None
     smoothing = 0.0 if name == "siglip_loss" else 0.1
     given = (make.unit(B, D), vectors, scale, bias, targets(make, B, C), make.mask(C, 2) if form == "gram" else None, smoothing, 0.5, 0.5, 1e-12)
-    loss, row_lse, column_lse, *_, classes, basis, factor = forward(*given)
-    wanting = (given[0].clone().requires_grad_(), [vector.clone().requires_grad_() for vector in vectors], scale.clone().requires_grad_(), *given[3:])
+    budget = 0  # products that are kept have padding that nobody fills
+    loss, row_lse, column_lse, *_, classes, basis, factor, products = forward(*given, budget)
+    wanting = (given[0].clone().requires_grad_(), [vector.clone().requires_grad_() for vector in vectors], scale.clone().requires_grad_(), *given[3:], budget)
     found: list[tuple[object, tuple[object, ...]]] = [(forward, wanting)]
     for need in ((True, True), (True, False), (False, True), (False, False)):
-        found.append((backward, (torch.ones_like(loss), torch.ones_like(column_lse), row_lse, column_lse, classes, basis, factor, *given, *need)))
+        found.append((backward, (torch.ones_like(loss), torch.ones_like(column_lse), row_lse, column_lse, classes, basis, factor, products, *given, *need)))
     return found
 
 
@@ -169,6 +170,10 @@ def bad_inputs(name: str, form: str, make: Maker) -> list[BadInput]:
         bad("short target", ValueError, r"target must have shape \[B\] = \[4\], got", a, rest(r), target=torch.zeros(3, dtype=torch.long, device=make.device)),
         bad("reduction", ValueError, 'reduction must be "mean", "sum" or "none", got str', a, rest(r), reduction="average"),
         bad("return_accuracy", TypeError, "return_accuracy must be True or False, got int 1", a, rest(r), return_accuracy=1),
+        bad("implementation", ValueError, 'implementation must be "auto", "streaming" or "dense", got str', a, rest(r), implementation="fast"),
+        bad("workspace_bytes", ValueError, "workspace_bytes must be at least 0", a, rest(r), workspace_bytes=-1),
+        bad("workspace_bytes of streaming", ValueError, 'workspace_bytes must be at least 0 and go with implementation="auto"', a, rest(r), workspace_bytes=1, implementation="streaming"),
+        bad("workspace_bytes is a float", TypeError, "workspace_bytes must be None or a whole number", a, rest(r), workspace_bytes=1e6),
         bad("normalize", TypeError, "normalize must be True or False, got str", a, rest(r), normalize="root"),
         *[bad(f"{scale} = {value}", ValueError, f"{scale} must be positive and finite, got {value}", a, rest(r), **{scale: value}) for value in (0.0, -1.0, float("inf"), float("nan"))],
         bad(f"{scale} is a string", TypeError, f"{scale} must be a number or a floating-point tensor of one element, got str", a, rest(r), **{scale: "low"}),
@@ -190,9 +195,8 @@ def bad_inputs(name: str, form: str, make: Maker) -> list[BadInput]:
             bad("others is empty", ValueError, "others must hold at least one tensor", a, ([],)),
             bad("mixed candidates", ValueError, r"others\[1\] must have as many candidates C as others\[0\] = 4, got", a, ([r, make.randn(5, 8)],)),
             bad("present of the wrong shape", ValueError, r"present must have shape \[C, m\]", a, ([r],), present=make.mask(4, 2)),
-            bad("implementation", ValueError, 'implementation must be "auto", "streaming" or "dense", got str', a, ([r],), implementation="fast"),
-            bad("streaming k=9", ValueError, 'implementation must not be "streaming" for more than 7 others, got 8', a, ([r] * 8,), implementation="streaming"),
-            bad("accuracy of dense", ValueError, "return_accuracy must be False in the dense implementation", a, ([r],), implementation="dense", return_accuracy=True),
+            bad("streaming k=9", ValueError, "implementation must not be 'streaming' for more than 7 others, got 8", a, ([r] * 8,), implementation="streaming"),
+            bad("accuracy of k=9", ValueError, "return_accuracy must be False for more than 7 others, got 8", a, ([r] * 8,), return_accuracy=True),
             bad("eps", ValueError, "eps must be finite and 0 or more, got -1.0", a, ([r],), eps=-1.0),
         ]
     if form == "triangle":

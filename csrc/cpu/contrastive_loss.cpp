@@ -4,7 +4,7 @@
 //            sums and the largest are kept. Backward makes each tile again, forms dL/dz from the saved log-sum-exps and goes on as pair_gradient.h does.
 //            (GRAM, ICLR 2025; CLIP 2021; SigLIP 2023; TRIANGLE, NeurIPS 2025; recomputation as in FlashAttention and Inf-CL.)
 // Label      the labelled pair of a row is always computed from its vectors, and stands in its tile with the same bits: a loss is never below 0 by rounding.
-// FLOPs      forward 2 B C m D, backward 6 B C m D; two exponentials per pair each (sigmoid: one).
+// FLOPs      forward 2 B C m D, backward 6 B C m D (4 where the forward could keep its products); two exponentials per pair each (sigmoid: one).
 // Memory     beyond in- and outputs: the packed operands; backward the operands and gradients of pair_gradient.h. Row statistics take at most 32 slots.
 // Precision  tiles in float (double for double), all sums over tiles in double.
 // Order      slots fixed by the problem, added in slot order: the same bits for any number of threads.
@@ -221,7 +221,7 @@ void forward(const ContrastiveProblem& p, const ContrastiveForward& to, const Fo
   const Slots slots = ForwardBuffers<T>::slots_of(p);
   for (std::int64_t i = 0; i < slots.count * B; ++i) buffers.row_sum[i] = 0, buffers.row_top[i] = -infinity, buffers.row_best[i] = kNone;
 
-  const PackedPair<T> pair{buffers.operands.row_panels, B, buffers.operands.column_panels, columns.count, sizes.D, columns.tile};
+  const PackedPair<T> pair{buffers.operands.row_panels, B, buffers.operands.column_panels, columns.count, sizes.D, columns.tile, static_cast<T*>(to.products)};
   const auto make_logits = [&] {
     return Logits<T, Values>{p, buffers, columns.groups, Values(sizes, geometry, buffers.operands, basis, false), Scratch<T>(columns.tile)};
   };
@@ -412,6 +412,7 @@ void backward_of(const ContrastiveProblem& p, const ContrastiveBackward& to, voi
   }
   for (std::int64_t s = 0; s < 2 * kMaxSlots; ++s) loss.slot_scale[s] = 0;
   const T* basis = static_cast<const T*>(to.basis);
+  T* products = static_cast<T*>(const_cast<void*>(to.products));   // only read
   if (p.form == PairForm::product) widen_columns(p.pairs, loss.columns, parallel), basis = loss.columns;
 
   const auto make_upstream = [&] {
@@ -427,7 +428,7 @@ void backward_of(const ContrastiveProblem& p, const ContrastiveBackward& to, voi
     if constexpr (std::is_same_v<Geometry, ProductGeometry<T>>) {
       const Columns<T> columns(sizes.C, D, 1);
       gradient_walk<T>(
-          {buffers.pairs.operands.row_panels, sizes.B, buffers.pairs.operands.column_panels, columns.count, D, columns.tile}, slots_of<T>(sizes, columns),
+          {buffers.pairs.operands.row_panels, sizes.B, buffers.pairs.operands.column_panels, columns.count, D, columns.tile, products}, slots_of<T>(sizes, columns),
           buffers.pairs.gradient, to.grad_anchor != nullptr, to.grad_others != nullptr, Into::add, parallel, [&](std::int64_t c) { return columns.row(c, basis); },
           [&] { return ProductEpilogue<T>{sizes, columns.groups, ProductValues<T>(sizes, geometry, buffers.pairs.operands, basis, false), make_upstream()}; },
           [&](std::int64_t first, std::int64_t rows, const auto& add_slots) {
@@ -443,7 +444,7 @@ void backward_of(const ContrastiveProblem& p, const ContrastiveBackward& to, voi
       if (to.grad_others)
         for (std::int64_t j = 0; j < sizes.C; ++j) store_row<T>(p.pairs.dtype, to.grad_others, j * D, D, buffers.pairs.gradient.column_gradient + j * D);
     } else {
-      pair_gradient(sizes, p.pairs.dtype, 0, false, p.pairs.eps, basis, geometry, to.grad_anchor, to.grad_others, buffers.pairs, parallel, make_upstream);
+      pair_gradient(sizes, p.pairs.dtype, 0, false, p.pairs.eps, basis, geometry, to.grad_anchor, to.grad_others, buffers.pairs, parallel, make_upstream, products);
     }
   });
   double scale = 0, bias = 0;

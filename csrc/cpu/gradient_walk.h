@@ -4,7 +4,7 @@
 //
 // Row panels are walked in order; inside a panel every thread owns whole column slots (at most kMaxSlots, their number fixed by the problem), adds the column side into
 // its own rows of column_gradient and the row side into its slot's buffer; slots are added in order. No atomics, and the bits do not depend on the number of threads.
-// FLOPs: 6 rows columns depth. Memory: the operands a second time as value operands, the column gradient, slots x panel rows x depth.
+// FLOPs: 6 rows columns depth (4 with pair.products from a pass before). Memory: the operands a second time as value operands, the column gradient, slots x panel rows x depth.
 #pragma once
 
 #include "cpu/statistics.h"
@@ -71,7 +71,8 @@ inline void gradient_walk(const PackedPair<T>& pair, const Slots& slots, const G
         for (std::int64_t block = slots.first_tile(slot); block < slots.first_tile(slot + 1); ++block) {
           const std::int64_t at = block * pair.tile_columns;
           const Tile<T> tile{first, rows, at, minimum(pair.tile_columns, pair.columns - at), data, pair.tile_columns};
-          tile_product<T>(pair.row_panels + first * depth, rows, pair.column_panels + at * depth, tile.columns, depth, data, tile.ld);
+          if (pair.products) std::memcpy(data, pair.kept(block, first), rows * tile.ld * sizeof(T));
+          else tile_product<T>(pair.row_panels + first * depth, rows, pair.column_panels + at * depth, tile.columns, depth, data, tile.ld);
           epilogue(tile, row_gradient, slot);
           if (row_gradient) {   // T X
             pack_tile_rows<T>(data, tile.ld, rows, tile.columns, left);

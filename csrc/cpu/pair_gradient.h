@@ -154,7 +154,7 @@ struct BackwardEpilogue {
 // Operands must be packed. to.grad* of PairBackward are not read: make_upstream() is called once per thread chunk.
 template <class T, class Geometry, class MakeUpstream>
 inline void pair_gradient(const Sizes& sizes, Scalar dtype, std::int64_t batch, bool squared, double eps, const T* basis, const Geometry& geometry, void* grad_anchor,
-                          void* grad_others, const BackwardBuffers<T>& buffers, const Parallel& parallel, const MakeUpstream& make_upstream) {
+                          void* grad_others, const BackwardBuffers<T>& buffers, const Parallel& parallel, const MakeUpstream& make_upstream, T* products = nullptr) {
   constexpr int W = kLanes<T>;
   const std::int64_t D = sizes.D, panel_rows = panel_rows_of(sizes.B);
   const int m = sizes.m, per_group = 1 + m * (m + 1) / 2;
@@ -165,7 +165,7 @@ inline void pair_gradient(const Sizes& sizes, Scalar dtype, std::int64_t batch, 
   clear_weights();
   using Upstream = decltype(make_upstream());
   gradient_walk<T>(
-      {buffers.operands.row_panels, sizes.B, buffers.operands.column_panels, columns.count, D, columns.tile}, slots, buffers.gradient, grad_anchor != nullptr,
+      {buffers.operands.row_panels, sizes.B, buffers.operands.column_panels, columns.count, D, columns.tile, products}, slots, buffers.gradient, grad_anchor != nullptr,
       grad_others != nullptr, Into::subtract, parallel, [&](std::int64_t c) { return columns.row(c, basis); },
       [&] {
         return BackwardEpilogue<T, Geometry, Upstream>{sizes, geometry, buffers.operands, basis, squared, static_cast<T>(std::sqrt(eps)),

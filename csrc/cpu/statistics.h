@@ -90,7 +90,7 @@ struct StatisticsBuffers {
   }
 };
 
-// Every tile of products of the problem, slots in parallel: make_epilogue() -> epilogue(tile, slot), called once per thread chunk.
+// Every tile of products of the problem, slots in parallel: make_epilogue() -> epilogue(tile, slot), called once per thread chunk. Fills pair.products where there are any.
 template <class T, class MakeEpilogue>
 inline void for_each_slot_tile(const PackedPair<T>& pair, const Slots& slots, const Parallel& parallel, const MakeEpilogue& make_epilogue) {
   parallel_for(parallel, 0, slots.count, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -102,6 +102,7 @@ inline void for_each_slot_tile(const PackedPair<T>& pair, const Slots& slots, co
           const std::int64_t column = block * pair.tile_columns;
           const Tile<T> tile{row, minimum(kTileRows, pair.rows - row), column, minimum(pair.tile_columns, pair.columns - column), data, pair.tile_columns};
           tile_product<T>(pair.row_panels + row * pair.depth, tile.rows, pair.column_panels + column * pair.depth, tile.columns, pair.depth, data, tile.ld);
+          if (pair.products) std::memcpy(pair.kept(block, row), data, tile.rows * tile.ld * sizeof(T));
           epilogue(tile, slot);
         }
   });

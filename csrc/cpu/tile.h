@@ -19,6 +19,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 
 #include "common/vec.h"
 #include "cpu/parallel.h"
@@ -222,8 +223,10 @@ struct PackedPair {
   std::int64_t rows;
   const T* column_panels;
   std::int64_t columns, depth, tile_columns;
+  T* products = nullptr;   // [tiles][rows][tile_columns]: where one pass leaves the products for another that then need not make them again
 
   std::int64_t tiles() const { return (columns + tile_columns - 1) / tile_columns; }
+  T* kept(std::int64_t tile, std::int64_t row) const { return products + (tile * rows + row) * tile_columns; }
 };
 
 template <class T>

@@ -11,7 +11,7 @@
 namespace modalign {
 namespace {
 
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 using Optional = std::optional<Tensor>;
 
@@ -94,7 +94,8 @@ ContrastiveProblem check(const Tensor& anchor, const std::vector<Tensor>& others
 }
 
 template <class L>
-Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double row_part, double column_part, double eps) {
+Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double row_part, double column_part, double eps,
+                std::int64_t workspace_bytes) {
   const ContrastiveProblem p = check<L>(anchor, others, scale, bias, target, present, label_smoothing, row_part, column_part, eps);
   const std::int64_t B = p.pairs.B, C = p.pairs.C, D = p.pairs.D, m = p.pairs.m;
   const ScalarType real = accumulation_type(anchor.scalar_type()), whole = ScalarType::Long;
@@ -105,18 +106,20 @@ Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& 
   const bool product = L::form == PairForm::product;
   Tensor basis = new_tensor(anchor, {product ? 0 : C, m, D}, real);
   Tensor factor = new_tensor(anchor, {product ? 0 : C, L::form == PairForm::triangle ? 3 : m * m}, real);
+  const std::int64_t size = products_size(p.pairs), keep = size * accumulation_size(p.pairs.dtype) <= workspace_bytes ? size : 0;
+  Tensor products = new_tensor(anchor, {keep}, real);
   const ContrastiveForward to{loss.mutable_data_ptr(), row_lse.mutable_data_ptr(), column_lse.mutable_data_ptr(), row_sum.mutable_data_ptr(), column_sum.mutable_data_ptr(),
                               label.mutable_data_ptr(), static_cast<std::int64_t*>(row_best.mutable_data_ptr()), static_cast<std::int64_t*>(column_best.mutable_data_ptr()),
-                              classes.mutable_data_ptr(), basis.mutable_data_ptr(), factor.mutable_data_ptr()};
+                              classes.mutable_data_ptr(), basis.mutable_data_ptr(), factor.mutable_data_ptr(), keep ? products.mutable_data_ptr() : nullptr};
   const cpu::ContrastiveKernels& kernels = cpu::contrastive_kernels();
   const Tensor workspace = new_workspace(anchor, kernels.workspace(p));
   kernels.forward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
-  return {loss, row_lse, column_lse, row_sum, column_sum, label, row_best, column_best, classes, basis, factor};
+  return {loss, row_lse, column_lse, row_sum, column_sum, label, row_best, column_best, classes, basis, factor, products};
 }
 
 template <class L>
 Backward backward(const Tensor& row_weight, const Tensor& column_weight, const Tensor& row_lse, const Tensor& column_lse, const Tensor& classes, const Tensor& basis, const Tensor& factor,
-                  const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double row_part, double column_part, double eps,
+                  const Tensor& products, const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double row_part, double column_part, double eps,
                   bool need_anchor, bool need_others) {
   const ContrastiveProblem p = check<L>(anchor, others, scale, bias, target, present, label_smoothing, row_part, column_part, eps);
   const std::int64_t B = p.pairs.B, C = p.pairs.C, D = p.pairs.D, m = p.pairs.m;
@@ -138,6 +141,7 @@ Backward backward(const Tensor& row_weight, const Tensor& column_weight, const T
                                data("classes", classes, {4}),
                                data("basis", basis, {product ? 0 : C, m, D}),
                                data("factor", factor, {product ? 0 : C, L::form == PairForm::triangle ? 3 : m * m}),
+                               products.numel() ? data("products", products, {products_size(p.pairs)}) : nullptr,
                                need_anchor ? grad_anchor.mutable_data_ptr() : nullptr,
                                need_others ? grad_others.mutable_data_ptr() : nullptr,
                                grad_scale.mutable_data_ptr()};
@@ -155,8 +159,8 @@ using SigLip = Loss<PairForm::product, PairLoss::sigmoid>;
 template <class L, class Library>
 void define(Library& m) {
   const std::string inputs = "Tensor anchor, Tensor[] others, Tensor scale, Tensor? bias, Tensor? target, Tensor? present, float label_smoothing, float row_part, float column_part, float eps", name = L::name;
-  m.def((name + "(" + inputs + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)").c_str());
-  m.def((name + "_bwd(Tensor row_weight, Tensor column_weight, Tensor row_lse, Tensor column_lse, Tensor classes, Tensor basis, Tensor factor, " + inputs +
+  m.def((name + "(" + inputs + ", int workspace_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)").c_str());
+  m.def((name + "_bwd(Tensor row_weight, Tensor column_weight, Tensor row_lse, Tensor column_lse, Tensor classes, Tensor basis, Tensor factor, Tensor products, " + inputs +
          ", bool need_anchor, bool need_others) -> (Tensor, Tensor, Tensor)").c_str());
 }
 

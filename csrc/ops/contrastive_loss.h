@@ -48,6 +48,12 @@ struct ContrastiveProblem {
   double row_part, column_part;    // alpha, beta
 };
 
+// How many products a CPU forward leaves for its backward: whole tiles of candidates, the same for every instruction set. `_fake` in _contrastive.py has the same formula.
+inline std::int64_t products_size(const GramVolumeProblem& p) {
+  const std::int64_t lanes = 64 / accumulation_size(p.dtype), groups = (p.C + lanes - 1) / lanes;
+  return p.B * ((groups + 7) / 8 * 8) * p.m * lanes;
+}
+
 // Contiguous. "real" is float, or double for f64.
 struct ContrastiveForward {
   void* loss;                      // [B] real
@@ -61,6 +67,7 @@ struct ContrastiveForward {
   void* classes;                   // [4] real: columns and rows that take part, rows with a label, center
   void* basis;                     // as in PairForward; form product: empty
   void* factor;
+  void* products;                  // products_size elements of real: the products of all pairs, for a backward that does not make them again; or nullptr
 };
 
 struct ContrastiveBackward {
@@ -71,6 +78,7 @@ struct ContrastiveBackward {
   const void* classes;
   const void* basis;
   const void* factor;
+  const void* products;            // or nullptr
   void* grad_anchor;               // [B, D] dtype, or nullptr
   void* grad_others;               // [C, m, D] dtype, or nullptr
   void* grad_scale;                // [2] real: dscale, dbias

@@ -76,6 +76,22 @@ def check_direction(op: str, value: object) -> str:
     return value  # type: ignore[return-value]
 
 
+IMPLEMENTATIONS = ("auto", "streaming", "dense")
+
+
+def check_workspace(op: str, implementation: object, workspace_bytes: object) -> int:
+    """Bytes that the forward may leave for the backward: "streaming" none, "dense" as many as there are, "auto" the given number or 64 MiB."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f'{op}: implementation must be "auto", "streaming" or "dense", got {arguments.describe(implementation)}')
+    if workspace_bytes is not None and (isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int)):
+        raise TypeError(f"{op}: workspace_bytes must be None or a whole number, got {arguments.describe(workspace_bytes)}")
+    if workspace_bytes is not None and (workspace_bytes < 0 or implementation != "auto"):
+        raise ValueError(f'{op}: workspace_bytes must be at least 0 and go with implementation="auto", got {workspace_bytes} and {implementation!r}')
+    if implementation == "auto":
+        return 64 << 20 if workspace_bytes is None else workspace_bytes
+    return (1 << 62) if implementation == "dense" else 0
+
+
 def check_group(op: str, group: object, gather_grad: object, exchange: object) -> None:
     if exchange not in ("gather", "ring"):
         raise ValueError(f'{op}: exchange must be "gather" or "ring", got {arguments.describe(exchange)}')
@@ -117,6 +133,7 @@ def evaluate(
     eps: float,
     reduction: str,
     return_accuracy: bool,
+    workspace_bytes: int,
     process_group: Any = None,
     gather_grad: str = "full",
     exchange: str = "gather",
@@ -127,7 +144,9 @@ def evaluate(
         return _distributed.evaluate(
             name, anchor, others, scale, bias, target, present, label_smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad, exchange
         )
-    loss, _, _, _, _, _, row_best, column_best, classes, _, _ = call(name, anchor, others, scale, bias, target, present, label_smoothing, *parts_of(direction), eps)
+    loss, _, _, _, _, _, row_best, column_best, classes, *_ = call(
+        name, anchor, others, scale, bias, target, present, label_smoothing, *parts_of(direction), eps, workspace_bytes
+    )
     result = reduce(loss, classes[1] if name == "siglip_loss" else classes[2], reduction)
     return (result, accuracy(row_best, column_best, target)) if return_accuracy else result
 
@@ -160,7 +179,7 @@ def column_weights(row_weight: Tensor, target: Tensor | None, columns: int) -> T
 # ------------------------------------------------------------------------------------------------------------------------- what torch needs to know
 
 
-def _fake(anchor: Tensor, others: list[Tensor], scale: Tensor, bias: Tensor | None, target: Tensor | None, present: Tensor | None, *_: float) -> tuple[Tensor, ...]:
+def _fake(anchor: Tensor, others: list[Tensor], scale: Tensor, bias: Tensor | None, target: Tensor | None, present: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     given = [*others, scale, *(tensor for tensor in (bias, target, present) if tensor is not None)]
     torch._check(all(tensor.device == anchor.device for tensor in given), lambda: "contrastive loss: tensors must be on one device")
     (B, D), C, m, real = anchor.shape, others[0].shape[0], len(others), accumulation_dtype(anchor.dtype)
@@ -169,16 +188,20 @@ def _fake(anchor: Tensor, others: list[Tensor], scale: Tensor, bias: Tensor | No
         return anchor.new_empty(size, dtype=dtype)
 
     best = new(B, dtype=torch.int64), new(C, dtype=torch.int64)
-    return new(B), new(B), new(C), new(B), new(C), new(B), *best, new(4), new(C, m, D), new(C, m * m)
+    lanes = 64 // real.itemsize
+    size = B * ((-(-C // lanes) + 7) // 8 * 8) * m * lanes  # products_size in csrc/ops/contrastive_loss.h
+    keep = size if anchor.device.type != "cuda" and size * real.itemsize <= rest[-1] else 0
+    return new(B), new(B), new(C), new(B), new(C), new(B), *best, new(4), new(C, m, D), new(C, m * m), new(keep)
 
 
 def _fake_triangle(anchor: Tensor, others: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    return *_fake(anchor, others, *rest)[:-1], anchor.new_empty((others[0].shape[0], 3), dtype=accumulation_dtype(anchor.dtype))
+    *statistics, _, products = _fake(anchor, others, *rest)
+    return *statistics, anchor.new_empty((others[0].shape[0], 3), dtype=accumulation_dtype(anchor.dtype)), products
 
 
 def _fake_product(anchor: Tensor, others: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    statistics = _fake(anchor, others, *rest)[:-2]
-    return *statistics, *(anchor.new_empty(size, dtype=accumulation_dtype(anchor.dtype)) for size in ((0, 1, anchor.shape[1]), (0, 1)))
+    *statistics, _, _, products = _fake(anchor, others, *rest)
+    return *statistics, *(anchor.new_empty(size, dtype=accumulation_dtype(anchor.dtype)) for size in ((0, 1, anchor.shape[1]), (0, 1))), products
 
 
 def _fake_backward(
@@ -189,6 +212,7 @@ def _fake_backward(
     classes: Tensor,
     basis: Tensor,
     factor: Tensor,
+    products: Tensor,
     anchor: Tensor,
     others: list[Tensor],
     *rest: Any,
@@ -199,25 +223,25 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    anchor, others, scale, bias, target, present, *ctx.options = inputs
-    _, row_lse, column_lse, _, _, _, row_best, _, classes, basis, factor = output
+    anchor, others, scale, bias, target, present, *ctx.options, _ = inputs
+    _, row_lse, column_lse, _, _, _, row_best, _, classes, basis, factor, products = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.m, ctx.has = len(others), tuple(tensor is not None for tensor in (bias, target, present))
     optional = [tensor for tensor in (bias, target, present) if tensor is not None]
-    ctx.save_for_backward(row_lse, column_lse, row_best, classes, basis, factor, anchor, scale, *others, *optional)
+    ctx.save_for_backward(row_lse, column_lse, row_best, classes, basis, factor, products, anchor, scale, *others, *optional)
 
 
 def _backward_of(name: str) -> Any:
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad is None:
-            return None, [None] * ctx.m, *[None] * 8
-        row_lse, column_lse, row_best, classes, basis, factor, anchor, scale, *rest = ctx.saved_tensors
+            return None, [None] * ctx.m, *[None] * 9
+        row_lse, column_lse, row_best, classes, basis, factor, products, anchor, scale, *rest = ctx.saved_tensors
         others, optional = rest[: ctx.m], iter(rest[ctx.m :])
         bias, target, present = (next(optional) if has else None for has in ctx.has)
         need_anchor, need_each, need_scale, need_bias = *ctx.needs_input_grad[:3], ctx.needs_input_grad[3]
         row_weight = grad.contiguous() if name == "siglip_loss" else torch.where(row_best >= 0, grad, 0)
-        saved = row_lse, column_lse, classes, basis, factor
+        saved = row_lse, column_lse, classes, basis, factor, products
         if torch.is_grad_enabled():
             anchor = tie_to(anchor, [*others, scale.reshape(1), *([] if bias is None else [bias.reshape(1)])])
         column_weight = column_weights(row_weight, target, others[0].shape[0])
@@ -229,7 +253,7 @@ def _backward_of(name: str) -> Any:
             [grad_others[:, p] if need else None for p, need in enumerate(need_each)],
             grad_scale[0] if need_scale else None,
             grad_scale[1] if need_bias else None,
-            *[None] * 6,
+            *[None] * 7,
         )
 
     return backward

@@ -126,8 +126,8 @@ class _Gathered(torch.autograd.Function):
         if target is None:
             target = torch.arange(anchor.shape[0], device=anchor.device) + sum(sizes[:rank])
         loss, row_lse, column_lse, row_sum, column_sum, label, row_best, column_best, classes, basis, factor = getattr(torch.ops.modalign, name)(
-            anchor, everyone, scale, bias, target, everyones_present, *options
-        )
+            anchor, everyone, scale, bias, target, everyones_present, *options, 0
+        )[:11]
         counts = classes[1:3].clone()
         dist.all_reduce(counts, group=group)
         labelled = row_best >= 0
@@ -168,7 +168,7 @@ class _Gathered(torch.autograd.Function):
         def run(row_part: float, column_part: float, anchors: bool, candidates: bool) -> tuple[Tensor, Tensor, Tensor]:
             smoothing, _, _, eps = ctx.options
             return getattr(torch.ops.modalign, ctx.name + "_bwd")(
-                row_weight, column_weight, row_lse, column_lse, classes, basis, factor, anchor, everyone, scale, bias, target, present,
+                row_weight, column_weight, row_lse, column_lse, classes, basis, factor, scale.new_empty(0), anchor, everyone, scale, bias, target, present,
                 smoothing, row_part, column_part, eps, anchors, candidates,
             )  # fmt: skip
 
@@ -277,8 +277,8 @@ class _Ring(torch.autograd.Function):
         for hop in range(world):
             candidates, mask = block.tensors[:m], block.tensors[m + 1].bool() if present is not None else None
             local = _within(target, starts[block.owner], sizes[block.owner])
-            found = getattr(torch.ops.modalign, name)(anchor, candidates, scale, bias, local, mask, *options)
-            block_loss, block_row_lse, block_column_lse, block_row_sum, block_column_sum, block_label, block_best, _, block_classes, _, _ = found
+            found = getattr(torch.ops.modalign, name)(anchor, candidates, scale, bias, local, mask, *options, 0)
+            block_loss, block_row_lse, block_column_lse, block_row_sum, block_column_sum, block_label, block_best, _, block_classes, *_ = found
             here = block_best >= 0
             if hop == 0:
                 loss, row_lse, row_sum, label, labelled, classes = block_loss, block_row_lse, block_row_sum, block_label, here, block_classes
@@ -336,7 +336,7 @@ class _Ring(torch.autograd.Function):
             basis, factor = _basis(ctx.name, anchor, candidates, mask, eps)
             for row_share, column_share, anchors, others_too in passes:
                 from_anchor, from_others, from_scale = getattr(torch.ops.modalign, ctx.name + "_bwd")(
-                    row_weight, column_weight[columns].contiguous(), row_lse, column_lse[columns].contiguous(), classes, basis, factor, anchor, candidates,
+                    row_weight, column_weight[columns].contiguous(), row_lse, column_lse[columns].contiguous(), classes, basis, factor, scale.new_empty(0), anchor, candidates,
                     scale, bias, _within(target, start, size), mask, smoothing, row_share, column_share, eps, anchors, others_too,
                 )  # fmt: skip
                 grad_scale = grad_scale + from_scale

@@ -31,6 +31,8 @@ def clip_loss(
     process_group: Any = None,
     gather_grad: str = "full",
     exchange: str = "gather",
+    implementation: str = "auto",
+    workspace_bytes: int | None = None,
 ) -> Any:
     r"""InfoNCE over all pairs of rows of x and y with logits ``logit_scale x_i . y_j + logit_bias``; rows and columns at once.
 
@@ -62,7 +64,7 @@ def clip_loss(
         See `gram_contrastive_loss`.
     normalize : bool
         Scale all rows to unit length first.
-    process_group, gather_grad, exchange
+    process_group, gather_grad, exchange, implementation, workspace_bytes
         See `gram_contrastive_loss`.
 
     Returns
@@ -97,8 +99,9 @@ def clip_loss(
     direction = contrastive.check_direction(op, direction)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
+    workspace = contrastive.check_workspace(op, implementation, workspace_bytes)
     contrastive.check_group(op, process_group, gather_grad, exchange)
-    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, smoothing, direction, normalize, reduction, return_accuracy, process_group, gather_grad, exchange)
+    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, smoothing, direction, normalize, reduction, return_accuracy, workspace, process_group, gather_grad, exchange)
 
 
 def pair_loss(
@@ -114,6 +117,7 @@ def pair_loss(
     normalize: bool,
     reduction: str,
     return_accuracy: bool,
+    workspace: int,
     process_group: Any,
     gather_grad: str,
     exchange: str,
@@ -134,7 +138,7 @@ def pair_loss(
             y = torch.cat([y, negatives])
         if normalize:
             x, y = unit(x), unit(y)
-        return contrastive.evaluate(op, x, [y], scale, bias, target, None, label_smoothing, direction, 0.0, reduction, return_accuracy, process_group, gather_grad, exchange)
+        return contrastive.evaluate(op, x, [y], scale, bias, target, None, label_smoothing, direction, 0.0, reduction, return_accuracy, workspace, process_group, gather_grad, exchange)
 
 
 def _checked(op: str, x: object, y: object, negatives: object) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -16,8 +16,6 @@ from .gram_volume import MAX_KERNEL_MODALITIES, formula_gram_volume, gram_volume
 
 __all__ = ["gram_contrastive_loss", "reference_gram_contrastive_loss", "formula_gram_contrastive_loss"]
 
-IMPLEMENTATIONS = ("auto", "streaming", "dense")
-
 
 def gram_contrastive_loss(
     anchor: Tensor,
@@ -36,6 +34,7 @@ def gram_contrastive_loss(
     exchange: str = "gather",
     eps: float | None = None,
     implementation: str = "auto",
+    workspace_bytes: int | None = None,
 ) -> Any:
     r"""InfoNCE over all pairs of anchors and candidate tuples with logits ``-V[i, j] / temperature``, V the Gramian volume; rows and columns at once.
 
@@ -55,7 +54,7 @@ def gram_contrastive_loss(
     ----------
     anchor : Tensor [B, D]
     others : sequence of Tensor [C, D]
-        Row j of all of them belongs to candidate j. 1 to 7 of them on every device; from 8 on (``implementation="dense"``) B x C volumes are stored.
+        Row j of all of them belongs to candidate j. 1 to 7 of them on every device; from 8 on in plain torch, with B x C volumes stored.
     temperature : float or Tensor of one element
         Positive; a tensor gets a gradient.
     target : Tensor int64 [B], optional
@@ -79,7 +78,10 @@ def gram_contrastive_loss(
     eps : float, optional
         See `gram_volume`.
     implementation : "auto", "streaming" or "dense"
-        "dense" stores the B x C volumes and goes on in torch; it is refused above 8 GiB.
+        On the CPU the forward can leave the B x m C products for the backward, which then need not make them again: "dense" always does, "streaming"
+        never, "auto" where they fit into ``workspace_bytes``. The result has the same bits.
+    workspace_bytes : int, optional
+        Default 64 MiB: 2896 rows and candidates of k = 3 in float32.
     process_group : torch.distributed.ProcessGroup, optional
         Rows and candidates of all ranks form one batch (pass ``dist.group.WORLD``); ``target`` then counts candidates over all ranks, by default from
         this rank's first one. Ranks may differ in size. Each returns its part of the global loss times the number of ranks, so that averaging the
@@ -110,7 +112,7 @@ def gram_contrastive_loss(
 
     Complexity
     ----------
-    2 B C m D FLOP, the backward 6 B C m D. Memory beyond inputs and gradients: about 2 (B + m C) D, no B x C anywhere.
+    2 B C m D FLOP, the backward 6 B C m D. Memory beyond inputs and gradients: about 2 (B + m C) D, and the workspace.
 
     Paper: Cicchetti et al., "Gramian Multimodal Representation Learning and Alignment", ICLR 2025, section 3.3; the released code smooths labels by 0.1,
     which the paper leaves out.
@@ -124,12 +126,11 @@ def gram_contrastive_loss(
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
     contrastive.check_group(op, process_group, gather_grad, exchange)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f'{op}: implementation must be "auto", "streaming" or "dense", got {arguments.describe(implementation)}')
-    dense = implementation == "dense" or len(vectors) >= MAX_KERNEL_MODALITIES
-    if dense and (implementation == "streaming" or return_accuracy or process_group is not None):
-        what = "return_accuracy must be False" if return_accuracy else "process_group must be None" if process_group is not None else 'implementation must not be "streaming"'
-        raise ValueError(f"{op}: {what} {'for more than 7 others' if implementation != 'dense' else 'in the dense implementation'}, got {len(vectors)} others")
+    workspace = contrastive.check_workspace(op, implementation, workspace_bytes)
+    wide = len(vectors) >= MAX_KERNEL_MODALITIES
+    if wide and (implementation == "streaming" or return_accuracy or process_group is not None):
+        what = "return_accuracy must be False" if return_accuracy else "process_group must be None" if process_group is not None else None
+        raise ValueError(f"{op}: {what or 'implementation must not be ' + repr(implementation)} for more than 7 others, got {len(vectors)}")
     given = [anchor, *vectors] + [value for value in (temperature,) if isinstance(value, Tensor)]
     refuse_forward_mode(op, given)
     if autocast_is_on(anchor.device.type):
@@ -142,7 +143,7 @@ def gram_contrastive_loss(
             if present is not None:  # an absent NaN would come back through the gradient of the division
                 vectors = [torch.where(present[:, p, None], vector, 0) for p, vector in enumerate(vectors)]
             anchor, vectors = unit(anchor), [unit(vector) for vector in vectors]
-        if dense:
+        if wide:
             rows = None if target is None else target != contrastive.IGNORED
             here = anchor if rows is None else torch.where(rows[:, None], anchor, 0)
             logits = gram_volume(here, vectors, present=present, eps=eps) * scale
@@ -150,7 +151,7 @@ def gram_contrastive_loss(
                 logits.to(scale.dtype), target, columns=None if present is None else present.any(1), label_smoothing=smoothing, direction=direction
             )
             return contrastive.reduce(loss, count, reduction)
-        return contrastive.evaluate(op, anchor, vectors, scale, None, target, present, smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad, exchange)
+        return contrastive.evaluate(op, anchor, vectors, scale, None, target, present, smoothing, direction, eps, reduction, return_accuracy, workspace, process_group, gather_grad, exchange)
 
 
 def _checked(op: str, anchor: object, others: object, present: object) -> tuple[Tensor, list[Tensor], Tensor | None]:

@@ -28,6 +28,8 @@ def siglip_loss(
     process_group: Any = None,
     gather_grad: str = "full",
     exchange: str = "gather",
+    implementation: str = "auto",
+    workspace_bytes: int | None = None,
 ) -> Any:
     r"""Sigmoid loss over all pairs: each pair is a binary question of its own.
 
@@ -53,7 +55,7 @@ def siglip_loss(
         More candidates that belong to no row.
     normalize, reduction, return_accuracy
         See `clip_loss`; "none" gives the sum over the candidates of each row.
-    process_group, gather_grad, exchange
+    process_group, gather_grad, exchange, implementation, workspace_bytes
         See `gram_contrastive_loss`.
 
     Returns
@@ -85,8 +87,9 @@ def siglip_loss(
     normalize = arguments.check_flag(op, "normalize", normalize)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
+    workspace = contrastive.check_workspace(op, implementation, workspace_bytes)
     contrastive.check_group(op, process_group, gather_grad, exchange)
-    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, 0.0, "both", normalize, reduction, return_accuracy, process_group, gather_grad, exchange)
+    return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, 0.0, "both", normalize, reduction, return_accuracy, workspace, process_group, gather_grad, exchange)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- plain-torch formulas

@@ -31,6 +31,8 @@ def triangle_contrastive_loss(
     process_group: Any = None,
     gather_grad: str = "full",
     exchange: str = "gather",
+    implementation: str = "auto",
+    workspace_bytes: int | None = None,
     eps: float | None = None,
 ) -> Any:
     r"""InfoNCE over all pairs with logits ``-Area(a_i, u_j, v_j) / temperature`` (`triangle_area`); rows and columns at once.
@@ -49,7 +51,7 @@ def triangle_contrastive_loss(
         See `gram_contrastive_loss`.
     eps : float, optional
         See `triangle_area`.
-    process_group, gather_grad, exchange
+    process_group, gather_grad, exchange, implementation, workspace_bytes
         See `gram_contrastive_loss`.
 
     Returns
@@ -83,6 +85,7 @@ def triangle_contrastive_loss(
     direction = contrastive.check_direction(op, direction)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
+    workspace = contrastive.check_workspace(op, implementation, workspace_bytes)
     contrastive.check_group(op, process_group, gather_grad, exchange)
     refuse_forward_mode(op, [anchor, u, v] + [value for value in (temperature,) if isinstance(value, Tensor)])
     if autocast_is_on(anchor.device.type):
@@ -92,7 +95,7 @@ def triangle_contrastive_loss(
     with torch.autocast(anchor.device.type, enabled=False):
         if normalize:
             anchor, u, v = unit(anchor), unit(u), unit(v)
-        return contrastive.evaluate(op, anchor, [u, v], scale, None, target, None, smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad, exchange)
+        return contrastive.evaluate(op, anchor, [u, v], scale, None, target, None, smoothing, direction, eps, reduction, return_accuracy, workspace, process_group, gather_grad, exchange)
 
 
 def _checked(op: str, anchor: object, u: object, v: object) -> tuple[Tensor, Tensor, Tensor]:
