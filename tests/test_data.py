@@ -243,3 +243,8 @@ def test_points():
     assert described.shape == (DESCRIPTOR_WIDTH,)
     with pytest.raises(ValueError, match="sample_surface: triangles must have area"):
         sample_surface(vertices * 0, triangles, 10, seed=0)
+
+
+def test_a_data_set_shows_itself_in_one_line():
+    shown = repr(data.load("emoji-mini"))
+    assert shown.startswith("PairedDataset(emoji-mini: 1849 items; ") and "\n" not in shown and len(shown) < 200

@@ -112,6 +112,15 @@ class PairedDataset:
     def __len__(self) -> int:
         return len(self.names)
 
+    def __repr__(self) -> str:
+        """One line: a data set holds thousands of captions and vectors."""
+
+        def of(name: str, rows: Tensor) -> str:
+            here = self.present.get(name)
+            return f"{name} {rows.shape[1]}" + ("" if here is None else f" (of {int(here.sum())})")
+
+        return f"PairedDataset({self.name}: {len(self)} items; {', '.join(of(name, rows) for name, rows in self.modalities.items())})"
+
     def select(self, names: Sequence[str]) -> PairedDataset:
         """The same items with these modalities only, in this order."""
         unknown = [name for name in names if name not in self.modalities]
