@@ -247,4 +247,4 @@ def test_points():
 
 def test_a_data_set_shows_itself_in_one_line():
     shown = repr(data.load("emoji-mini"))
-    assert shown.startswith("PairedDataset(emoji-mini: 1849 items; ") and "\n" not in shown and len(shown) < 200
+    assert shown.startswith("PairedDataset(emoji_mini: 1849 items; ") and "\n" not in shown and len(shown) < 200
