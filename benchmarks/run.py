@@ -1,6 +1,6 @@
 """Every case of a file here, by `modalign bench run`:
 
-    python benchmarks/run.py gram_volume --threads 1,all --out benchmarks/results/gram_volume.json
+    python benchmarks/run.py gram_volume --quick
 """
 
 import sys

@@ -1,11 +1,13 @@
 """Benchmarks, the kernel ladder, device.sh and the custom epilogue. Times themselves are never asserted here."""
 
+import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 import modalign
 from modalign import _load, bench, ops, testing
 from modalign.bench import environment, measure, tables
+from modalign.bench import run as run_module
 
 ROOT = Path(__file__).parent.parent
 GRAM = ROOT / "benchmarks" / "cases" / "gram_volume.py"
@@ -146,6 +149,131 @@ def test_wrong_gradient_prints_no_speed(registry):
     assert rows and all(row["status"] == "mismatch" and "backward error" in row["reason"] for row in rows)
 
 
+def outcome(*functions, passes=(), dtypes=()):
+    """{name: (status, reason)} of functions beside each other in one case."""
+    case = declare_square()
+    for function in functions:
+        bench.provider(case)(function)
+    options = bench.Options(quick=True, rounds=1, memory=False, passes=passes, dtypes=dtypes)
+    return {row["provider"]: (row["status"], row["reason"]) for row in bench.run_cases([case], options, "test")["rows"]}
+
+
+def test_result_of_another_kind_is_a_mismatch(registry):
+    def leading(x):
+        return (x * x)[None]
+
+    def one_column(x):
+        return (x * x)[:, :1]
+
+    def nothing(x): ...
+
+    def pair(x):
+        return x * x, x
+
+    def wide(x):
+        return x.double() * x
+
+    found = outcome(leading, one_column, nothing, pair, wide)
+    assert found["leading"] == ("mismatch", "the result must be a tensor of shape [64, 32], got [1, 64, 32]")
+    assert found["one_column"] == ("mismatch", "the result must be a tensor of shape [64, 32], got [64, 1]")
+    assert found["nothing"][1].endswith("got NoneType") and found["pair"][1].endswith("got tuple")
+    assert found["wide"] == ("mismatch", "the result must be float32, got float64")
+    assert found["other"] == ("ok", "")
+
+
+def test_half_types_may_give_their_result_in_float32(registry):
+    def summed_wide(x):
+        return x.float() * x.float()
+
+    assert outcome(summed_wide, dtypes=(torch.bfloat16,))["summed_wide"] == ("ok", "")
+
+
+def test_provider_that_changes_its_inputs_is_named_and_spoils_nothing(registry):
+    def spoils(x):
+        result = x * x
+        x.data.mul_(2)
+        return result
+
+    def after(x):
+        return x * x
+
+    for passes in (("fwd",), ("fwd", "bwd")):
+        found = outcome(spoils, after, passes=passes)
+        assert found["spoils"] == ("mismatch", "it must leave its inputs as they are, got input 0 changed in place")
+        assert found["after"] == found["other"] == ("ok", "")
+
+
+def test_only_passes_that_are_asked_for_are_checked(registry):
+    def without_gradient(x):
+        return (x * x).detach()
+
+    assert outcome(without_gradient, passes=("fwd",))["without_gradient"] == ("ok", "")
+    found = outcome(without_gradient)["without_gradient"]
+    assert found == ("failed", "RuntimeError: the result must have a gradient, got one without")
+
+
+def test_provider_that_fails_while_it_is_timed_leaves_the_others(registry):
+    calls = []
+
+    def tires(x):
+        calls.append(x)
+        if len(calls) > 4:
+            raise RuntimeError("tired")
+        return x * x
+
+    found = outcome(tires, passes=("fwd",))
+    assert found["tires"] == ("failed", "RuntimeError: tired") and found["other"] == ("ok", "")
+
+
+def test_row_is_noisy_by_its_own_spread_or_its_floor_s(registry):
+    case = declare_square()
+    point = run_module.Point(case, dict(N=4, D=4), torch.float32, bench.Options(), None, lambda text: None)
+    steady, spread = (measure.Timing({"fwd": dict(enumerate(times))}, {"fwd": 1}) for times in ((1.0, 1.01, 1.02), (1.0, 1.1, 1.3)))
+    assert [point._speed(1, "fwd", *pair)["noisy"] for pair in itertools.product((steady, spread), repeat=2)] == [False, True, True, True]
+    assert point._speed(1, "fwd", spread, None)["noisy"] and not point._speed(1, "fwd", steady, None)["noisy"]
+
+
+def test_percent_of_the_machine_stands_beside_a_declared_floor(registry):
+    rate = {"median": 1e3, "q20": 1e3, "q80": 1e3}
+    product, copy = {"dtype": "float32", "threads": 1, "flop_per_second": rate}, {"threads": 1, "byte_per_second": rate}
+    figures = {"device": "cpu", "matmul": [product], "copy": [copy]}
+    point = run_module.Point(declare_square(), dict(N=4, D=4), torch.float32, bench.Options(), figures, lambda text: None)
+    timing, floor = (measure.Timing({"fwd": {0: seconds}}, {"fwd": 1}) for seconds in (0.512, 0.128))
+    speed = point._speed(1, "fwd", timing, floor)  # 2 * 4 * 16 bytes at 1000 a second: 0.128 s
+    assert (speed["percent_of_floor"], speed["percent_of_machine"]) == pytest.approx((25, 25))
+    shown = {"status": "ok", "kind": "ours", "parameters": {}, **speed}
+    assert tables.cell(shown, "machine") == "25 %"
+    assert tables.cell({**shown, **point._speed(1, "fwd", timing, None)}, "machine") == tables.DASH  # there it is the floor itself
+
+
+@pytest.mark.parametrize("faster", [torch.float32, torch.bfloat16])
+def test_floor_of_half_types_is_the_faster_product(faster, registry, monkeypatch):
+    product, used = torch.mm, []
+
+    def mm(left, right, out):
+        used.append(left.dtype)
+        if left.dtype is not faster:
+            time.sleep(0.02)
+        return product(left, right, out=out)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    case = declare_square(floor=False)
+    bench.matmul_floor(case)(lambda p, pass_: [(p["N"], p["D"], 8)])
+    floor = bench.providers_of(case)["floor"].prepare(1, dict(N=8, D=8), torch.bfloat16, torch.device("cpu"))
+    assert set(used) == {torch.float32, torch.bfloat16}
+    used.clear()
+    floor["fwd"](0), floor["bwd"](0)
+    name = str(faster).removeprefix("torch.")
+    assert used == [faster, faster] and floor["plan"] == f"torch.mm: fwd in {name}, bwd in {name}"
+    used.clear()
+    assert "plan" not in bench.providers_of(case)["floor"].prepare(1, dict(N=8, D=8), torch.float32, torch.device("cpu"))
+
+
+def test_case_has_one_floor(registry):
+    with pytest.raises(ValueError, match=r"case square must have one floor, got \['floor', 'second'\]"):
+        bench.copy_floor(declare_square(), name="second")(lambda p, pass_, size: 1)
+
+
 def test_provider_that_cannot_run_is_listed_with_its_reason(registry):
     case = declare_square()
     bench.provider(case, name="absent", unavailable=lambda: "no such library")(torch.square)
@@ -217,8 +345,6 @@ def test_inputs_exceed_twice_the_last_cache(registry):
 
 
 def test_rounds_interleave_and_slow_providers_take_part_in_three(registry):
-    import time
-
     case = declare_square()
     order = []
 
@@ -281,6 +407,13 @@ def small_results(**changes):
     ("broken", "message"),
     [
         (lambda r: r | {"schema": "modalign.bench/0"}, r"schema must be one of \['modalign.bench/2', 'modalign.bench/1'\], got 'modalign.bench/0'"),
+        (lambda r: {"schema": "modalign.bench/99"}, "schema must be one of"),
+        (lambda r: {key: value for key, value in r.items() if key != "environment"}, "the whole must have 'environment'"),
+        (lambda r: r | {"environment": {"gpu": None, "torch": "2", "blas": "mkl"}}, "environment must have 'cpu'"),
+        (lambda r: r | {"rows": [r["rows"][0] | {"seconds": {"median": 0, "q20": 1, "q80": 1}}]}, r"seconds.median must be above 0, got 0"),
+        (lambda r: r | {"rows": [r["rows"][0] | {"seconds": {"median": 1, "q20": -1, "q80": 1}}]}, r"seconds.q20 must be above 0, got -1"),
+        (lambda r: r | {"rows": [r["rows"][0] | {"seconds": {"median": math.nan, "q20": 1, "q80": 1}}]}, "seconds.median must be number"),
+        (lambda r: r | {"rows": [{key: value for key, value in r["rows"][0].items() if key != "rounds"}]}, r"rows\[0\] must have 'rounds'"),
         (lambda r: {key: value for key, value in r.items() if key != "seed"}, "the whole must have 'seed'"),
         (lambda r: r | {"seed": True}, "seed must be integer, got True"),
         (lambda r: r | {"rows": [r["rows"][0] | {"status": "fine"}]}, r"rows\[0\].status must be one of"),
@@ -294,6 +427,15 @@ def test_broken_results_are_refused(broken, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         bench.write_results(tmp_path / "x.json", broken(small_results()))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused_when_read(number, tmp_path):
+    path = tmp_path / "x.json"
+    bench.write_results(path, small_results())
+    path.write_text(path.read_text().replace('"median": 0.0123', f'"median": {number}'))
+    with pytest.raises(ValueError, match="must be JSON, got .*, which is no number|seconds.median must be number"):
+        bench.read_results(path)
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):
@@ -361,6 +503,10 @@ def test_markdown_is_rendered_from_json_and_checked(tmp_path, monkeypatch, capsy
     assert tables.main(["page.md", "--check"]) == 1
     tables.main(["page.md"])
     assert "a noisy machine." in page.read_text() and "spread by more than 10 %" in page.read_text()
+    assert "12.3 ms (12 ms … 13 ms) (noisy) |" in page.read_text()
+    page.write_text('<!-- bench x.json columns="provider floor" -->\n<!-- /bench -->')
+    tables.main(["page.md"])
+    assert "| ours | 0.90 (0.88 … 0.93) (noisy) |" in page.read_text()  # a table without the time is marked too
 
 
 @pytest.mark.parametrize(

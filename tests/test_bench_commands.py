@@ -147,6 +147,101 @@ def test_function_from_the_command_line_is_checked_first(mine):
     assert "No module named 'nowhere'" in call("run", "square", "--provider", "nowhere:f", code=1)
 
 
+@pytest.mark.parametrize(
+    ("body", "cause"),
+    [
+        ("raise RuntimeError('boom')", "failed: RuntimeError: boom"),
+        ("return (x * x).detach()", "failed: RuntimeError: the result must have a gradient, got one without"),
+        ("return None", "mismatch: the result must be a tensor of shape [64, 8], got NoneType"),
+        ("return (x * x)[None]", "mismatch: the result must be a tensor of shape [64, 8], got [1, 64, 8]"),
+        ("raise SystemExit(0)", "failed: SystemExit: 0"),
+    ],
+)
+def test_function_that_fails_ends_in_exit_code_1_and_its_cause(body, cause, mine):
+    mine.write_text(MINE.replace('passes=["fwd"]', 'passes=["fwd", "bwd"]'))
+    module = mine.parent.name  # another one in every test
+    Path(f"{module}.py").write_text(f"def broken(x):\n    {body}\n")
+    arguments = ["run", "square", "--cases", mine, "--provider", f"{module}:broken", "--providers", "ours", "--quick", "--rounds", 1, "--threads", 1]
+    assert f"{module}:broken: {cause}" in call(*arguments, "--out", "x.json", code=1)
+    rows = {row["provider"]: row for row in bench.read_results("x.json")["rows"]}
+    assert rows["ours"]["status"] == "ok" and rows[f"{module}:broken"]["status"] == cause.partition(":")[0]
+    if "detach" in body:
+        call(*arguments, "--pass", "fwd")
+
+
+def test_file_and_case_in_either_order(mine):
+    (mine.parent / "named.py").write_text("from modalign import bench\n@bench.provider('gram_volume', name='by name')\ndef by_name(a, o): ...\n")
+    for names in (["mine.py", "paired_gram_volume"], ["paired_gram_volume", "mine.py"], ["mine.py", "square", "paired_gram_volume", "mine.py"]):
+        assert sorted(case.name for case in files.cases_of(names)) == ["paired_gram_volume", "square"]
+    assert [case.name for case in files.cases_of(["square", "mine.py"])] == ["square"]
+    assert [case.name for case in files.cases_of(["named.py", "gram_volume"])] == ["gram_volume"]
+    assert "or a file that declares one, got named.py" in call("run", "named.py", code=1)
+
+
+BROKEN = {
+    "reference=lambda x: x * x": ("reference=lambda x: x.argmax(-1)", "reference of case square must give floating numbers, got [64] of torch.int64"),
+    "return (maker.randn(N, D),)": ("return maker.randn(N, D)", "case square must give its inputs as a tuple, got Tensor"),
+    "def square(maker, N, D)": ("def square(maker, N)", "case square must give inputs at N=64 D=8, got TypeError: "),
+    "flops=lambda p, pass_, size:": ("flops=lambda p:", "case square: flops must be a function of (parameters, pass, bytes of a number)"),
+    "bytes=lambda p, pass_, size: 2": ("bytes=lambda p, pass_, size: -2", "that gives a number, got -"),
+    "targets=": ("target=", "keywords must be out of ['bytes', 'dense_flops', 'dtypes', "),
+    "import torch": ("import torch\ndef (", "mine.py must load, got SyntaxError: "),
+    "from modalign import bench": ("from modalign import bench\nnowhere", "NameError: name 'nowhere' is not defined (mine.py, line 4)"),
+    "grid=[dict(N=64, D=8)]": ("grid=[]", "grid must hold at least one size, got none"),
+    'kind="ours"': ('kinds="ours"', "provider: keywords must be out of "),
+}
+
+
+@pytest.mark.parametrize("right", BROKEN)
+def test_mistakes_in_an_own_case_are_one_line(right, mine):
+    wrong, message = BROKEN[right]
+    assert right in MINE
+    mine.write_text(MINE.replace(right, wrong, 1))
+    shown = call("run", "square", "--cases", mine, "--quick", "--rounds", 1, "--threads", 1, code=1)
+    assert message in shown and shown.strip().splitlines()[-1].startswith("modalign bench run: ")
+
+
+def test_run_that_times_nothing_does_not_succeed(mine):
+    arguments = ["run", "square", "--cases", mine, "--quick", "--rounds", 1, "--threads", 1]
+    assert "at least one provider must run here, got none" in call(*arguments, "--providers", "missing peer", code=1)
+    mine.write_text(MINE.replace("bench.provider(square", "bench.provider('paired_gram_volume'"))
+    bench.registry._cases.clear(), bench.registry._providers.clear(), bench.registry._sources.clear()
+    assert "at least one provider must run here, got none" in call(*arguments, code=1)
+
+
+def test_places_that_cannot_be_written_are_refused_before_anything_is_measured(mine, monkeypatch):
+    def measured(*arguments, **options):
+        raise AssertionError("measured")
+
+    for name in ("run.measure_machine", "sweep.measure_machine", "machine.measure_machine", "kernel.measure_kernel"):
+        monkeypatch.setattr(f"modalign.bench.{name}", measured)
+    Path("folder.json").mkdir()
+    Path("file").write_text("")
+    before = sorted(path.name for path in Path().iterdir())
+    for command in (["run", "square", "--cases", mine], ["sweep", "square", "N=1:2", "--cases", mine], ["machine"], ["kernel", "tile_product"]):
+        assert "--out must end in .json, got x.html" in call(*command, "--out", "x.html", code=1)
+        assert "--out must be a file, got folder.json" in call(*command, "--out", "folder.json", code=1)
+        assert "--out must be a place to write to, got file/deep/x.json: Not a directory" in call(*command, "--out", "file/deep/x.json", code=1)
+    assert "--profile must be a folder, got file" in call("run", "square", "--cases", mine, "--profile", "file", code=1)
+    with pytest.raises(AssertionError, match="measured"):
+        call("run", "square", "--cases", mine, "--out", "new/deep/x.json", "--profile", "traces")
+    assert sorted(path.name for path in Path().iterdir()) == before
+
+
+def test_saved_machine_is_used_where_it_is_this_one(mine):
+    call("machine", "--quick", "--threads", 1, "--dtype", "float32", "--out", "machine.json")
+    arguments = ["run", "square", "--cases", mine, "--quick", "--rounds", 1, "--machine", "machine.json"]
+    call(*arguments, "--threads", 1, "--out", "x.json")
+    saved = bench.read_results("machine.json")
+    assert bench.read_results("x.json")["machine"] == saved["machine"]
+    assert "--machine must cover float64 with 1 threads" in call(*arguments, "--threads", 1, "--dtype", "float64", code=1)
+    saved["environment"]["cpu"]["model"] = "Another"
+    bench.write_results("machine.json", saved)
+    assert "--machine must be of this machine, got machine.json with cpu {'model': 'Another'}" in call(*arguments, "--threads", 1, code=1)
+    bench.write_results("machine.json", small())
+    assert "--machine must be a file with figures of the machine" in call(*arguments, "--threads", 1, code=1)
+
+
 def test_case_that_another_file_declares_is_refused(mine):
     (mine.parent / "again.py").write_text(MINE.replace('"paired_gram_volume"', "square"))
     assert "name must be new, got 'square'" in call("list", "--cases", mine, "--cases", mine.parent / "again.py", code=1)
@@ -164,13 +259,29 @@ def test_case_that_another_file_declares_is_refused(mine):
         (["triangle_area", "--providers", "nobody"], "--providers must be out of"),
         (["triangle_area", "--dtype", "int8"], "--dtype must be out of ['bfloat16', 'float16', 'float32', 'float64'], got 'int8'"),
         (["triangle_area", "--threads", "many"], "--threads must be 'all' or numbers up to the "),
+        (["triangle_area", "--threads", "²"], "got '²'"),
+        (["triangle_area", "--threads", "99999999999"], "cores that this process may use, got '99999999999'"),
+        (["triangle_area", "--dtype", "float8_e4m3fn"], "--dtype must be out of ['bfloat16', "),
+        (["triangle_area", "--dtype", ","], "--dtype must name at least one, got ','"),
+        (["triangle_area", "--provider", ".:f"], "load_provider: . must load, got TypeError: "),
+        (["triangle_area", "--set", "B=-1"], "--set B must be a whole number such as 4096 or 4k, got '-1'"),
+        (["triangle_area", "--set", "B=1e3"], "--set B must be a whole number such as 4096 or 4k, got '1e3'"),
+        (["triangle_area", "--set", "B=64K"], "--set B must be a whole number such as 4096 or 4k, got '64K'"),
+        (["triangle_area", "--set", "B=abc"], "--set B must be a whole number such as 4096 or 4k, got 'abc'"),
+        (["triangle_area", "--set", "k=2.5"], "--set k must be a whole number such as 4096 or 4k, got '2.5'"),
+        (["triangle_area", "--set", "B=0"], "case triangle_area must give inputs with numbers, got input 0 empty at B=0 "),
+        (["triangle_area", "--set", "D=0"], "case triangle_area must give inputs with numbers, got input 0 empty at "),
+        (["gram_volume", "--set", "k=1"], "case gram_volume must have a reference at B=192 C=160 D=64 k=1, got "),
+        (["triangle_area", "--set", "B=1G,D=1M"], "the sizes must leave room for a reference in float64, got B=1073741824 "),
+        (["triangle_area", "--set", "B=99999999999999999999"], "case triangle_area must give inputs at B=99999999999999999999 "),
         (["triangle_area", "--device", "tpu"], "--device must be cpu, or cuda where torch sees a GPU, got 'tpu'"),
         (["absent.py"], "path must be a Python file"),
         (["triangle_area", "--cases", "absent"], "path must be a Python file"),
     ],
 )
 def test_run_refuses_plainly(arguments, message, registry):
-    shown = call("run", *arguments, "--quick", code=1)
+    shown = call("run", *arguments, "--quick", *([] if "--threads" in arguments else ["--threads", 1]), code=1).partition("modalign bench run: ")
+    shown = "".join(shown[1:])
     assert message in shown and shown.startswith("modalign bench run: ") and "Traceback" not in shown
 
 
@@ -260,11 +371,14 @@ def test_kernel_beside_something_else_has_no_speed(monkeypatch):
 def test_kernel_command(tmp_path):
     out = tmp_path / "kernels.json"
     cuda = _load.kernel_catalogue()[:1]
-    shown = call("kernel", "gram_volume", "tile_product", *cuda, "--sizes", "1,8", "--rounds", 1, "--out", out)
+    shown = call("kernel", "gram_volume", "tile_product", *cuda, "tile_product", "--sizes", "1,8,1", "--rounds", 1, "--out", out)
     entries = bench.read_results(out)["kernels"]
     assert [entry["kernel"] for entry in entries] == ["gram_volume", "gram_volume", "tile_product", "tile_product", *cuda]
     assert all(entry["status"] == "needs a GPU" for entry in entries[4:]) and ("needs a GPU" in shown) == bool(cuda)
     assert "name must be one of ['gram_volume', 'gram_volume_bwd', " in call("kernel", "nothing", code=1)
+    assert "sizes and width must be at least 1, got [0] and 64" in call("kernel", "tile_product", "--sizes", "0", code=1)
+    assert "--sizes must name at least one, got ','" in call("kernel", "tile_product", "--sizes", ",", code=1)
+    assert "the sizes must fit into memory, got " in call("kernel", "tile_product", "--sizes", "1G", code=1)
     assert "--dtype must be out of ['float32', 'float64'] for tile_product" in call("kernel", "tile_product", "--dtype", "bfloat16", code=1)
 
 
@@ -323,6 +437,91 @@ def test_compare_decides_only_what_can_be_decided(after, verdict, why, tmp_path,
     assert f"1 {verdict}" in shown
     call("compare", "a.json", "b.json", "--fail-above", "30%")
     call("compare", "b.json", "a.json", "--fail-above", "0.05", code=1 if verdict == "faster" else 0)
+
+
+def at(seconds, floor, source="declared", **changes):
+    """Results of one row whose time and floor are these."""
+
+    def spread(value):
+        return {"median": value, "q20": 0.99 * value, "q80": 1.01 * value}
+
+    return small(seconds=spread(seconds), ratio_to_floor=spread(seconds / floor), floor={"source": source, "seconds": floor}, **changes)
+
+
+@pytest.mark.parametrize("source", ["declared", "machine"])
+@pytest.mark.parametrize(
+    ("after", "verdict", "why"),
+    [
+        ((1.3, 2.6), "same", "the floor itself changed by +30.0%"),  # everything was slower: not the row's doing
+        ((1.0, 2.6), "faster", "the floor itself changed by +30.0%"),
+        ((1.0, 1.6), "slower", "the floor itself changed by -20.0%"),
+        ((1.3, 2.02), "slower", ""),
+    ],
+)
+def test_compare_judges_by_the_ratio_where_the_floor_moved(after, verdict, why, source):
+    (one,) = bench.compare(at(1.0, 2.0, source), at(*after, source)).differences
+    assert (one.verdict, one.why) == (verdict, why)
+    assert one.measure == ("ratio_to_floor" if why else "seconds")
+
+
+def test_compare_without_a_floor_asks_the_machine_s_rates():
+    def rates(flop):
+        def rate(value):
+            return {"median": value, "q20": value, "q80": value}
+
+        return {
+            "device": "cpu",
+            "matmul": [{"threads": 1, "dtype": "float32", "size": 8, "flop_per_second": rate(flop)}],
+            "copy": [{"threads": 1, "bytes": 8, "byte_per_second": rate(1e9)}],
+            "dispatch": {"op": "", "seconds": {}},
+        }
+
+    def bare(seconds, flop):
+        found = at(seconds, 1.0)
+        del found["rows"][0]["floor"], found["rows"][0]["ratio_to_floor"]
+        return {**found, "machine": rates(flop) if flop else None}
+
+    verdicts = {}
+    for name, flop in (("steady", 1e9), ("slower", 0.7e9), ("unknown", None)):
+        (one,) = bench.compare(bare(1.0, 1e9), bare(1.3, flop)).differences
+        verdicts[name] = (one.verdict, one.why)
+    assert verdicts == {
+        "steady": ("slower", ""),
+        "slower": ("undecided", "no floor to compare by; the machine itself changed by +42.9%"),
+        "unknown": ("undecided", "nothing says whether the machine was as fast as before"),
+    }
+    (one,) = bench.compare(at(1.0, 2.0, "declared"), at(1.3, 2.0, "machine")).differences
+    assert one.verdict == "undecided"  # two kinds of floors are no yardstick
+    elsewhere = bare(1.3, 1e9)
+    elsewhere["environment"]["torch"] = "2.14.0"
+    (one,) = bench.compare(bare(1.0, 1e9), elsewhere).differences
+    assert (one.verdict, one.why) == ("undecided", "no floor to compare by")
+
+
+def test_verdict_is_undecided_unless_something_decides():
+    assert comparison.Difference({}, "seconds", 1, 1, 0, 0, 0).verdict == "undecided"
+    (one,) = bench.compare(small(rounds=1), small(rounds=1)).differences
+    assert one.verdict == "undecided"
+
+
+def test_compare_fails_where_nothing_is_in_both_or_a_row_broke(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bench.write_results("a.json", small())
+    bench.write_results("b.json", small(parameters={"N": 65}))
+    assert "no row is in both" in call("compare", "a.json", "b.json", code=1)
+    for status, code in (("mismatch", 1), ("failed", 1), ("not installed", 1)):
+        broken = small(status=status, reason="cause")
+        del broken["rows"][0]["seconds"]
+        broken["rows"].append({**small()["rows"][0], "provider": "other"})
+        both = small()
+        both["rows"].append({**small()["rows"][0], "provider": "other"})
+        bench.write_results("a.json", both)
+        bench.write_results("b.json", broken)
+        shown = call("compare", "a.json", "b.json", code=0 if status == "not installed" else 1)
+        assert (f"no longer right: op, N=64, float32, fwd, 1 threads: ours: {status}: cause" in shown) == (status != "not installed")
+    bench.write_results("k.json", {**small(), "kernels": []})
+    assert "kernels are not compared" in call("compare", "k.json", "k.json")
+    assert "kernels are not compared" not in call("compare", "a.json", "a.json")
 
 
 def test_compare_across_machines_uses_the_ratio_to_the_floor(tmp_path):
@@ -396,6 +595,41 @@ def test_report_is_one_page_with_everything(mine):
     assert "must be JSON" in call("report", mine, code=1) and "No such file" in call("report", "absent.json", code=1)
 
 
+def test_report_keeps_files_of_one_name(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for folder, provider in (("a", "in a"), ("b", "in b")):
+        bench.write_results(tmp_path / folder / "x.json", small(provider=provider))
+    call("report", tmp_path / "a" / "x.json", tmp_path / "b" / "x.json", tmp_path / "b" / "x.json", "--out", "page.html")
+    page = Path("page.html").read_text()
+    assert page.count("<h2>x.json</h2>") == 2 and "in a" in page and "in b" in page
+    assert "--out must end in .html, got x.json" in call("report", tmp_path / "a" / "x.json", "--out", "x.json", code=1)
+
+
+def test_noisy_rows_are_marked_in_every_table():
+    rate = {"median": 1e9, "q20": 0.8e9, "q80": 1.1e9}
+    figures = {
+        "device": "cpu",
+        "matmul": [{"threads": 1, "dtype": "float32", "size": 8, "flop_per_second": rate}],
+        "copy": [{"threads": 1, "bytes": 8, "byte_per_second": {"median": 1e9, "q20": 1e9, "q80": 1e9}}],
+        "dispatch": {"op": "an op", "seconds": {"torch_op": rate}},
+    }
+    assert [line[2].endswith(" (noisy)") for line in tables.machine_rows(figures)] == [True, False, True]
+    times = {"median": 1.0, "q20": 0.9, "q80": 1.2}
+    entry = {"kernel": "k", "beside": "b", "parameters": {"N": 1}, "dtype": "float32", "status": "ok", "reason": "", "overhead_seconds": None}
+    entry.update(kernel_seconds=times, beside_seconds=times, noisy=True)
+    assert "1 s (noisy)" in kernel.cells(entry) and "1 s (noisy)" not in kernel.cells({**entry, "noisy": False})
+    columns = tables.screen_columns(small()["rows"])
+    rows = small()["rows"][0], small(noisy=True)["rows"][0]
+    assert [any("(noisy)" in cell for cell in tables.line(row, columns)) for row in rows] == [False, True]
+
+
+def test_names_are_shown_as_they_are():
+    gathered = small(provider="_mine $x^$", flops=1e9, bytes=1e6, flop_per_second=1e9)
+    legend = report.roofline(gathered, "float32", 1).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [" _mine \\$x^\\$, fwd"]
+
+
 def test_roof_is_the_machine_s(mine):
     call("run", "square", "--cases", mine, "--quick", "--rounds", 1, "--threads", 1, "--out", "x.json")
     gathered = bench.read_results("x.json")
@@ -458,6 +692,22 @@ def test_sweep_survives_everything_and_goes_on_where_it_was(tmp_path, registry, 
     assert "must continue the same sweep" in call(*arguments[:2], "N=512:4k", *arguments[3:], "--resume", code=1)
     assert "--set must leave alone what the sweep changes, got ['N']" in call(*arguments, "--set", "N=5", code=1)
 
+    for change, name in (
+        (["--set", "D=512"], "got set {} in sweep_growing.json and {'D': 512} now"),
+        (["--dtype", "float64"], "got dtypes ['float32'] in sweep_growing.json and ['float64'] now"),
+        (["--pass", "fwd,bwd"], "got passes ['fwd'] in"),
+        (["--rounds", 2], "got rounds 1 in sweep_growing.json and 2 now"),
+        (["--seed", 3], "got seed 0 in"),
+        (["--providers", "plain"], "got providers ['plain', 'square in memory', 'slow'] in sweep_growing.json and ['plain'] now"),
+        (["--limit", 3], "got limit_seconds 2.0 in"),
+    ):
+        assert name in call(*arguments, *change, "--resume", code=1), name
+    elsewhere = deepcopy(begun)
+    elsewhere["environment"]["cpu"]["model"] = "Another"
+    bench.write_results("sweep_growing.json", elsewhere)
+    assert "got cpu {'model': 'Another'}" in call(*arguments, "--resume", code=1)
+    bench.write_results("sweep_growing.json", begun)
+
     shown = call(*arguments, "--resume")
     assert asked == [512, 1024, 1024, 2048]
     assert resource.getrlimit(resource.RLIMIT_DATA) == limits
@@ -511,7 +761,8 @@ def test_sweep_range_refuses(text):
 # -------------------------------------------------------------------------------------------------------------------------------------------- schema
 
 
-UNDERSTOOD = {"type", "enum", "exclusiveMinimum", "const", "anyOf", "not", "if", "then", "else", "items", "required", "properties", "additionalProperties", "$ref"}
+UNDERSTOOD = {"type", "enum", "const", "exclusiveMinimum", "anyOf", "not", "if", "then", "else"}
+UNDERSTOOD |= {"items", "required", "properties", "additionalProperties", "$ref"}
 WORDS = {"$schema", "$defs", "title", "description"}
 
 

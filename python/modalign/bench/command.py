@@ -61,7 +61,10 @@ def _judge(rows: list[dict[str, Any]], providers: list[str]) -> None:
 
 @app.command("list")
 @arguments.plainly
-def list_(cases: CasesOption = [], kernels: Annotated[bool, typer.Option("--kernels", help="the keys of all CUDA kernels too")] = False) -> None:  # noqa: B006
+def list_(
+    cases: CasesOption = [],  # noqa: B006
+    kernels: Annotated[bool, typer.Option("--kernels", help="the keys of all CUDA kernels too")] = False,
+) -> None:
     """Cases with their sizes, passes and providers, and the kernels that `kernel` can run alone."""
     out = arguments.console()
     for declared in files.load_all(cases).values():

@@ -30,7 +30,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], names: Sequenc
         first, second = one.get(name), other.get(name)
         if isinstance(first, dict) and isinstance(second, dict):
             unlike = [key for key in {**first, **second} if first.get(key) != second.get(key)]
-            first, second = ({key: facts.get(key) for key in unlike} for facts in (first, second))
+            first, second = ({key: facts[key] for key in unlike if key in facts} for facts in (first, second))
         if first != second:
             found[name] = (first, second)
     return found

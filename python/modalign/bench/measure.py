@@ -67,8 +67,9 @@ class InputSets:
             made: Any = self.case.make(Maker(self.dtype, self.device, seed), **parameters)
         if not isinstance(made, tuple):
             raise ValueError(f"bench: case {self.case.name} must give its inputs as a tuple, got {type(made).__name__}")
-        if empty := [index for index, tensor in enumerate(_tensors(made)) if tensor.numel() == 0]:
-            raise ValueError(f"bench: case {self.case.name} must give inputs that are not empty, got an empty input {empty[0]} at {listed(parameters)}")
+        for index, tensor in enumerate(_tensors(made)):
+            if tensor.numel() == 0:
+                raise ValueError(f"bench: case {self.case.name} must give inputs with numbers, got input {index} empty at {listed(parameters)}")
         return made
 
 

@@ -87,9 +87,9 @@ class Case:
 @dataclass(frozen=True)
 class Provider:
     """function(*inputs) gives the result, and its backward is autograd's. A floor instead has prepare(sets, parameters, dtype, device), which gives
-    {"fwd": f, "bwd": f}: functions of the number of the input set; under "plan" it may say what they run. requires is the module that it imports, and install what to install for it where
-    the package has another name; without the module its rows say "not installed". unavailable() is None or another reason why it cannot run here;
-    plan() says what runs, read inside `context`."""
+    {"fwd": f, "bwd": f}: functions of the number of the input set; under "plan" it may say what they run. requires is the module that it imports,
+    and install what to install for it where the package has another name; without the module its rows say "not installed". unavailable() is None or
+    another reason why it cannot run here; plan() says what runs, read inside `context`."""
 
     name: str
     function: Callable[..., Tensor] | None = None
@@ -294,7 +294,7 @@ def _plain(what: str) -> Iterator[None]:
         raise
     except Exception as failure:
         theirs = [frame for frame in traceback.extract_tb(failure.__traceback__) if PACKAGE not in Path(frame.filename).parents]
-        theirs = [frame for frame in theirs if not frame.filename.startswith("<")]  # not the machinery of imports
+        theirs = [frame for frame in theirs if not frame.filename.startswith("<") and Path(frame.filename).parent.name != "importlib"]
         where = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
         raise ValueError(f"{what} must load, got {one_line(failure)}{where}") from failure
 

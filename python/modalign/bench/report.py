@@ -123,7 +123,9 @@ def roofline(results: Mapping[str, Any], dtype: str, threads: int) -> Any | None
     rows = [
         row
         for row in results["rows"]
-        if row["dtype"] == dtype and row["threads"] == threads and row.get("flop_per_second") and row.get("flops") and row.get("bytes") and row["kind"] != "floor"
+        if (row["dtype"], row["threads"]) == (dtype, threads)
+        and row["kind"] != "floor"
+        and all(row.get(key) for key in ("flop_per_second", "flops", "bytes"))
     ]
     if not rows:
         return None

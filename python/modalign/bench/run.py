@@ -48,7 +48,7 @@ class Options:
 
 def run_cases(cases: Sequence[Case], options: Options, command: str, listen: Listen = lambda text: None) -> dict[str, Any]:
     """Results of these cases, ready for write_results. ValueError where an option names what no case has."""
-    check(cases, options)
+    check_options(cases, options)
     dtypes = tuple(dict.fromkeys(dtype for case in cases for dtype in options.dtypes or case.dtypes))
     figures = measure_machine(dtypes, options, listen)
     before = torch.get_num_threads()
@@ -71,7 +71,7 @@ def run_cases(cases: Sequence[Case], options: Options, command: str, listen: Lis
     return new_results(options, command, figures, rows)
 
 
-def check(cases: Sequence[Case], options: Options) -> None:
+def check_options(cases: Sequence[Case], options: Options) -> None:
     """ValueError where an option names what no case has, or a formula of a case is not one: before anything is measured."""
     for case in cases:
         check_parameters(case, options.set, "--set")
@@ -86,8 +86,8 @@ def check(cases: Sequence[Case], options: Options) -> None:
     if not any(_passes(case, options) and list(_grid(case, options)) for case in cases):
         raise ValueError("bench: the options must leave something to run, got no size or no pass that they agree with")
     for case in cases:
-        for parameters_, pass_ in itertools.product(_grid(case, options), _passes(case, options)):
-            costs_of(case, parameters_, pass_, torch.float32)
+        for point, pass_ in itertools.product(_grid(case, options), _passes(case, options)):
+            costs_of(case, point, pass_, torch.float32)
 
 
 def costs_of(case: Case, parameters: Parameters, pass_: str, dtype: torch.dtype) -> dict[str, float | None]:

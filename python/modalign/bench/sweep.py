@@ -15,7 +15,7 @@ import torch
 from . import environment, measure, memory
 from .registry import Case, providers_of
 from .results import read_results, write_results
-from .run import Listen, Options, Point, check, measure_machine, new_results
+from .run import Listen, Options, Point, check_options, measure_machine, new_results
 from .sizes import check_parameters, listed, shown
 
 DEFAULT_POINTS = 7
@@ -45,7 +45,7 @@ def sweep(
     if taken := set(parameters) & set(options.set):
         raise ValueError(f"bench sweep: --set must leave alone what the sweep changes, got {sorted(taken)}")
     options = Options(**{**vars(options), "memory": True, "limit": limit})
-    check([case], options)
+    check_options([case], options)
     wanted = {"case": case.name, "parameters": list(parameters), "sizes": list(sizes), "limit_seconds": limit, "options": _experiment(case, options)}
     results = _begun(out, wanted, environment.describe(options.device, options.seed)) if resume and out.exists() else None
     if results is None:
@@ -89,11 +89,11 @@ def _experiment(case: Case, options: Options) -> dict[str, Any]:
 def _begun(out: Path, wanted: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
     """What `out` holds. ValueError where it is of another experiment, machine or build."""
     results = read_results(out)
-    found = results.get("sweep", {})
-    unlike = environment.differences(found, wanted, list(wanted))
+    found, now = ({**those, **those.get("options", {}), "options": None} for those in (results.get("sweep", {}), wanted))
+    unlike = environment.differences(found, now, list(now))
     unlike.update(environment.differences(results["environment"], here, (*environment.COMPARABLE, "modalign")))
-    for name, (there, now) in unlike.items():
-        raise ValueError(f"bench sweep: --resume must continue the same sweep, got {name} {there} in {out} and {now} now")
+    for name, (there, asked) in unlike.items():
+        raise ValueError(f"bench sweep: --resume must continue the same sweep, got {name} {there} in {out} and {asked} now")
     return results
 
 
