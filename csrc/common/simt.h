@@ -156,6 +156,11 @@ MODALIGN_DEVICE double absolute(double x) { return fabs(x); }
 MODALIGN_DEVICE int thread_index() { return int(threadIdx.x); }
 MODALIGN_DEVICE int lane() { return int(threadIdx.x) % kWarpSize; }
 MODALIGN_DEVICE int warp() { return int(threadIdx.x) / kWarpSize; }
+/// x, of which the compiler knows nothing: what follows from it is computed here, and not before a loop and kept in registers through it.
+MODALIGN_DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 MODALIGN_DEVICE unsigned block_index_x() { return blockIdx.x; }
 MODALIGN_DEVICE unsigned block_index_y() { return blockIdx.y; }
 MODALIGN_DEVICE unsigned block_index_z() { return blockIdx.z; }

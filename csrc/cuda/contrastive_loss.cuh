@@ -11,8 +11,8 @@
 ///                           same bits: a loss is never below 0 by rounding
 ///            column_labels  one warp per 32 columns: whether they take part, and the best labelled row of each; walks all labels, rows ascending
 ///            classes        one block: how many rows and columns take part
-///            forward        tile product; a thread owns a candidate of the tile and its rows in turn: value, logit, statistics of the column in
-///                           registers; then a thread owns a part of a row: statistics of the row in shared memory along the walk
+///            forward        tile product; a thread owns a candidate of the tile and its rows in turn: values, then logits and the statistics of the
+///                           column; then a thread owns a part of a row: statistics of the row in shared memory along the walk
 ///            fold_columns, fold_rows   one thread per column, per row: the slots in order, then rank and loss
 /// Backward   rows           one warp per row: its label again, and a copy of the anchor that is zero where the row takes no part, so that nothing
 ///                           in it (a NaN) can matter; form product: the labelled pair's value, f16 operands as two bf16 planes
@@ -264,7 +264,7 @@ template <class Geometry, class T> struct LogitsEpilogue {
   static constexpr int kParts = kTileThreads / Backend::kRows;   // threads along a row
   static constexpr int kPiece = 4;                               // columns that a part takes at a time
   static constexpr int kRowBytes = Backend::kRows * int(sizeof(Real)), kStatisticsBytes = 4 * kTileThreads * int(sizeof(Real));
-  static constexpr int kLabelOffset = 2 * kRowBytes, kRowOffset = kLabelOffset + Backend::kRows * 8, kColumnOffset = kRowOffset + kStatisticsBytes;
+  static constexpr int kLabelOffset = 2 * kRowBytes, kRowOffset = kLabelOffset + Backend::kRows * 4, kColumnOffset = kRowOffset + kStatisticsBytes;
   static constexpr int kSharedBytes = kColumnOffset + kStatisticsBytes;
   static constexpr int kMinBlocks = 2;
   struct State {};
@@ -280,104 +280,128 @@ template <class Geometry, class T> struct LogitsEpilogue {
   Real* row_slots;
   Real* column_slots;
   std::int64_t row_tiles_per_walk;
+  int tile_candidates, lanes_log2;   // of a column tile; threads along them are a power of two
+
+  // The candidate of a tile that a thread owns, and its rows: phase, phase + phases, ... No division: the walk has no registers for its parts.
+  MODALIGN_DEVICE int slot_of(int thread) const { return thread & ((1 << lanes_log2) - 1); }
+  MODALIGN_DEVICE int phase_of(int thread) const { return thread >> lanes_log2; }
+  MODALIGN_DEVICE int phases() const { return kTileThreads >> lanes_log2; }
 
   // Where the logit of a candidate stands in its row: a warp packs the candidates of its lanes into columns that it alone has read.
   static MODALIGN_DEVICE int place(int slot, int m) { return slot / kWarpSize * kWarpSize * m + slot % kWarpSize; }
 
   MODALIGN_DEVICE void begin(State&, const TileRange& range, std::int64_t, const WalkPosition&, int shared_offset) const {
     const Shared<Real> squares = shared<Real>(shared_offset, Backend::kRows), marks = shared<Real>(shared_offset + kRowBytes, Backend::kRows);
-    const Shared<std::int64_t> labels = shared<std::int64_t>(shared_offset + kLabelOffset, Backend::kRows);
-    for (int row = thread_index(); row < range.rows; row += kTileThreads) {
+    const Shared<int> labels = shared<int>(shared_offset + kLabelOffset, Backend::kRows);   // there are fewer than 2^31 columns
+    for (int row = opaque(thread_index()); row < range.rows; row += kTileThreads) {
       if constexpr (!kIsProduct<Geometry>) squares[row] = view.square_of_row(0, range.row_begin + row);
-      labels[row] = global(label)[range.row_begin + row];
+      labels[row] = int(global(label)[range.row_begin + row]);
       marks[row] = global(row_logit)[range.row_begin + row];
     }
-    write_statistics(shared<Real>(shared_offset + kRowOffset, 4 * kTileThreads), thread_index(), Statistics<Real>{{0, 0}, 0, 0});
+    write_statistics(shared<Real>(shared_offset + kRowOffset, 4 * kTileThreads), opaque(thread_index()), Statistics<Real>{{0, 0}, 0, 0});
   }
 
   MODALIGN_DEVICE void consume(State&, Shared<Real> tile, const TileRange& range, std::int64_t, const WalkPosition& walk, int shared_offset) const {
     const Shared<Real> squares = shared<Real>(shared_offset, Backend::kRows), marks = shared<Real>(shared_offset + kRowBytes, Backend::kRows);
-    const Shared<std::int64_t> labels = shared<std::int64_t>(shared_offset + kLabelOffset, Backend::kRows);
+    const Shared<int> labels = shared<int>(shared_offset + kLabelOffset, Backend::kRows);
     const Shared<Real> row_statistics = shared<Real>(shared_offset + kRowOffset, 4 * kTileThreads);
     const Shared<Real> column_statistics = shared<Real>(shared_offset + kColumnOffset, 4 * kTileThreads);
-    const int m = view.m, slot = thread_index() % view.lanes, phase = thread_index() / view.lanes, phases = kTileThreads / view.lanes;
-    const int candidates = range.columns / m;
-    const std::int64_t first = range.column_begin / m, j = first + slot;
-    const bool exists = slot < candidates;
+    const int thread = opaque(thread_index()), m = opaque(view.m);   // or what follows from them is carried through the product
+    const int slot = slot_of(thread), phase = phase_of(thread);
+    const int first = int(range.column_tile) * tile_candidates, candidates = minimum(int(view.C) - first, tile_candidates);
+    if constexpr (!kIsProduct<Geometry>) make_values(thread, m, tile, range, first, candidates, squares, labels);
     Statistics<Real> mine{{0, 0}, 0, 0};
-    {
-      const Logit<Real> logit = scalars.load();
-      ColumnData<Real> column{0, 0, 0};
-      bool counts = false;
-      Real mark = 0;
-      std::int64_t mark_row = 0;
-      if (exists) {
-        if constexpr (!kIsProduct<Geometry>) column = view.column(0, j);
-        counts = global(part)[j] != 0;
-        mark = global(best)[j];
-        mark_row = global(best_row)[j];
-      }
-      Real top = -kInfinity<Real>;
-      for (int row = phase; row < range.rows; row += phases) {
-        const std::int64_t target = labels[row];
-        if (target == kNoPart) continue;   // the whole warp
-        Real value = 0;
-        if constexpr (kIsProduct<Geometry>) {
-          if (exists) value = tile[row * Backend::kPitch + slot];
-        } else {
-          Real s[kMaxOthers], r = 0, trust = 0;
-          if (exists) {
-            load_candidate(s, tile, row * Backend::kPitch + slot * m, m);
-            r = Geometry::residual(s, m, Real(squares[row]), column, trust);
-          }
-          const bool near = counts && j != target && trust > 0 && is_finite(trust) && column.scale != 0 && r <= view.near * trust;
-          std::uint32_t pending = warp_ballot(near);
-          for (int other = 0; pending != 0; ++other, pending >>= 1) {
-            if ((pending & 1) == 0) continue;
-            const DirectPair<Geometry, T> pair(view, 0, range.row_begin + row,
-                                               j - lane() + (MODALIGN_MUTATION("logits: the neighbour's pair") ? other ^ 1 : other));
-            if (lane() == other) r = pair.square;
-          }
-          value = column.scale * square_root(r < 0 ? Real(0) : r);   // keeps NaN
-          // the ballot orders no memory: what the lanes have read, others now write over
-          if (!MODALIGN_MUTATION("logits: drop the barrier before logits are packed")) warp_barrier();
-        }
-        Real z = logit(value);
-        if (j == target) z = marks[row];   // the same bits everywhere
-        if (!counts) z = -kInfinity<Real>;
-        if (exists) tile[row * Backend::kPitch + place(slot, m)] = z;
-        if (counts) {
-          top = maximum(top, z);
-          mine.total += sigmoid ? softplus(z) : z;
-          mine.before += z > mark || (z == mark && range.row_begin + row < mark_row) ? 1 : 0;
-        }
-      }
-      if (!sigmoid && top != -kInfinity<Real>) {   // its own logits again
-        mine.lse.max = top;
-        for (int row = phase; row < range.rows; row += phases)
-          if (labels[row] != kNoPart) mine.lse.sum += exponential(tile[row * Backend::kPitch + place(slot, m)] - top);
-      }
-    }
-    write_statistics(column_statistics, thread_index(), mine);
+    if (slot < candidates) mine = fold_column(thread, m, tile, range, first, marks, labels);
+    write_statistics(column_statistics, thread, mine);
     if (!MODALIGN_MUTATION("logits: drop the barrier before columns and rows are folded")) barrier();
-    if (phase == 0 && exists) {
-      for (int p = 1; p < phases; ++p) mine = join(mine, read_statistics(column_statistics, p * view.lanes + slot));
+    if (phase == 0 && slot < candidates) {
+      for (int p = 1; p < phases(); ++p) mine = join(mine, read_statistics(column_statistics, (p << lanes_log2) + slot));
       const Global<Real> slots = Global<Real>(column_slots).at(4 * (walk.row * view.C + first));
       if (range.row_tile != walk.row * row_tiles_per_walk) mine = join(read_statistics(slots, std::int64_t(slot)), mine);
       write_statistics(slots, std::int64_t(slot), mine);
     }
-    fold_row(tile, range, first, candidates, marks, labels, row_statistics);
+    fold_row(thread, m, tile, range, first, candidates, marks, labels, row_statistics);
+  }
+
+  // Products become values, each row packed.
+  MODALIGN_DEVICE void make_values(int thread, int m, Shared<Real> tile, const TileRange& range, int first, int candidates, Shared<Real> squares,
+                                   Shared<int> labels) const {
+    const int slot = slot_of(thread), row_step = phases();
+    const bool exists = slot < candidates;
+    const std::int64_t j = first + slot;
+    ColumnData<Real> column{0, 0, 0};
+    bool counts = false;
+    if (exists) {
+      column = view.column(0, j);
+      counts = global(part)[j] != 0;
+    }
+    MODALIGN_NO_UNROLL
+    for (int row = phase_of(thread); row < range.rows; row += row_step) {
+      const int target = labels[row];
+      if (target == kNoPart) continue;   // the whole warp
+      Real s[kMaxOthers], r = 0, trust = 0;
+      if (exists) {
+        load_candidate(s, tile, row * Backend::kPitch + slot * m, m);
+        r = Geometry::residual(s, m, Real(squares[row]), column, trust);
+      }
+      // the labelled pair is known
+      const bool near = counts && j != target && trust > 0 && is_finite(trust) && column.scale != 0 && r <= view.near * trust;
+      std::uint32_t pending = warp_ballot(near);
+      for (int other = 0; pending != 0; ++other, pending >>= 1) {
+        if ((pending & 1) == 0) continue;
+        const DirectPair<Geometry, T> pair(view, 0, range.row_begin + row,
+                                           j - lane() + (MODALIGN_MUTATION("logits: the neighbour's pair") ? other ^ 1 : other));
+        if (lane() == other) r = pair.square;
+      }
+      // the ballot orders no memory: what the lanes have read, others now write over
+      if (!MODALIGN_MUTATION("logits: drop the barrier before values are packed")) warp_barrier();
+      if (exists) tile[row * Backend::kPitch + place(slot, m)] = column.scale * square_root(r < 0 ? Real(0) : r);   // keeps NaN
+    }
+  }
+
+  // This thread's rows of its candidate: values become logits.
+  MODALIGN_DEVICE Statistics<Real> fold_column(int thread, int m, Shared<Real> tile, const TileRange& range, int first, Shared<Real> marks,
+                                               Shared<int> labels) const {
+    const int slot = slot_of(thread), begin = phase_of(thread), step = phases(), j = first + slot;
+    const Shared<Real> mine_of_rows = tile.at(place(slot, m));
+    const Logit<Real> logit = scalars.load();
+    const bool counts = global(part)[j] != 0;
+    const Real mark = global(best)[j];
+    const int mark_row = int(global(best_row)[j] - range.row_begin);
+    Statistics<Real> mine{{-kInfinity<Real>, 0}, 0, 0};
+    MODALIGN_NO_UNROLL
+    for (int row = begin; row < range.rows; row += step) {
+      const int target = labels[row];
+      if (target == kNoPart) continue;
+      Real z = logit(mine_of_rows[row * Backend::kPitch]);
+      if (j == target) z = marks[row];   // the same bits everywhere
+      if (!counts) z = -kInfinity<Real>;
+      mine_of_rows[row * Backend::kPitch] = z;
+      mine.lse.max = maximum(mine.lse.max, z);
+      if (counts) mine.total += sigmoid ? softplus(z) : z;
+      mine.before += z > mark || (z == mark && row < mark_row) ? 1 : 0;
+    }
+    const Real top = mine.lse.max;
+    if (sigmoid || top == -kInfinity<Real>) {
+      mine.lse = {0, 0};
+    } else {
+      MODALIGN_NO_UNROLL
+      for (int row = begin; row < range.rows; row += step)
+        if (labels[row] != kNoPart) mine.lse.sum += exponential(mine_of_rows[row * Backend::kPitch] - top);
+    }
+    return mine;
   }
 
   // This thread's part of a row: pieces of four columns, each begun at another one in every fourth row, so that the lanes of a warp meet different banks.
-  MODALIGN_DEVICE void fold_row(Shared<Real> tile, const TileRange& range, std::int64_t first, int candidates, Shared<Real> marks,
-                                Shared<std::int64_t> labels, Shared<Real> row_statistics) const {
-    const int row = thread_index() / kParts, begin = thread_index() % kParts * kPiece, turn = row / kPiece % kPiece, m = view.m;
+  MODALIGN_DEVICE void fold_row(int thread, int m, Shared<Real> tile, const TileRange& range, int first, int candidates, Shared<Real> marks,
+                                Shared<int> labels, Shared<Real> row_statistics) const {
+    const int row = thread / kParts, begin = thread % kParts * kPiece, turn = row / kPiece % kPiece;
     if (row >= (MODALIGN_MUTATION("logits: one row too many") ? range.rows + 1 : range.rows)) return;
-    const std::int64_t target = labels[row];
+    const int target = labels[row];
     if (target == kNoPart) return;
     const Shared<Real> line = tile.at(row * Backend::kPitch);
     const auto each = [&](const auto& visit) {
+      MODALIGN_NO_UNROLL
       for (int piece = begin; piece < candidates; piece += kPiece * kParts) {
         MODALIGN_UNROLL
         for (int i = 0; i < kPiece; ++i) {
@@ -386,23 +410,24 @@ template <class Geometry, class T> struct LogitsEpilogue {
         }
       }
     };
-    const Real mark = marks[row];
+    const Real mark = target >= 0 ? Real(marks[row]) : kInfinity<Real>;
+    const int label_slot = target - first;
     Statistics<Real> mine{{-kInfinity<Real>, 0}, 0, 0};
     each([&](int slot, Real z) {
       mine.lse.max = maximum(mine.lse.max, z);
       if (z != -kInfinity<Real>) mine.total += sigmoid ? softplus(z) : z;   // columns that take no part stand as -infinity
-      if (target >= 0) mine.before += z > mark || (z == mark && first + slot < target) ? 1 : 0;
+      mine.before += z > mark || (z == mark && slot < label_slot) ? 1 : 0;
     });
     const Real top = mine.lse.max;
     if (sigmoid || top == -kInfinity<Real>) mine.lse = {0, 0};
     else each([&](int, Real z) { mine.lse.sum += exponential(z - top); });
-    write_statistics(row_statistics, thread_index(), join(read_statistics(row_statistics, thread_index()), mine));
+    write_statistics(row_statistics, thread, join(read_statistics(row_statistics, thread), mine));
   }
 
   MODALIGN_DEVICE void end(State&, const TileRange& range, std::int64_t, const WalkPosition& walk, int shared_offset) const {
     const Shared<Real> row_statistics = shared<Real>(shared_offset + kRowOffset, 4 * kTileThreads);
     const Global<Real> slots = Global<Real>(row_slots).at(4 * (walk.column * B + range.row_begin));
-    for (int row = thread_index(); row < range.rows; row += kTileThreads) {
+    for (int row = opaque(thread_index()); row < range.rows; row += kTileThreads) {
       Statistics<Real> mine = read_statistics(row_statistics, row * kParts);
       for (int p = 1; p < kParts; ++p) mine = join(mine, read_statistics(row_statistics, row * kParts + p));
       write_statistics(slots, std::int64_t(row), mine);
@@ -822,7 +847,8 @@ int run_contrastive_forward(const ContrastiveProblem& problem, const Contrastive
                                          candidates,
                                          grid,
                                          {view, scalars, sigmoid, p.B, buffers.label, buffers.logit, buffers.part, buffers.best, buffers.best_row,
-                                          buffers.row_slots, buffers.column_slots, grid.row_tiles_per_walk}};
+                                          buffers.row_slots, buffers.column_slots, grid.row_tiles_per_walk, PairBackend<T>::kColumns / p.m,
+                                          view.lanes == 128 ? 7 : view.lanes == 64 ? 6 : 5}};
   if (const int error = launch_kernel(launch, logits, 1)) return error;
 
   Real *column_lse = static_cast<Real*>(output.column_lse), *column_sum = static_cast<Real*>(output.column_sum);

@@ -181,7 +181,7 @@ template <class Geometry, class T, class Upstream> struct CoefficientEpilogue {
   static constexpr int kRowBytes = Backend::kRows * int(sizeof(Real));
   static constexpr int kAnyOffset = (1 + kWords) * kRowBytes, kLogitOffset = kAnyOffset + kTileWarps * 4;
   static constexpr int kSharedBytes = kLogitOffset + (Upstream::kLogits ? 2 * kTileWarps * int(sizeof(Real)) : 0);
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kMinBlocks = sizeof(Real) == 8 && Upstream::kLogits ? 1 : 2;   // doubles beside exponentials do not fit into 128 registers
   struct State {};
   PairView<Geometry, T> view;
   Upstream upstream;
@@ -193,11 +193,14 @@ template <class Geometry, class T, class Upstream> struct CoefficientEpilogue {
   std::int64_t row_tiles;
   NearPairs near_pairs;
 
+  // With the registers of a loss the main loop has none left for what could be computed before it.
+  static MODALIGN_DEVICE int own_thread() { return Upstream::kLogits ? opaque(thread_index()) : thread_index(); }
+
   MODALIGN_DEVICE void begin(State&, const TileRange& range, std::int64_t batch, const WalkPosition&, int shared_offset) const {
     const Shared<Real> squares = shared<Real>(shared_offset, Backend::kRows);
     const Shared<Real> sums = shared<Real>(shared_offset + kRowBytes, kWords * Backend::kRows);
-    for (int row = thread_index(); row < range.rows; row += kTileThreads) squares[row] = view.square_of_row(batch, range.row_begin + row);
-    for (int i = thread_index(); i < kWords * Backend::kRows; i += kTileThreads) sums[i] = 0;
+    for (int row = own_thread(); row < range.rows; row += kTileThreads) squares[row] = view.square_of_row(batch, range.row_begin + row);
+    for (int i = own_thread(); i < kWords * Backend::kRows; i += kTileThreads) sums[i] = 0;
     if constexpr (Upstream::kLogits) {
       const Shared<Real> logit_sums = shared<Real>(shared_offset + kLogitOffset, 2 * kTileWarps);
       if (lane() == 0) logit_sums[2 * warp()] = logit_sums[2 * warp() + 1] = 0;
@@ -208,7 +211,7 @@ template <class Geometry, class T, class Upstream> struct CoefficientEpilogue {
     const Shared<Real> squares = shared<Real>(shared_offset, Backend::kRows);
     const Shared<Real> sums = shared<Real>(shared_offset + kRowBytes, kWords * Backend::kRows);
     const Shared<std::uint32_t> warps_any = shared<std::uint32_t>(shared_offset + kAnyOffset, kTileWarps);
-    const int m = view.m, slot = thread_index() % view.lanes, phase = thread_index() / view.lanes, phases = kTileThreads / view.lanes;
+    const int thread = own_thread(), m = view.m, slot = thread % view.lanes, phase = thread / view.lanes, phases = kTileThreads / view.lanes;
     const int candidates = range.columns / m, word = slot / kWarpSize;
     const std::int64_t j = range.column_begin / m + slot;
     const bool exists = slot < candidates;
@@ -281,9 +284,9 @@ template <class Geometry, class T, class Upstream> struct CoefficientEpilogue {
       global(near_pairs.any)[(batch * near_pairs.row_tiles + range.row_tile) * near_pairs.column_tiles + range.column_tile] = all;
     }
     const Global<Coefficient> target = Global<Coefficient>(coefficients).at((batch * rows + range.row_begin) * pitch + range.column_begin);
-    const int column_index = thread_index() % Backend::kColumns;
+    const int column_index = thread % Backend::kColumns;
     if (column_index < range.columns)
-      for (int row = thread_index() / Backend::kColumns; row < range.rows; row += kTileThreads / Backend::kColumns) {
+      for (int row = thread / Backend::kColumns; row < range.rows; row += kTileThreads / Backend::kColumns) {
         const Real t = tile[row * Backend::kPitch + column_index];
         target[row * pitch + column_index] = narrow<Coefficient>(t);
         if constexpr (Arithmetic<T>::kPlanes == 2) target[plane_stride + row * pitch + column_index] = low_part(t);
@@ -298,7 +301,7 @@ template <class Geometry, class T, class Upstream> struct CoefficientEpilogue {
       }
       barrier();
       const Global<Real> out = Global<Real>(column_slots).at(((batch * row_tiles + range.row_tile) * view.C + range.column_begin / m) * count);
-      for (int item = thread_index(); item < candidates * count; item += kTileThreads) {
+      for (int item = thread; item < candidates * count; item += kTileThreads) {
         const int candidate = item / count, i = item % count;
         Real sum = 0;
         for (int f = 0; f < phases; ++f) sum += tile[(f * count + i) * candidates + candidate];
@@ -311,7 +314,7 @@ template <class Geometry, class T, class Upstream> struct CoefficientEpilogue {
     const Shared<Real> sums = shared<Real>(shared_offset + kRowBytes, kWords * Backend::kRows);
     if (row_slots != nullptr) {
       const Global<Real> out = Global<Real>(row_slots).at((batch * column_walks + walk.column) * rows + range.row_begin);
-      for (int row = thread_index(); row < range.rows; row += kTileThreads) {
+      for (int row = own_thread(); row < range.rows; row += kTileThreads) {
         Real sum = 0;
         for (int word = 0; word < kWords; ++word) sum += sums[word * Backend::kRows + row];
         out[row] = sum;

@@ -110,6 +110,7 @@ inline float logarithm_1p(float x) { return std::log1p(x); }
 inline double logarithm_1p(double x) { return std::log1p(x); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+inline int opaque(int x) { return x; }
 inline float absolute(float x) { return std::fabs(x); }
 inline double absolute(double x) { return std::fabs(x); }
 
