@@ -4,7 +4,7 @@
     python examples/read_a_benchmark.py my_results.json       yours
 
 Every figure is a median over interleaved rounds with the quantiles between which 60 % of them lie. A row without "seconds" has no speed: its result
-was wrong (mismatch), or its provider could not run, and "reason" says why.
+was wrong (mismatch), or its provider failed or could not run, and "reason" says why.
 """
 
 import sys
@@ -41,12 +41,12 @@ for rows in groups.values():
             parts.append(f"{row['ratio_to_floor']['median']:6.2f} × the {source} floor")
         if row.get("target"):
             parts.append(f"target ≤ {row['target']['ratio']}: {'met' if row['target']['met'] else 'missed'}")
+        if row.get("noisy"):
+            parts.append("noisy: it or its floor spread by more than 10 %, so measure again before believing small differences")
         print(f"    {row['provider']:24s} {'  '.join(parts)}")
     for row in rows:
         if "seconds" not in row:
             print(f"    {row['provider']:24s} {row['status']}: {row['reason']}")
-    if any(row.get("noisy") for row in timed):
-        print("    noisy: the floor itself spread by more than 10 %, so measure again before believing small differences")
 
 fastest = [
     min((row for row in rows if "seconds" in row and row["kind"] != "floor"), key=lambda row: row["seconds"]["median"], default=None)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from contrastive_cases import CONTRASTIVE
 from modalign import ops
 from modalign.ops.gram_volume import formula_gram_volume, reference_gram_volume
 from modalign.ops.paired_gram_volume import formula_paired_gram_volume, reference_paired_gram_volume
@@ -459,4 +460,4 @@ WIDE = [
     ),
 ]
 
-CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE]
+CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE]

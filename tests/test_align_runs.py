@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import miniature
-from modalign import data, models
+from modalign import data, metrics, models
 from modalign.cli import app
 from modalign.cli.experiment import RunStore, run_experiment
 from modalign.cli.report import joint_table
@@ -221,7 +221,7 @@ def test_bad_settings(tmp_path, content, message):
 
 
 def test_a_number_of_pairs_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"pairs must be in 8..90, the training items of 'made_up', got 500"):
+    with pytest.raises(ValueError, match=r"pairs must be in 8..90, the training items of 'made_up' with two modalities or more, got 500"):
         run_experiment(made_up(), AlignSettings(seeds=1, steps=2, pairs=(500,)))
 
 
@@ -288,6 +288,40 @@ def test_fewer_pairs_come_from_the_training_part_and_lie_in_one_another():
     assert not set(emoji.groups[small.fit].tolist()) & set(emoji.groups[small.validation].tolist())
 
 
+def test_pairs_are_items_with_two_modalities():
+    there = torch.arange(200) % 2 < 1
+    dataset = grouped([2] * 100, {"b": there, "c": torch.arange(200) % 4 < 1})
+    dataset = data.from_features(dataset.modalities, names=dataset.names, present=dataset.present | {"a": torch.arange(200) < 180})
+    with_two = sum(dataset.present[name].int() for name in "abc") > 1
+    split, whole = dataset.splits(1, 40), dataset.splits(1)
+    assert len(split.train) == 40 and with_two[split.train].all() and set(split.train.tolist()) < set(whole.train.tolist())
+    assert (len(split.validation), len(split.fit)) == (10, 30) and torch.equal(split.test, whole.test)
+    count = int(with_two[whole.train].sum())
+    assert count < len(whole.train) == 150
+    with pytest.raises(ValueError, match=rf"pairs must be in 8..{count}, the training items of 'features' with two modalities or more, got 150"):
+        dataset.splits(1, 150)
+    experiment = run_experiment(dataset, AlignSettings(seeds=1, first_seed=1, steps=2, batch=16, pairs=(40, "all"), width=4))
+    assert [experiment.results[pairs][0].train for pairs in (40, "all")] == [40, count]  # what the curve is drawn over
+
+
+def test_choices_look_at_the_volume_of_items_that_have_all():
+    model = models.GramAligner(models.GramAlignerConfig({name: 5 for name in "abc"}, width=4), seed=0).eval()
+    features, groups = {name: torch.randn(40, 5) for name in "abc"}, torch.arange(40)
+    present = {"c": torch.arange(40) < 25}
+    plan = models.TrainingConfig(steps=1, batch=8)
+    history = models.fit_aligner(model, features, groups, plan, seed=0, present=present, stop_after=0, validation=(features, groups, present))
+    embedded = model.embed(features)
+    found = []
+    for names, items in ((("a", "b"), 40), (("a", "c"), 25), (("b", "c"), 25)):
+        scores = embedded[names[0]][:items] @ embedded[names[1]][:items].T
+        found += [metrics.retrieval(s) for s in (scores, scores.T)]
+    volume = model.volume({name: e[:25] for name, e in embedded.items()})
+    found += [metrics.retrieval(v, larger_is_better=False) for v in (volume, volume.T)]
+    assert history.evaluated[0] == pytest.approx(sum(f.r10 + 0.1 * f.r1 for f in found) / 8)
+    nobody = present | {"b": torch.arange(40) >= 25}  # no item has all: pairs alone
+    assert models.validation_score(embedded, groups, None, nobody) > 0
+
+
 def test_more_pairs_help_and_every_figure_has_its_spread(tmp_path):
     result = runner.invoke(app, ["align", "emoji-mini", "--pairs", "100,all", "--seeds", "2", "--steps", "3", "--out", str(tmp_path)], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
@@ -304,6 +338,8 @@ def test_more_pairs_help_and_every_figure_has_its_spread(tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Mean R@10 by number of training pairs" in page and page.count("±") > 50 and "ΔR@10" in page
     assert "What is confused" in page and "rank of the right one" in page
+    for text in (result.output, page, results["dataset"]["basis"]):  # which fewer pairs alone would not have given
+        assert "basis fitted on all training items of seed 0" in " ".join(text.split())
     assert not re.search(r"(src|href)=['\"](?!data:)", page)
 
 
@@ -548,7 +584,7 @@ def test_search_compares_the_data_with_those_that_the_model_was_trained_on(tmp_p
     described_folder(folder, "miniature:OtherTextEncoder")
     for options in ([], ["--data", str(folder)]):
         other = searched(model, *options)
-        expected = "must have text features of encoder 'miniature:ToyTextEncoder', as MODEL was trained on, got those of 'miniature:OtherTextEncoder' in cards"
+        expected = "text features of encoder 'miniature:ToyTextEncoder', as MODEL was trained on, got those of 'miniature:OtherTextEncoder' in cards"
         assert other.exit_code == 1 and expected in other.output
 
 

@@ -21,6 +21,10 @@ LADDER = ROOT / "benchmarks" / "ladder_gram_volume"
 FAST = bench.Options(quick=True, rounds=2, memory=False, where={"k": 3}, providers=("ours", "eager", "formula"))
 
 
+def results_of(path, options=FAST, only=None):
+    return bench.run_cases([case for case in bench.load_cases(path) if only in (None, case.name)], options, "test")
+
+
 def declare_square(wrong=False, floor=True):
     @bench.case(
         grid=[dict(N=64, D=32)],
@@ -45,7 +49,7 @@ def declare_square(wrong=False, floor=True):
 
 @pytest.fixture(scope="module")
 def gram_results():
-    return bench.run_file(GRAM, FAST, "python benchmarks/run.py gram_volume --quick")
+    return results_of(GRAM)
 
 
 def test_every_row_of_gram_volume_matches_and_is_complete(gram_results, tmp_path):
@@ -70,8 +74,8 @@ def test_every_row_of_gram_volume_matches_and_is_complete(gram_results, tmp_path
 
 
 def test_torch_compile_is_measured_or_says_why_not():
-    options = bench.Options(quick=True, rounds=1, memory=False, cases=("gram_volume",), where={"k": 2}, passes=("fwd",), providers=("torch.compile",))
-    (row,) = [row for row in bench.run_file(GRAM, options, "test")["rows"] if row["provider"] == "torch.compile"]
+    options = bench.Options(quick=True, rounds=1, memory=False, where={"k": 2}, passes=("fwd",), providers=("torch.compile",))
+    (row,) = [row for row in results_of(GRAM, options, only="gram_volume")["rows"] if row["provider"] == "torch.compile"]
     assert (row["status"] == "ok" and row["seconds"]["median"] > 0) or (row["status"] == "unavailable" and row["reason"])
 
 
@@ -152,7 +156,7 @@ def test_provider_that_cannot_run_is_listed_with_its_reason(registry):
 
     rows = {row["provider"]: row for row in bench.run_cases([case], bench.Options(quick=True, rounds=1, memory=False), "test")["rows"]}
     assert (rows["absent"]["status"], rows["absent"]["reason"]) == ("unavailable", "no such library")
-    assert (rows["breaks"]["status"], rows["breaks"]["reason"]) == ("unavailable", "RuntimeError: no kernel")
+    assert (rows["breaks"]["status"], rows["breaks"]["reason"]) == ("failed", "RuntimeError: no kernel")
     assert rows["mine"]["status"] == "ok"
 
 
@@ -163,8 +167,8 @@ def test_our_own_failure_is_not_hidden(registry):
     def broken(x):
         raise RuntimeError("kernel fault")
 
-    with pytest.raises(RuntimeError, match="kernel fault"):
-        bench.run_cases([case], bench.Options(quick=True, rounds=1, memory=False), "test")
+    rows = [row for row in bench.run_cases([case], bench.Options(quick=True, rounds=1, memory=False), "test")["rows"] if row["provider"] == "broken"]
+    assert rows and all((row["status"], row["reason"]) == ("failed", "RuntimeError: kernel fault") for row in rows)
 
 
 def test_thread_count_is_used_and_restored(registry):
@@ -191,15 +195,10 @@ def test_peak_memory_is_that_of_the_pass(tmp_path, registry):
         "@bench.provider(big)\ndef one(x):\n    return x + 1\n"
         "@bench.provider(big)\ndef three(x):\n    a = x + 1\n    b = a * 2\n    return b - a\n"
     )
-    rows = {row["provider"]: row for row in bench.run_file(file, bench.Options(quick=True, rounds=1), "test")["rows"]}
+    rows = {row["provider"]: row for row in results_of(file, bench.Options(quick=True, rounds=1))["rows"]}
     size = 4 * (4 << 20)
     assert 0.9 * size < rows["one"]["peak_memory_bytes"] < 1.5 * size
     assert 2.5 * size < rows["three"]["peak_memory_bytes"] < 3.8 * size
-
-
-def test_unknown_case_is_named(registry):
-    with pytest.raises(ValueError, match=r"bench: case must be one of \['square'\], got \['cube'\]"):
-        bench.run_cases([declare_square()], bench.Options(cases=("cube",)), "test")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------ measuring
@@ -264,7 +263,7 @@ def small_results(**changes):
         "target": {"ratio": 0.95, "met": True},
         "error": {"seed": 1, "forward": {"maximum": 1e-6, "relative": 2e-7}, "backward": None},
     }
-    facts = {"gpu": None, "cpu": {"model": "Processor", "cores": 2, "instruction_set": "avx2"}, "torch": "2.13.0", "blas": "mkl 1"}
+    facts = {"device": "cpu", "gpu": None, "cpu": {"model": "Processor", "cores": 2, "instruction_set": "avx2"}, "torch": "2.13.0", "blas": "mkl 1"}
     results = {
         "schema": bench.SCHEMA,
         "created": "2026-01-02T03:04:05+00:00",
@@ -302,7 +301,7 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     bench.write_results(path, small_results())
     before = path.read_text()
     with pytest.raises(TypeError):
-        bench.write_results(path, small_results(note="new", environment={"bad": object()}))
+        bench.write_results(path, small_results(note="new", environment={**small_results()["environment"], "bad": object()}))
     assert path.read_text() == before and [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
 
 
@@ -334,7 +333,7 @@ def test_environment_names_no_machine(gram_results):
 def test_command_shows_paths_without_folders(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     shown = environment.public_command(
-        [str(tmp_path / "run.py"), "op", "--out", "/somewhere/else/x.json", "--note", "busy", f"--config={tmp_path}/c d.toml"]
+        [str(tmp_path / "run.py"), "op", "--out", "/somewhere/else/x.json", "--note", "busy", "--note=very busy", f"--config={tmp_path}/c d.toml"]
     )
     assert shown == "python run.py op --out x.json '--config=c d.toml'"
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/modalign", "bench", "run", "op", "--out", str(tmp_path / "x.json")])
@@ -407,7 +406,7 @@ def test_script_runs_every_case_of_a_file(tmp_path):
     assert results["command"] == "python benchmarks/run.py gram_volume --quick --threads 1 --rounds 1 --pass fwd --providers ours --out gram.json"
     assert results["note"] == "smoke" and "GFLOP/s" in finished.stdout
     refused = run(sys.executable, "benchmarks/run.py", "nothing")
-    assert refused.returncode == 1 and "['gram_volume', 'ladder_gram_volume'], got 'nothing'" in refused.stderr
+    assert refused.returncode == 1 and "'gram_volume', 'ladder_gram_volume'], got 'nothing'" in refused.stderr
 
 
 DEVICE = ROOT / "benchmarks" / "device.sh"

@@ -1,6 +1,6 @@
 """The CUDA kernels of the contrastive losses, run by the emulator with the launch plans of the device.
 
-The reference is the definition in float64: values by QR (test_kernels_host.py), losses by torch's logsumexp and softplus, and gradients by its autograd
+The reference is the definition in float64: values by QR (test_kernels_host.py), losses by torch's logsumexp and softplus, gradients by its autograd
 down to the values, not the kernels' own formulas. Rows without part and absent vectors hold NaN in every case that has them. Every launch also passes
 the emulator's checks: races between blocks and threads, bounds, alignment, uninitialised words, barriers and lanes.
 """
@@ -32,11 +32,27 @@ def pair_values(form, anchor, others, present, upstream=None):
 class Loss:
     """One random problem. labels: "own" (row i has label i) or "mixed": any column, duplicates, rows without part and indices beyond the columns."""
 
-    def __init__(self, form, dtype, B=1, C=1, D=8, m=2, seed=0, labels="own", absent=False, smoothing=0.0, sigmoid=False, bias=False, near=True):
+    def __init__(
+        self,
+        form,
+        dtype,
+        B=1,
+        C=1,
+        D=8,
+        m=2,
+        seed=0,
+        labels="own",
+        absent=False,
+        smoothing=0.0,
+        parts=(0.5, 0.5),
+        sigmoid=False,
+        bias=False,
+        near=True,
+    ):
         rng = np.random.default_rng([seed, B, C, D, m])
         self.form, self.dtype, self.B, self.C, self.D = form, dtype, B, C, D
         self.m = m = {"triangle": 2, "product": 1}.get(form, m)
-        self.smoothing, self.sigmoid = smoothing, sigmoid
+        self.smoothing, self.parts, self.sigmoid = smoothing, parts, sigmoid
         self.real = "f64" if dtype == "f64" else "f32"
         anchor, others = rng.standard_normal((B, D)), rng.standard_normal((C, m, D))
         if near and form != "product" and m + 1 < D:
@@ -60,6 +76,7 @@ class Loss:
             self.target[1::4] = self.target[0]  # duplicates
             self.target[2::7] = IGNORED
             self.target[3::11] = C + 5
+            self.target[4::11] = -1
         self.set_labels()
         self.weight = rounded(self.real, rng.standard_normal(B))
         if not sigmoid:
@@ -76,7 +93,8 @@ class Loss:
     # ------------------------------------------------------------------------------------------------------------------------------------- kernels
 
     def arguments(self):
-        arguments = dict(B=self.B, C=self.C, D=self.D, m=self.m, sigmoid=self.sigmoid, label_smoothing=self.smoothing, form=self.form, dtype=self.dtype)
+        arguments = dict(B=self.B, C=self.C, D=self.D, m=self.m, sigmoid=self.sigmoid, form=self.form, dtype=self.dtype)
+        arguments |= dict(label_smoothing=self.smoothing, row_part=self.parts[0], column_part=self.parts[1])
         arguments |= dict(eps=1e-24 if self.dtype == "f64" else 1e-12, scale=encode(self.real, [self.scale]))
         arguments["anchor"] = encode(self.dtype, np.where(self.rows[:, None], self.anchor, np.nan))
         for p in range(self.m):
@@ -120,6 +138,7 @@ class Loss:
         masked = torch.where(part, z, -torch.inf)
         zero = torch.where(part, z, 0)
         labelled = label >= 0
+        center = 0.0
         own = torch.where(labelled, z.gather(1, label.clamp(min=0)[:, None])[:, 0], 0) if self.C else z.new_zeros(self.B)
         if self.sigmoid:
             terms = torch.where(part, torch.nn.functional.softplus(z), 0)
@@ -132,11 +151,14 @@ class Loss:
             if part.any():
                 row_lse = torch.where(rows, masked[:, columns].logsumexp(1), -torch.inf)
                 column_lse = torch.where(columns, masked[rows].logsumexp(0), -torch.inf)
+                shift = (float(column_lse.detach()[columns].mean()) - np.log(self.rows.sum()) - float(bias.detach())) / self.scale
+                center = shift if np.isfinite(shift) else 0.0
             n, k = max(int(columns.sum()), 1), max(int(rows.sum()), 1)
             at = label.clamp(min=0)
             if self.C:
-                ce = row_lse + column_lse[at] - 2 * (1 - self.smoothing) * own - self.smoothing * (row_sum / n + column_sum[at] / k)
-                loss = torch.where(labelled, ce, 0) / 2
+                row_ce = row_lse - (1 - self.smoothing) * own - self.smoothing * row_sum / n
+                column_ce = column_lse[at] - (1 - self.smoothing) * own - self.smoothing * column_sum[at] / k
+                loss = torch.where(labelled, self.parts[0] * row_ce + self.parts[1] * column_ce, 0)
             else:
                 loss = z.new_zeros(self.B)
         total = (loss[labelled | self.sigmoid] * torch.tensor(self.weight)[labelled | self.sigmoid]).sum()
@@ -144,11 +166,12 @@ class Loss:
         dvalue, dscale, dbias = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, (value, scale, bias), strict=True))
         names = dict(loss=loss, row_lse=row_lse, column_lse=column_lse, row_sum=row_sum, column_sum=column_sum, label=own)
         result = {name: tensor.detach().numpy() for name, tensor in names.items()}
-        result["classes"] = np.array([self.columns.sum(), self.rows.sum(), (self.label >= 0).sum()], float)
+        result["classes"] = np.array([self.columns.sum(), self.rows.sum(), (self.label >= 0).sum(), center], float)
         result["z"], result["grad_scale"] = z.detach().numpy(), np.array([float(dscale), float(dbias)])
         gradients = pair_values(self.form, self.anchor, self.others, self.present, torch.nan_to_num(dvalue).numpy())
         result["grad_anchor"], result["grad_others"] = gradients
-        result["grad_magnitude"] = float((torch.nan_to_num(dvalue) * value / scale).detach().abs().sum()), float((dvalue / scale).detach().abs().sum())
+        dz = torch.nan_to_num(dvalue) / self.scale
+        result["grad_magnitude"] = float((dz * value.detach()).abs().sum()), float(dz.abs().sum())
         return result
 
     def logit_error(self):
@@ -156,11 +179,12 @@ class Loss:
         return abs(self.scale) * (np.sqrt(np.mean(self.value**2)) if self.value.size else 0.0) * FORWARD[self.dtype] + 1e-300
 
     def forward_deviation(self, outputs):
-        """Worst deviation over all outputs in units of what is allowed; ranks count as wrong (inf) where no logit within the allowance explains them."""
+        """Worst deviation over all outputs in units of what is allowed; inf where a best place is none, however logits are rounded."""
         want, error = self.want, self.logit_error()
-        if not np.array_equal(outputs["classes"], want["classes"]):
-            return np.inf
         rounding = {"f64": 2.3e-16, "f32": 1.2e-7}[self.real]
+        center = abs(outputs["classes"][3] - want["classes"][3]) <= (error + 40 * rounding) / abs(self.scale)
+        if not (np.array_equal(outputs["classes"][:3], want["classes"][:3]) and center):
+            return np.inf
         worst = 0.0
         for name, factor in dict(loss=2, row_lse=1, column_lse=1, row_sum=self.C, column_sum=self.B, label=1).items():
             got, right = outputs[name].astype(np.float64), want[name]
@@ -171,24 +195,18 @@ class Loss:
             there = np.isfinite(right)
             allowed = factor * error + 40 * rounding * (1 + np.abs(right[there]) + (factor > 2) * np.sqrt(factor))
             worst = max(worst, float((np.abs(got[there] - right[there]) / allowed).max(initial=0)))
-        return worst if self.ranks_hold(outputs, 2 * error) else np.inf
+        return worst if self.best_holds(outputs, 2 * error) else np.inf
 
-    def ranks_hold(self, outputs, tolerance):
+    def best_holds(self, outputs, tolerance):
         z = np.where(self.rows[:, None] & self.columns, self.want["z"], -np.inf)
-        own, label = self.want["label"], self.label
-        if not np.array_equal(outputs["row_rank"] < 0, label < 0):
-            return False
-        rows = label >= 0
-        rank = outputs["row_rank"][rows]
-        certain, possible = ((z[rows] > (own[rows] + sign * tolerance)[:, None]).sum(1) for sign in (1, -1))
-        if not ((certain <= rank) & (rank <= possible)).all():
-            return False
-        for j in range(self.C):
-            mine = own[label == j]
-            rank = outputs["column_rank"][j]
-            if mine.size == 0 and rank != -1:
+        labels = np.unique(self.label[self.label >= 0])
+        for best, lines, labelled in (
+            (outputs["row_best"], z, np.flatnonzero(self.label >= 0)),
+            (outputs["column_best"], z.T, labels),
+        ):
+            if not np.array_equal(np.flatnonzero(best >= 0), labelled):
                 return False
-            if mine.size and not (z[:, j] > mine.max() + tolerance).sum() <= rank <= (z[:, j] > mine.max() - tolerance).sum():
+            if labelled.size and not (lines[labelled, best[labelled]] >= lines[labelled].max(1) - tolerance).all():
                 return False
         return True
 
@@ -208,7 +226,7 @@ class Loss:
 SHAPES = {
     "one tile": dict(B=5, C=7, D=11, m=3, smoothing=0.1, labels="mixed"),
     "3x2 tiles": dict(B=2 * 128 + 4, C=0, D=16, m=4, labels="own"),
-    "ragged": dict(B=141, C=53, D=19, m=3, labels="mixed", absent=True, smoothing=0.1, bias=True),
+    "ragged": dict(B=141, C=53, D=19, m=3, labels="mixed", absent=True, smoothing=0.1, parts=(0.25, 0.5), bias=True),
 }
 
 
@@ -220,7 +238,7 @@ def sizes(form, shape):
 @functools.cache
 def solved(form, dtype, shape, sigmoid=False):
     """Forward and backward of one shape, checked against the reference; the keys that were launched."""
-    loss = Loss(form, dtype, **sizes(form, shape), sigmoid=False) if not sigmoid else Loss(form, dtype, **{**sizes(form, shape), "smoothing": 0.0}, sigmoid=True)
+    loss = Loss(form, dtype, **sizes(form, shape) | (dict(smoothing=0.0, sigmoid=True) if sigmoid else {}))
     forward = loss.forward()
     assert loss.forward_deviation(forward.outputs) <= 1
     backward = loss.backward(forward.outputs)
@@ -337,28 +355,22 @@ def test_empty_sizes(form, dtype, empty):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_ties_go_to_the_lowest_index(form, dtype):
-    """Twin candidates and twin anchors: equal logits, and the ranks say which comes first. Whole numbers and orthogonal candidates: no rounding, so the
-    labelled pair, which comes from its vectors, equals its twin, which comes from the product."""
-    loss = Loss(form, dtype, B=6, C=8, D=12, m=2, near=False)
-    loss.anchor = np.random.default_rng(3).integers(-3, 4, (6, 12)).astype(float)
-    loss.others[:, 0] = np.eye(12)[:8]
-    if loss.m == 2:
-        loss.others[:, 1] = loss.others[:, 0] + 2 * np.eye(12)[1:9]
-    loss.others[5] = loss.others[2]
+    """Twin candidates and twin anchors have equal logits, also where one of them is the label and its loss uses a more exact one."""
+    C = 150
+    loss = Loss(form, dtype, B=6, C=C, D=12, m=2, near=False)
+    twins = [2, 5, 60, 149]  # in one tile and in others
+    loss.others[twins] = loss.others[2]
+    inside = loss.others[2, 0] if form != "triangle" else (loss.others[2, 0] + loss.others[2, 1]) / 2
+    loss.anchor[:] = rounded(dtype, 5 * inside if form == "product" else inside + 0.01 * loss.anchor)
     loss.anchor[4] = loss.anchor[3]
-    loss.target = np.array([2, 5, 0, 1, 1, IGNORED])
+    loss.target = np.array([60, 5, 2, 149, 5, IGNORED])
     loss.set_labels()
     outputs = loss.forward().outputs
-    z = np.where(loss.rows[:, None], loss.want["z"], -np.inf)
-    index = np.arange(8)
-    for i in range(5):
-        t = loss.label[i]
-        before = (z[i] > z[i, t] + 1e-5) | ((np.abs(z[i] - z[i, t]) < 1e-5) & (index < t))
-        assert outputs["row_rank"][i] == before.sum()
-    before = (z[:, 1] > z[3, 1] + 1e-5) | ((np.abs(z[:, 1] - z[3, 1]) < 1e-5) & (np.arange(6) < 3))
-    assert outputs["column_rank"][1] == before.sum() and list(outputs["column_rank"][[3, 4, 6, 7]]) == [-1] * 4 and outputs["row_rank"][5] == -1
+    assert outputs["row_best"].tolist() == [2, 2, 2, 2, 2, -1]
+    best = outputs["column_best"]
+    assert (best[twins] == best[2]).all() and best[2] != 4 and (np.delete(best, twins) == -1).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -369,7 +381,12 @@ def test_a_perfect_match_costs_nothing(form, dtype):
         loss = Loss(form, dtype, B=1, C=1, D=37, m=2, seed=seed, near=False)
         outputs = loss.forward().outputs
         assert outputs["loss"][0] == 0 and outputs["row_lse"][0] == outputs["label"][0] == outputs["column_lse"][0]
-        assert outputs["row_rank"][0] == outputs["column_rank"][0] == 0
+        assert outputs["row_best"][0] == outputs["column_best"][0] == 0
+
+
+def test_a_perfect_match_needs_the_exact_label():
+    losses = [Loss("product", "f32", D=37, seed=seed).forward(mutation="logits: the label as the product has it").outputs["loss"] for seed in range(5)]
+    assert np.any(losses)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -380,7 +397,8 @@ def test_a_nan_reaches_the_loss(form, dtype):
     outputs = loss.forward().outputs
     assert np.isnan(outputs["loss"]).all()  # row 2 by its row, the others by their columns
     assert np.isnan(outputs["row_lse"]).tolist() == [i == 2 for i in range(6)] and np.isnan(outputs["column_lse"]).all()
-    assert outputs["row_rank"][2] == 6 and outputs["column_rank"][2] == 6
+    assert outputs["row_best"][2] == 6 and (np.delete(outputs["row_best"], 2) < 6).all()  # a NaN is never the best
+    assert np.isin(outputs["column_best"], [0, 1, 3, 4, 5]).all() and outputs["classes"][3] == 0
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
@@ -415,6 +433,7 @@ HARMLESS = {
     ("forward", "tile: drop the barrier after the epilogue"),  # reached by walks of several tiles alone: the test below
     ("forward", "logits: drop the barrier before the next row tile"),  # the same
     ("coefficients", "tile: drop the barrier after the epilogue"),
+    ("forward", "logits: the label as the product has it"),  # moves a loss by rounding alone: test_a_perfect_match_costs_nothing
 }
 
 
@@ -428,7 +447,7 @@ def broken_case(form, dtype):
 
 @functools.cache
 def breakable(key):
-    family, kernel, dtype = key.split(".")
+    family, kernel, dtype = key.replace(".any", ".f32").split(".")
     form = family.removeprefix("contrastive_").replace("loss", "product")
     loss, saved = broken_case(form, dtype)
     if kernel in ("labels", "column_labels", "classes", "forward", "fold_columns", "fold_rows"):
@@ -457,7 +476,10 @@ def test_seeded_mutations_are_caught(key):
         assert caught, f"{key}: nothing noticed '{name}'"
 
 
-@pytest.mark.parametrize("name, sizes", [("tile: drop the barrier after the epilogue", dict(B=3, C=2117)), ("logits: drop the barrier before the next row tile", dict(B=2117, C=3))])
+@pytest.mark.parametrize(
+    "name, sizes",
+    [("tile: drop the barrier after the epilogue", dict(B=3, C=2117)), ("logits: drop the barrier before the next row tile", dict(B=2117, C=3))],
+)
 def test_mutation_between_the_tiles_of_a_walk(name, sizes):
     """Only a walk of several tiles (more than 32 along a side) needs the barrier behind an epilogue."""
     with pytest.raises(_host.KernelReport, match="race_shared"):
@@ -468,7 +490,7 @@ def test_every_kernel_can_be_broken():
     """Each kernel of the table has marked places, whatever its dtype."""
     kernels = {}
     for key in OWN:
-        if key.endswith((".f32", "narrow.bf16")):
+        if key.endswith((".f32", ".any", "narrow.bf16")):
             breakable(key)[0]()
             kernels.setdefault(key.rsplit(".", 1)[0], set()).update(_host.mutations(key))
     assert not [kernel for kernel, places in kernels.items() if not places]

@@ -69,6 +69,26 @@ class Silent:
     pass
 
 
+class WithSettings(miniature.ToyPictureEncoder):
+    def __init__(self, size):
+        self.size = size
+
+
+class Failing(miniature.ToyPictureEncoder):
+    def __call__(self, pictures):
+        return pictures[0].no_such_thing
+
+
+class FailingTokens(miniature.ToyPictureEncoder):
+    encode = property()
+
+    def __call__(self, pictures):
+        return torch.zeros(len(pictures), 3)
+
+    def tokens(self, pictures):
+        raise KeyError("tokens")
+
+
 @pytest.fixture
 def pictures(tmp_path):
     folder = tmp_path / "photos"
@@ -198,12 +218,31 @@ def test_a_picture_broken_further_down(pictures, tmp_path):
         ("NotFiniteInFloat32", "output must be finite, got 336 numbers that are NaN or Inf in float32"),
         ("NoWidth", "output must be [14, D] with D at least 1, got [14, 0]"),
         ("Silent", "must be callable with a list of inputs, got an object of Silent that is not"),
+        ("WithSettings", "'test_encode:WithSettings' must be made without arguments, got TypeError: "),
+        ("Failing", "encoder 'test_encode:Failing': must take a list of inputs, got AttributeError: 'Image' object has no attribute 'no_such_"),
         ("Missing", "'Missing' must be in module 'test_encode', got"),
     ],
 )
 def test_encoders_that_do_not_do(pictures, tmp_path, encoder, expected):
     result = run(tmp_path, encoder=f"test_encode:{encoder}")
-    assert result.exit_code == 1 and expected in result.output
+    assert result.exit_code == 1 and expected in result.output and result.output.count("\n") <= 2  # one line under the progress bar
+
+
+def test_encoders_that_are_for_something_else(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    miniature.write(tmp_path / "half_written.py", "class Encoder:\n    def __call__(self\n")
+    miniature.write(tmp_path / "needing_more.py", "import a_package_that_is_not_there\n")
+    for encoder, expected in (
+        ("half_written:Encoder", "the module of 'half_written:Encoder' must be importable, got SyntaxError: "),
+        ("needing_more:Encoder", "the module of 'needing_more:Encoder' must be importable, got ModuleNotFoundError: No module named 'a_package"),
+        ("torch.nn:Linear", "'torch.nn:Linear' must be made without arguments, got TypeError: "),
+        ("miniature:ToyTextEncoder", "encoder 'miniature:ToyTextEncoder': must take a list of inputs, got AttributeError: "),
+        ("torch.nn:ReLU", "encoder 'torch.nn:ReLU': must take a list of inputs, got TypeError: "),
+    ):
+        result = run(tmp_path, encoder=encoder)
+        assert result.exit_code == 1 and expected in result.output and result.output.count("\n") <= 2
+    tokens = run(tmp_path, "--tokens", encoder="test_encode:FailingTokens")
+    assert "encoder 'test_encode:FailingTokens': must take a list of inputs, got KeyError: 'tokens' (test_encode.py, line" in tokens.output
 
 
 def test_an_encoder_of_changing_width(pictures, tmp_path, monkeypatch):
@@ -333,6 +372,25 @@ def test_pictures_are_opened_as_they_look(tmp_path):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "lying.jpg", exif=exif)
     assert encoders.open_picture(tmp_path / "lying.jpg").size == (20, 30)
     assert encoders.open_picture("in an archive", miniature.png("red")).mode == "RGBA"
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (torch.tensor([[0.0, 0.5], [1.0, 2.0]]).numpy(), "whole numbers, got one of floating-point numbers"),
+        (torch.tensor([[0, 70000], [1, 2]], dtype=torch.int32).numpy(), "numbers from 0 to 65535, got one from 0 to 70000"),
+        (torch.tensor([[-5, 3], [1, 2]], dtype=torch.int16).numpy(), "numbers from 0 to 65535, got one from -5 to 3"),
+    ],
+)
+def test_pictures_whose_range_is_unknown_are_refused(pictures, tmp_path, values, found):
+    path = pictures / "odd.tif"
+    Image.fromarray(values).save(path)
+    with pytest.raises(ValueError) as caught:
+        encoders.open_picture(path)
+    assert str(caught.value).startswith(f"{path}: expected a picture of ") and found in str(caught.value)
+    (tmp_path / "captions.csv").write_text("file,caption\n" + "".join(f"{n}.png,card {n}\n" for n in range(13)) + "odd.tif,odd\n")
+    result = run(tmp_path)
+    assert result.exit_code == 1 and f"{path}: expected a picture of" in result.output and not (tmp_path / "out/items.json").exists()
 
 
 def test_names_of_encoders(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 // Contrastive losses over all pairs on the CPU, forward and backward, with no matrix of similarities; compiled once per instruction set.
 //
 // Maths      ops/contrastive_loss.h. The values of a tile become logits in place; engine form (c) folds them into log-sum-exps of rows and columns at once, beside them
-//            sums and ranks are counted. Backward makes each tile again, forms dL/dz from the saved log-sum-exps and goes on as pair_gradient.h does.
+//            sums and the largest are kept. Backward makes each tile again, forms dL/dz from the saved log-sum-exps and goes on as pair_gradient.h does.
 //            (GRAM, ICLR 2025; CLIP 2021; SigLIP 2023; TRIANGLE, NeurIPS 2025; recomputation as in FlashAttention and Inf-CL.)
 // Label      the labelled pair of a row is always computed from its vectors, and stands in its tile with the same bits: a loss is never below 0 by rounding.
 // FLOPs      forward 2 B C m D, backward 6 B C m D; two exponentials per pair each (sigmoid: one).
@@ -111,12 +111,10 @@ struct ForwardBuffers {
   T* columns = nullptr;        // form product: [C][D]
   StatisticsBuffers<T> statistics;
   T* row_label;                // [B] label logit
-  T* column_label;             // [lane groups] the best label logit of the column, +infinity where it has none
-  Integer<T>* column_row;      // [lane groups] and its row
   double* row_sum;             // [slots][B]
   double* column_sum;          // [lane groups]
-  std::int64_t* row_before;    // [slots][B] how many logits come before the label
-  std::int64_t* column_before; // [lane groups] how many rows come before the best label
+  T *row_top, *column_top;     // [slots][B], [lane groups] the largest logit ...
+  Integer<T> *row_best, *column_best;   // ... and where it stands, kNone while there is none
 
   static Slots slots_of(const ContrastiveProblem& p) {
     const Columns<T> columns(p.pairs.C, p.pairs.D, p.pairs.m);
@@ -128,16 +126,17 @@ struct ForwardBuffers {
     const std::int64_t B = p.pairs.B, padded = round_up(p.pairs.C, kLanes<T>), slots = slots_of(p).count;
     if (p.form == PairForm::product) columns = arena.take<T>(p.pairs.C * p.pairs.D);
     row_label = arena.take<T>(B);
-    column_label = arena.take<T>(padded);
-    column_row = arena.take<Integer<T>>(padded);
     row_sum = arena.take<double>(slots * B);
     column_sum = arena.take<double>(padded);
-    row_before = arena.take<std::int64_t>(slots * B);
-    column_before = arena.take<std::int64_t>(padded);
+    row_top = arena.take<T>(slots * B);
+    column_top = arena.take<T>(padded);
+    row_best = arena.take<Integer<T>>(slots * B);
+    column_best = arena.take<Integer<T>>(padded);
   }
 };
 
-// Turns a tile of products into logits in place (packed columns [.., m, lanes] become [.., lanes]) and counts sums and ranks. Sigmoid: sums of softplus.
+// Turns a tile of products into logits in place (packed columns [.., m, lanes] become [.., lanes]); sums them (sigmoid: their softplus) and keeps the largest of each row
+// and column. The largest are found before the label takes its exact value, so that equal vectors have equal logits and the lowest index wins.
 template <class T, class Values>
 struct Logits {
   const ContrastiveProblem& p;
@@ -145,14 +144,13 @@ struct Logits {
   std::int64_t groups;
   Values values;
   Scratch<T> column_sum;       // of one tile
-  Scratch<Integer<T>> column_before;
 
   Tile<T> operator()(const Tile<T>& tile, std::int64_t slot) {
     constexpr int W = kLanes<T>, L = kVectorLanes<T>;
     const Sides<T>& sides = buffers.sides;
     const std::int64_t B = p.pairs.B, stride = p.pairs.m * W, first = tile.column / stride, last = minimum((tile.column + tile.columns) / stride, groups);
     const std::int64_t count = (last - first) * W, at = first * W;
-    for (std::int64_t c = 0; c < count; ++c) column_sum[c] = 0, column_before[c] = 0;
+    for (std::int64_t c = 0; c < count; ++c) column_sum[c] = 0;
     for (std::int64_t i = 0; i < tile.rows; ++i) {
       const std::int64_t row = tile.row + i, label = sides.label[row];
       T* z = tile.data + i * tile.ld;
@@ -160,42 +158,44 @@ struct Logits {
         for (std::int64_t c = 0; c < count; ++c) z[c] = -std::numeric_limits<T>::infinity();
         continue;
       }
-      const T mark = label >= 0 ? buffers.row_label[row] : std::numeric_limits<T>::infinity();
       values.begin_row(row);
-      Vector<T> sum{};
-      Vector<Integer<T>> before{};   // comparisons give -1
-      const std::int64_t label_group = label >= 0 ? label / W : std::numeric_limits<std::int64_t>::max();
+      Vector<T> sum{}, top = broadcast(-std::numeric_limits<T>::infinity());
+      Vector<Integer<T>> best = broadcast(Integer<T>(kNone)), lane;
+      for (int l = 0; l < L; ++l) lane[l] = l;
       for (std::int64_t group = first; group < last; ++group) {
         T *out = z + (group - first) * W, *lane_sum = column_sum + (group - first) * W;
-        Integer<T>* lane_before = column_before + (group - first) * W;
         T value[W];
         values(group, z + (group - first) * stride, value);
-        for (int l = 0; l < W; ++l) value[l] = sides.scale * value[l] + sides.bias;
-        if (group == label_group) value[label % W] = mark;
         for (int l = 0; l < W; l += L) {
-          const std::int64_t at = group * W + l;
-          const Vector<T> logit = load(value + l), z_here = logit + load(sides.absent + at), best = load(buffers.column_label + at);
-          const Vector<T> term = p.loss == PairLoss::sigmoid ? softplus<T>(logit) : logit;
-          const Vector<T> counted = load(sides.active + at) > Vector<T>{} ? term : Vector<T>{};
+          const std::int64_t j = group * W + l;
+          const Vector<T> logit = broadcast(sides.scale) * load(value + l) + broadcast(sides.bias) + load(sides.absent + j), column_top = load(buffers.column_top + j);
+          best = logit > top ? lane + broadcast(static_cast<Integer<T>>(j)) : best;
+          top = logit > top ? logit : top;
+          store(buffers.column_best + j, logit > column_top ? broadcast(static_cast<Integer<T>>(row)) : load(buffers.column_best + j));
+          store(buffers.column_top + j, logit > column_top ? logit : column_top);
+          store(out + l, logit);
+        }
+        if (label / W == group && label >= 0) out[label % W] = buffers.row_label[row];
+        for (int l = 0; l < W; l += L) {
+          const Vector<T> term = p.loss == PairLoss::sigmoid ? softplus<T>(load(out + l)) : load(out + l);
+          const Vector<T> counted = load(sides.active + group * W + l) > Vector<T>{} ? term : Vector<T>{};
           sum += counted;
           store(lane_sum + l, load(lane_sum + l) + counted);
-          store(out + l, z_here);
-          before += group < label_group ? z_here >= broadcast(mark) : z_here > broadcast(mark);
-          const Vector<Integer<T>> earlier_row = broadcast(static_cast<Integer<T>>(row)) < load(buffers.column_row + at);
-          store(lane_before + l, load(lane_before + l) + ((z_here > best) | ((z_here == best) & earlier_row)));
         }
-        if (group == label_group)
-          for (int l = 0; l < label % W; ++l) before[0] -= out[l] == mark;
       }
       double total = 0;
-      for (int l = 0; l < L; ++l) total += sum[l];
+      T& row_top = buffers.row_top[slot * B + row];
+      Integer<T>& row_best = buffers.row_best[slot * B + row];
+      T tile_top = -std::numeric_limits<T>::infinity();
+      Integer<T> tile_best = kNone;
+      for (int l = 0; l < L; ++l) {
+        total += sum[l];
+        if (top[l] > tile_top || (top[l] == tile_top && best[l] < tile_best)) tile_top = top[l], tile_best = best[l];
+      }
+      if (tile_top > row_top) row_top = tile_top, row_best = tile_best;
       buffers.row_sum[slot * B + row] += total;
-      for (int l = 0; l < L; ++l) buffers.row_before[slot * B + row] -= before[l];
     }
-    for (std::int64_t c = 0; c < count; ++c) {
-      buffers.column_sum[at + c] += column_sum[c];
-      buffers.column_before[at + c] -= column_before[c];
-    }
+    for (std::int64_t c = 0; c < count; ++c) buffers.column_sum[at + c] += column_sum[c];
     return {tile.row, tile.rows, at, count, tile.data, tile.ld};
   }
 };
@@ -216,25 +216,14 @@ void forward(const ContrastiveProblem& p, const ContrastiveForward& to, const Fo
       buffers.row_label[i] = sides.label[i] >= 0 ? sides.scale * values.pair(sides.label[i]) + sides.bias : T(0);
     }
   });
-  for (std::int64_t j = 0; j < padded; ++j) {
-    buffers.column_label[j] = infinity;
-    buffers.column_row[j] = kNone;
-    buffers.column_sum[j] = 0;
-    buffers.column_before[j] = 0;
-  }
-  for (std::int64_t i = 0; i < B; ++i) {
-    const std::int64_t t = sides.label[i];
-    if (t < 0 || (buffers.column_row[t] != kNone && !(buffers.row_label[i] > buffers.column_label[t]))) continue;
-    buffers.column_label[t] = buffers.row_label[i];
-    buffers.column_row[t] = static_cast<Integer<T>>(i);
-  }
+  for (std::int64_t j = 0; j < padded; ++j) buffers.column_sum[j] = 0, buffers.column_top[j] = -infinity, buffers.column_best[j] = kNone;
   const Columns<T> columns(C, sizes.D, sizes.m);
   const Slots slots = ForwardBuffers<T>::slots_of(p);
-  for (std::int64_t i = 0; i < slots.count * B; ++i) buffers.row_sum[i] = 0, buffers.row_before[i] = 0;
+  for (std::int64_t i = 0; i < slots.count * B; ++i) buffers.row_sum[i] = 0, buffers.row_top[i] = -infinity, buffers.row_best[i] = kNone;
 
   const PackedPair<T> pair{buffers.operands.row_panels, B, buffers.operands.column_panels, columns.count, sizes.D, columns.tile};
   const auto make_logits = [&] {
-    return Logits<T, Values>{p, buffers, columns.groups, Values(sizes, geometry, buffers.operands, basis, false), Scratch<T>(columns.tile), Scratch<Integer<T>>(columns.tile)};
+    return Logits<T, Values>{p, buffers, columns.groups, Values(sizes, geometry, buffers.operands, basis, false), Scratch<T>(columns.tile)};
   };
   T *row_lse = static_cast<T*>(to.row_lse), *column_lse = static_cast<T*>(to.column_lse), *row_sum = static_cast<T*>(to.row_sum), *label = static_cast<T*>(to.label);
   T *column_sum = static_cast<T*>(to.column_sum), *loss = static_cast<T*>(to.loss), *classes = static_cast<T*>(to.classes);
@@ -250,22 +239,34 @@ void forward(const ContrastiveProblem& p, const ContrastiveForward& to, const Fo
   for (std::int64_t j = 0; j < C; ++j) columns_here += sides.active[j];
   for (std::int64_t i = 0; i < B; ++i) rows_here += sides.label[i] != kNoPart, labelled += sides.label[i] >= 0;
   classes[0] = static_cast<T>(columns_here), classes[1] = static_cast<T>(rows_here), classes[2] = static_cast<T>(labelled);
+  double center = 0;
+  if (p.loss == PairLoss::softmax)
+    for (std::int64_t j = 0; j < C; ++j)
+      if (sides.active[j] != 0) center += (column_lse[j] - std::log(rows_here) - sides.bias) / sides.scale / columns_here;
+  classes[3] = static_cast<T>(std::abs(center) < infinity ? center : 0);
   for (std::int64_t j = 0; j < C; ++j) {
     column_sum[j] = static_cast<T>(buffers.column_sum[j]);
-    to.column_rank[j] = buffers.column_row[j] == kNone ? -1 : buffers.column_label[j] != buffers.column_label[j] ? B : buffers.column_before[j];
+    to.column_best[j] = kNone;
   }
   for (std::int64_t i = 0; i < B; ++i) {
     double sum = 0;
-    std::int64_t before = 0;
-    for (std::int64_t slot = 0; slot < slots.count; ++slot) sum += buffers.row_sum[slot * B + i], before += buffers.row_before[slot * B + i];
+    T top = -infinity;
+    std::int64_t best = C;
+    for (std::int64_t slot = 0; slot < slots.count; ++slot) {
+      sum += buffers.row_sum[slot * B + i];
+      if (buffers.row_top[slot * B + i] > top) top = buffers.row_top[slot * B + i], best = buffers.row_best[slot * B + i];
+    }
     const std::int64_t t = sides.label[i];
     const double z = buffers.row_label[i], lambda = p.label_smoothing;
+    if (t >= 0) to.column_best[t] = buffers.column_best[t] == kNone ? B : buffers.column_best[t];
+    to.row_best[i] = t < 0 ? kNone : best;
     row_sum[i] = static_cast<T>(sum);
     label[i] = static_cast<T>(z);
-    to.row_rank[i] = t < 0 ? -1 : z != z ? C : before;
     if (p.loss == PairLoss::sigmoid) loss[i] = static_cast<T>(sum - z);
     else if (t < 0) loss[i] = 0;
-    else loss[i] = static_cast<T>((row_lse[i] - z) / 2 + (column_lse[t] - z) / 2 + lambda * (z - (sum / columns_here + buffers.column_sum[t] / rows_here) / 2));
+    else
+      loss[i] = static_cast<T>(p.row_part * (row_lse[i] - z + lambda * (z - sum / columns_here)) +
+                               p.column_part * (column_lse[t] - z + lambda * (z - buffers.column_sum[t] / rows_here)));
   }
 }
 
@@ -313,7 +314,8 @@ struct LossUpstream {
   const LossBuffers<T>& buffers;
   const T *row_weight, *row_lse;
   T row_share, column_share;   // lambda / columns, lambda / rows
-  T lambda;
+  T row_part, column_part, label_part;
+  T center;
   std::int64_t label = kNone;
   T g = 0, lse = 0;
   Vector<T> dscale{}, dbias{};
@@ -321,7 +323,7 @@ struct LossUpstream {
 
   std::int64_t begin_row(std::int64_t row, std::int64_t, std::int64_t) {
     label = buffers.sides.label[row];
-    g = label == kNoPart || (label == kNone && p.loss == PairLoss::softmax) ? T(0) : row_weight[row];
+    g = label == kNoPart ? T(0) : row_weight[row];
     lse = row_lse[row];
     dscale = dbias = Vector<T>{};
     return label;
@@ -337,12 +339,12 @@ struct LossUpstream {
         dz = broadcast(g) * sigmoid<T>(z);
       } else {
         const Vector<T> h = load(buffers.column_weight + at);
-        dz = broadcast(T(0.5)) * (broadcast(g) * (exponential<T>(z - broadcast(lse)) - broadcast(row_share)) +
-                                  h * (exponential<T>(z - load(buffers.column_lse + at)) - broadcast(column_share)));
+        dz = broadcast(row_part * g) * (exponential<T>(z - broadcast(lse)) - broadcast(row_share)) +
+             broadcast(column_part) * h * (exponential<T>(z - load(buffers.column_lse + at)) - broadcast(column_share));
       }
-      if (label >= at && label < at + L) dz[label - at] -= (1 - lambda) * g;
+      if (label >= at && label < at + L) dz[label - at] -= label_part * g;
       dz = here > Vector<T>{} ? dz : Vector<T>{};
-      dscale += here > Vector<T>{} ? dz * v : Vector<T>{};
+      dscale += here > Vector<T>{} ? dz * (v - broadcast(center)) : Vector<T>{};
       dbias += dz;
       store(out + l, broadcast(sides.scale) * dz);
     }
@@ -414,7 +416,9 @@ void backward_of(const ContrastiveProblem& p, const ContrastiveBackward& to, voi
 
   const auto make_upstream = [&] {
     const T lambda = static_cast<T>(p.label_smoothing);
-    return LossUpstream<T>{p, loss, static_cast<const T*>(to.row_weight), row_lse, lambda == 0 ? 0 : lambda / classes[0], lambda == 0 ? 0 : lambda / classes[1], lambda};
+    const double label_part = p.loss == PairLoss::sigmoid ? 1 : (p.row_part + p.column_part) * (1 - p.label_smoothing);
+    return LossUpstream<T>{p, loss, static_cast<const T*>(to.row_weight), row_lse, lambda == 0 ? 0 : lambda / classes[0], lambda == 0 ? 0 : lambda / classes[1],
+                           static_cast<T>(p.row_part), static_cast<T>(p.column_part), static_cast<T>(label_part), classes[3]};
   };
   with_geometry<T>(p, to.factor, [&](const auto& geometry) {
     using Geometry = std::decay_t<decltype(geometry)>;

@@ -2,36 +2,40 @@
 /// @brief Contrastive losses over all pairs on CUDA, forward and backward, with no matrix of similarities: kernels, launch plans, and the table of
 /// compiled instances.
 ///
-/// Maths      ops/contrastive_loss.h. The values of a tile become logits in place and are folded at once into log-sum-exps, sums and ranks of rows and
-///            columns (form (c) of tile.cuh). Backward makes each tile again, forms dL/dz from the saved log-sum-exps and goes on as pair_gradient.cuh
-///            does. (GRAM, ICLR 2025; CLIP 2021; SigLIP 2023; TRIANGLE, NeurIPS 2025; recomputation as in FlashAttention and Inf-CL.)
+/// Maths      ops/contrastive_loss.h. The values of a tile become logits in place and are folded at once into log-sum-exps and sums of rows and
+///            columns, beside them the largest (form (c) of tile.cuh). Backward makes each tile again, forms dL/dz from the saved log-sum-exps and goes
+///            on as pair_gradient.cuh does. (GRAM, ICLR 2025; CLIP 2021; SigLIP 2023; TRIANGLE, NeurIPS 2025; recomputation as in FlashAttention and
+///            Inf-CL.)
 ///
 /// Forward    prepare        of the volume family: basis, factor, scale_j, |a_i|^2 (form product: nothing to prepare)
 ///            labels         one warp per row: its label, and the logit of the labelled pair from the vectors. In its tile the pair stands with the
 ///                           same bits: a loss is never below 0 by rounding
-///            column_labels  one warp per 32 columns: whether they take part, and the best labelled row of each; walks all labels, rows ascending
-///            classes        one block: how many rows and columns take part
+///            column_labels  one warp per 32 columns: whether they take part and whether they are a row's label; walks all labels
 ///            forward        tile product; a thread owns a candidate of the tile and its rows in turn: values, then logits and the statistics of the
-///                           column; then a thread owns a part of a row: statistics of the row in shared memory along the walk
-///            fold_columns, fold_rows   one thread per column, per row: the slots in order, then rank and loss
+///                           column; then a thread owns a part of a row: statistics of the row in shared memory along the walk. The largest are
+///                           found before the label takes its exact value, so that equal vectors have equal logits and the lowest index wins
+///            fold_columns   one thread per column: the slots in order
+///            classes        one block: how many rows and columns take part, and the center
+///            fold_rows      one thread per row: the slots in order, then the loss
 /// Backward   rows           one warp per row: its label again, and a copy of the anchor that is zero where the row takes no part, so that nothing
 ///                           in it (a NaN) can matter; form product: the labelled pair's value, f16 operands as two bf16 planes
 ///   volume, triangle        the sequence of pair_gradient.cuh with LossUpstream; the labelled pair counts as near zero
 ///   product, for each panel of rows:
 ///            coefficients   tile product -> T = dL/dvalue in the workspace
 ///            grad_anchor    product: dA_I = T Y;   grad_basis: dY += T^t A_I;   and at the end narrow: dY to its dtype
-///            scale          one block: the sums of dz v and dz over the slots
+///            scale          one block: the sums of dz (v - center) and dz over the slots
 ///
 /// Scalars    scale and bias are read from device memory by every thread that needs them: no synchronisation, a new value compiles nothing.
 /// Numbers    as the volume family: f32, f64 in their precision, bf16 and f16 rounded operands with fp32 accumulation; logits, exponentials and all
 ///            statistics in fp32 (fp64 for f64). exp, log and log1p of the CUDA library, no fast variants.
-/// FLOPs      forward 2 B C m D, backward 6 B C m D; two exponentials per pair each (sigmoid: one). Bytes forward: operands once per tile of the other
-///            side, 16 per row and column walk and per column and row walk (f64: 32).
-/// Memory     workspace: 16 (B + C) times at most kLossWalks = 32 statistics slots (f64: twice); backward: the copy of the anchors (B D), what
-///            pair_gradient.cuh takes (product: the panel of T; half inputs dY [C, D] in fp32), and 8 bytes per row tile and column walk.
-/// Order      every sum has one order fixed by the sizes: rows of a tile by thread and phase, tiles of a walk in turn, slots ascending; no atomics. Equal
-///            bits from run to run.
-/// Registers  tiles at most 128, one-warp kernels at most 168.
+/// FLOPs      forward 2 B C m D, backward 6 B C m D; two exponentials per pair each (sigmoid: one). Bytes forward: operands once per tile of the
+///            other side, 20 per row and column walk and per column and row walk (f64: 36); backward as pair_gradient.cuh.
+/// Memory     workspace: 20 (B + C) bytes times at most kLossWalks = 32 statistics slots (f64: 36); half inputs C m D halves; backward: the copy of
+///            the anchors (B D), what pair_gradient.cuh takes (product: the panel of T; half inputs dY [C, D] in fp32, f16 2 (B + C) D bf16), and 8 bytes
+///            per row tile and column walk.
+/// Order      every sum has one order fixed by the sizes: rows of a tile by thread and phase, tiles of a walk in turn, slots ascending; no atomics.
+///            Equal bits from run to run.
+/// Registers  tiles at most 128 (coefficients of volume and triangle in f64: one block of up to 255), one-warp kernels at most 168.
 #pragma once
 
 #include <limits>
@@ -43,7 +47,8 @@
 namespace modalign::cuda {
 
 constexpr int kLossWalks = 32;                          // slots of statistics along either side
-constexpr std::int64_t kNoLabel = -1, kNoPart = -2;     // a row without a label; a row that takes no part
+constexpr std::int64_t kNoLabel = kNoTarget, kNoPart = -2;   // a row without a label; a row that takes no part
+constexpr std::uint32_t kTakesPart = 1, kIsLabel = 2;        // of a column
 constexpr int kThreadKernelThreads = 256;               // one thread per item
 template <class Real> inline constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 
@@ -74,7 +79,7 @@ template <class Real> MODALIGN_DEVICE Real sigmoid(Real z) {
 struct Targets {
   const std::int64_t* target;   // or nullptr: row i has label i
   std::int64_t stride;
-  MODALIGN_DEVICE std::int64_t of(std::int64_t i) const { return target != nullptr ? std::int64_t(Global<const std::int64_t>(target)[i * stride]) : i; }
+  MODALIGN_DEVICE std::int64_t of(std::int64_t i) const { return target != nullptr ? std::int64_t(global(target)[i * stride]) : i; }
 };
 
 MODALIGN_DEVICE bool any_present(const PresenceMask& present, std::int64_t j, int m) {
@@ -135,8 +140,8 @@ template <class Geometry, class T> struct RowLabels {
   }
 };
 
-// One warp per 32 columns: each lane looks for the best labelled row of its own; the first of equal ones, and a NaN that comes first stays.
-template <class Real> struct ColumnLabels {
+// One warp per 32 columns: each lane looks whether any row's label is its own.
+struct ColumnLabels {
   static constexpr int kThreads = kWarpKernelThreads;
   static constexpr int kMinBlocks = kWarpKernelBlocks;
   static constexpr int kAhead = 8;   // pieces of 32 labels on their way at once
@@ -145,10 +150,7 @@ template <class Real> struct ColumnLabels {
   bool diagonal;   // row i can have label i alone
   PresenceMask present;
   const std::int64_t* label;
-  const Real* logit;
-  std::uint32_t* part;      // [C] 1 where the column takes part, else 0
-  Real* best;               // [C] the best label logit, +infinity where there is none
-  std::int64_t* best_row;   // [C] its row, kNoLabel
+  std::uint32_t* flags;   // [C] kTakesPart, kIsLabel
 
   LaunchPlan plan(std::int64_t batches, const char* key) const { return plan_warps(ceil_divide<std::int64_t>(C, kWarpSize), batches, key); }
 
@@ -156,105 +158,142 @@ template <class Real> struct ColumnLabels {
     const std::int64_t first = warp_item() * kWarpSize, j = first + lane();
     if (first >= C) return;
     const std::int64_t begin = diagonal ? first : 0, stop = diagonal ? minimum(first + kWarpSize, B) : B;
-    Real top = kInfinity<Real>;
-    std::int64_t row = kNoLabel;
+    bool labelled = false;
     for (std::int64_t ahead = begin; ahead < stop; ahead += kAhead * kWarpSize) {
-      int place[kAhead];   // the lane that owns the label's column, or -1
+      int owner[kAhead];   // the lane that owns the label's column, or -1
       MODALIGN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
         const std::int64_t i = ahead + a * kWarpSize + lane();
         const std::int64_t from_first = i < stop ? global(label)[i] - first : -1;
-        place[a] = from_first >= 0 && from_first < kWarpSize ? int(from_first) : -1;
+        owner[a] = from_first >= 0 && from_first < kWarpSize ? int(from_first) : -1;
       }
       MODALIGN_UNROLL
       for (int a = 0; a < kAhead; ++a) {
-        const std::int64_t chunk = ahead + a * kWarpSize;
-        std::uint32_t found = warp_ballot(place[a] >= 0);
-        if (found == 0) continue;
-        const Real z = place[a] >= 0 ? Real(global(logit)[chunk + lane()]) : Real(0);
-        for (int other = 0; found != 0; ++other, found >>= 1) {
-          if ((found & 1) == 0) continue;
-          const int owner = shuffle(place[a], other);
-          const Real its = shuffle(z, other);
-          if (lane() == owner && (row == kNoLabel || its > top)) {
-            top = its;
-            row = chunk + other;
-          }
-        }
+        std::uint32_t found = warp_ballot(owner[a] >= 0);
+        for (int other = 0; found != 0; ++other, found >>= 1)
+          if ((found & 1) != 0) labelled = shuffle(owner[a], other) == lane() || labelled;
       }
     }
     if (j >= (MODALIGN_MUTATION("column labels: one column too many") ? C + 1 : C)) return;
-    global(part)[j] = any_present(present, j, m) ? 1u : 0u;
-    global(best)[j] = top;
-    global(best_row)[j] = row;
+    global(flags)[j] = (any_present(present, j, m) ? kTakesPart : 0u) | (labelled ? kIsLabel : 0u);
   }
 };
 
-// classes = columns that take part, rows that take part, rows with a label: one block.
+// classes = columns and rows that take part, rows with a label, and the center: the mean over columns of (lse - log rows - bias) / scale, what all
+// values have in common; 0 for sigmoid and where that is not finite. One block.
 template <class Real> struct CountClasses {
   static constexpr int kThreads = kThreadKernelThreads;
   static constexpr int kWarps = kThreads / kWarpSize;
   std::int64_t B, C;
+  bool sigmoid;
+  LogitScalars<Real> scalars;
   const std::int64_t* label;
-  const std::uint32_t* part;
-  Real* classes;   // [3]
+  const std::uint32_t* flags;
+  const Real* column_lse;
+  Real* classes;   // [4]
 
   LaunchPlan plan(std::int64_t, const char* key) const {
     LaunchPlan plan;
     plan.threads = kThreads;
-    plan.shared_bytes = 3 * kWarps * int(sizeof(int));
+    plan.shared_bytes = 4 * kWarps * int(sizeof(double));
     plan.key = key;
     return plan;
   }
 
   MODALIGN_DEVICE void operator()() const {
-    const Shared<int> counts = shared<int>(0, 3 * kWarps);
+    const Shared<double> warps = shared<double>(0, 4 * kWarps);
     int columns = 0, rows = 0, labelled = 0;
-    for (std::int64_t j = thread_index(); j < C; j += kThreads) columns += int(global(part)[j]);
+    double lse = 0;
+    for (std::int64_t j = thread_index(); j < C; j += kThreads)
+      if ((global(flags)[j] & kTakesPart) != 0) {
+        ++columns;
+        lse += global(column_lse)[j];
+      }
     for (std::int64_t i = thread_index(); i < B; i += kThreads) {
       const std::int64_t t = global(label)[i];
       rows += t != kNoPart;
       labelled += t >= 0;
     }
-    columns = warp_sum(columns);
-    rows = warp_sum(rows);
-    labelled = warp_sum(labelled);
+    const double sums[4] = {double(warp_sum(columns)), double(warp_sum(rows)), double(warp_sum(labelled)), warp_sum(lse)};
     if (lane() == 0) {
-      counts[warp()] = columns;
-      counts[kWarps + warp()] = rows;
-      counts[2 * kWarps + warp()] = labelled;
+      MODALIGN_UNROLL
+      for (int k = 0; k < 4; ++k) warps[k * kWarps + warp()] = sums[k];
     }
     if (!MODALIGN_MUTATION("classes: drop the barrier before the warps are added")) barrier();
-    if (thread_index() >= 3) return;
-    int sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += counts[thread_index() * kWarps + w];
-    global(classes)[thread_index()] = Real(sum);
+    if (thread_index() > 0) return;
+    double total[4];
+    MODALIGN_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      total[k] = 0;
+      for (int w = 0; w < kWarps; ++w) total[k] += warps[k * kWarps + w];
+    }
+    const Logit<Real> logit = scalars.load();
+    const double center = sigmoid ? 0.0 : (total[3] / total[0] - logarithm(total[1]) - logit.bias) / logit.scale;
+    for (int k = 0; k < 3; ++k) global(classes)[k] = Real(total[k]);
+    global(classes)[3] = is_finite(Real(center)) ? Real(center) : Real(0);
   }
 };
 
 // -------------------------------------------------------------------------------------------------------------------------------------------- forward
-// What a row or a column keeps: a running log-sum-exp (max, sum of exp(z - max)), the sum of logits (sigmoid: of softplus), and how many logits come
-// before its label (a whole number, exact in a float: a slot meets fewer than 2^24).
+// What a row or a column keeps: a running log-sum-exp (max, sum of exp(z - max)), the sum of logits (sigmoid: of softplus), and the largest logit
+// with its place (-1: none yet; a NaN is never the largest).
 template <class Real> struct Statistics {
-  MaxSum<Real> lse;
-  Real total, before;
+  MaxSum<Real> lse{0, 0};
+  Real total = 0, top = -kInfinity<Real>;
+  int best = -1;
+
+  MODALIGN_DEVICE void see(Real z, int place) {   // ties go to the lowest place
+    if (z > top || (z == top && place < best)) {
+      top = z;
+      best = place;
+    }
+  }
 };
 template <class Real> MODALIGN_DEVICE Statistics<Real> join(const Statistics<Real>& a, const Statistics<Real>& b) {
-  return {join(a.lse, b.lse), a.total + b.total, a.before + b.before};
+  Statistics<Real> both = a;
+  both.lse = join(a.lse, b.lse);
+  both.total = a.total + b.total;
+  both.see(b.top, b.best);
+  return both;
 }
-// Item i of an array of statistics, global or shared: two pairs.
-template <class View, class Index> MODALIGN_DEVICE auto read_statistics(View view, Index i) {
-  const auto lse = load_pack<2>(view, 4 * i), sums = load_pack<2>(view, 4 * i + 2);
-  return Statistics<std::remove_cvref_t<decltype(lse[0])>>{{lse[0], lse[1]}, sums[0], sums[1]};
+
+// Arrays of statistics, global or shared: two pairs of reals and a place each.
+template <class Real> struct StatisticsArray {
+  Real* reals;
+  int* best;
+  template <class Arena> static StatisticsArray take(Arena& arena, const char* reals_name, const char* best_name, std::int64_t count) {
+    return {arena.template take<Real>(reals_name, 4 * count), arena.template take<int>(best_name, count)};
+  }
+};
+template <class Reals, class Places> struct StatisticsView {
+  Reals reals;
+  Places best;
+};
+template <class Real> MODALIGN_DEVICE auto shared_statistics(int offset) {
+  return StatisticsView<Shared<Real>, Shared<int>>{shared<Real>(offset, 4 * kTileThreads),
+                                                   shared<int>(offset + 4 * kTileThreads * int(sizeof(Real)), kTileThreads)};
 }
-template <class View, class Index, class Real> MODALIGN_DEVICE void write_statistics(View view, Index i, const Statistics<Real>& x) {
+template <class Real> MODALIGN_DEVICE auto global_statistics(const StatisticsArray<Real>& array, std::int64_t first) {
+  return StatisticsView<Global<Real>, Global<int>>{Global<Real>(array.reals).at(4 * first), Global<int>(array.best).at(first)};
+}
+template <class View, class Index> MODALIGN_DEVICE auto read_statistics(const View& view, Index i) {
+  const auto lse = load_pack<2>(view.reals, 4 * i), sums = load_pack<2>(view.reals, 4 * i + 2);
+  Statistics<std::remove_cvref_t<decltype(lse[0])>> x;
+  x.lse = {lse[0], lse[1]};
+  x.total = sums[0];
+  x.top = sums[1];
+  x.best = view.best[i];
+  return x;
+}
+template <class View, class Index, class Real> MODALIGN_DEVICE void write_statistics(const View& view, Index i, const Statistics<Real>& x) {
   Pack<Real, 2> lse, sums;
   lse[0] = x.lse.max;
   lse[1] = x.lse.sum;
   sums[0] = x.total;
-  sums[1] = x.before;
-  store_pack(view, 4 * i, lse);
-  store_pack(view, 4 * i + 2, sums);
+  sums[1] = x.top;
+  store_pack(view.reals, 4 * i, lse);
+  store_pack(view.reals, 4 * i + 2, sums);
+  view.best[i] = x.best;
 }
 
 // Slots: rows [column walk][B], columns [row walk][C].
@@ -263,7 +302,7 @@ template <class Geometry, class T> struct LogitsEpilogue {
   using Real = real_of<T>;
   static constexpr int kParts = kTileThreads / Backend::kRows;   // threads along a row
   static constexpr int kPiece = 4;                               // columns that a part takes at a time
-  static constexpr int kRowBytes = Backend::kRows * int(sizeof(Real)), kStatisticsBytes = 4 * kTileThreads * int(sizeof(Real));
+  static constexpr int kRowBytes = Backend::kRows * int(sizeof(Real)), kStatisticsBytes = kTileThreads * (4 * int(sizeof(Real)) + 4);
   static constexpr int kLabelOffset = 2 * kRowBytes, kRowOffset = kLabelOffset + Backend::kRows * 4, kColumnOffset = kRowOffset + kStatisticsBytes;
   static constexpr int kSharedBytes = kColumnOffset + kStatisticsBytes;
   static constexpr int kMinBlocks = 2;
@@ -274,11 +313,8 @@ template <class Geometry, class T> struct LogitsEpilogue {
   std::int64_t B;
   const std::int64_t* label;
   const Real* row_logit;
-  const std::uint32_t* part;
-  const Real* best;
-  const std::int64_t* best_row;
-  Real* row_slots;
-  Real* column_slots;
+  const std::uint32_t* flags;
+  StatisticsArray<Real> row_slots, column_slots;
   std::int64_t row_tiles_per_walk;
   int tile_candidates, lanes_log2;   // of a column tile; threads along them are a power of two
 
@@ -298,25 +334,25 @@ template <class Geometry, class T> struct LogitsEpilogue {
       labels[row] = int(global(label)[range.row_begin + row]);
       marks[row] = global(row_logit)[range.row_begin + row];
     }
-    write_statistics(shared<Real>(shared_offset + kRowOffset, 4 * kTileThreads), opaque(thread_index()), Statistics<Real>{{0, 0}, 0, 0});
+    write_statistics(shared_statistics<Real>(shared_offset + kRowOffset), opaque(thread_index()), Statistics<Real>());
   }
 
   MODALIGN_DEVICE void consume(State&, Shared<Real> tile, const TileRange& range, std::int64_t, const WalkPosition& walk, int shared_offset) const {
     const Shared<Real> squares = shared<Real>(shared_offset, Backend::kRows), marks = shared<Real>(shared_offset + kRowBytes, Backend::kRows);
     const Shared<int> labels = shared<int>(shared_offset + kLabelOffset, Backend::kRows);
-    const Shared<Real> row_statistics = shared<Real>(shared_offset + kRowOffset, 4 * kTileThreads);
-    const Shared<Real> column_statistics = shared<Real>(shared_offset + kColumnOffset, 4 * kTileThreads);
+    const auto row_statistics = shared_statistics<Real>(shared_offset + kRowOffset);
+    const auto column_statistics = shared_statistics<Real>(shared_offset + kColumnOffset);
     const int thread = opaque(thread_index()), m = opaque(view.m);   // or what follows from them is carried through the product
     const int slot = slot_of(thread), phase = phase_of(thread);
     const int first = int(range.column_tile) * tile_candidates, candidates = minimum(int(view.C) - first, tile_candidates);
     if constexpr (!kIsProduct<Geometry>) make_values(thread, m, tile, range, first, candidates, squares, labels);
-    Statistics<Real> mine{{0, 0}, 0, 0};
+    Statistics<Real> mine;
     if (slot < candidates) mine = fold_column(thread, m, tile, range, first, marks, labels);
     write_statistics(column_statistics, thread, mine);
     if (!MODALIGN_MUTATION("logits: drop the barrier before columns and rows are folded")) barrier();
     if (phase == 0 && slot < candidates) {
       for (int p = 1; p < phases(); ++p) mine = join(mine, read_statistics(column_statistics, (p << lanes_log2) + slot));
-      const Global<Real> slots = Global<Real>(column_slots).at(4 * (walk.row * view.C + first));
+      const auto slots = global_statistics(column_slots, walk.row * view.C + first);
       if (range.row_tile != walk.row * row_tiles_per_walk) mine = join(read_statistics(slots, std::int64_t(slot)), mine);
       write_statistics(slots, std::int64_t(slot), mine);
     }
@@ -333,19 +369,17 @@ template <class Geometry, class T> struct LogitsEpilogue {
     bool counts = false;
     if (exists) {
       column = view.column(0, j);
-      counts = global(part)[j] != 0;
+      counts = (global(flags)[j] & kTakesPart) != 0;
     }
     MODALIGN_NO_UNROLL
     for (int row = phase_of(thread); row < range.rows; row += row_step) {
-      const int target = labels[row];
-      if (target == kNoPart) continue;   // the whole warp
+      if (labels[row] == kNoPart) continue;   // the whole warp
       Real s[kMaxOthers], r = 0, trust = 0;
       if (exists) {
         load_candidate(s, tile, row * Backend::kPitch + slot * m, m);
         r = Geometry::residual(s, m, Real(squares[row]), column, trust);
       }
-      // the labelled pair is known
-      const bool near = counts && j != target && trust > 0 && is_finite(trust) && column.scale != 0 && r <= view.near * trust;
+      const bool near = counts && trust > 0 && is_finite(trust) && column.scale != 0 && r <= view.near * trust;
       std::uint32_t pending = warp_ballot(near);
       for (int other = 0; pending != 0; ++other, pending >>= 1) {
         if ((pending & 1) == 0) continue;
@@ -359,42 +393,44 @@ template <class Geometry, class T> struct LogitsEpilogue {
     }
   }
 
-  // This thread's rows of its candidate: values become logits.
+  // This thread's rows of its candidate: values become logits. The label's exact value is put in its place wherever it is added up.
   MODALIGN_DEVICE Statistics<Real> fold_column(int thread, int m, Shared<Real> tile, const TileRange& range, int first, Shared<Real> marks,
                                                Shared<int> labels) const {
-    const int slot = slot_of(thread), begin = phase_of(thread), step = phases(), j = first + slot;
+    const int slot = slot_of(thread), begin = phase_of(thread), step = phases(), j = first + slot, row_begin = int(range.row_begin);
     const Shared<Real> mine_of_rows = tile.at(place(slot, m));
     const Logit<Real> logit = scalars.load();
-    const bool counts = global(part)[j] != 0;
-    const Real mark = global(best)[j];
-    const int mark_row = int(global(best_row)[j] - range.row_begin);
-    Statistics<Real> mine{{-kInfinity<Real>, 0}, 0, 0};
+    const bool counts = (global(flags)[j] & kTakesPart) != 0;
+    Statistics<Real> mine;
+    Real largest = -kInfinity<Real>;
     MODALIGN_NO_UNROLL
     for (int row = begin; row < range.rows; row += step) {
       const int target = labels[row];
       if (target == kNoPart) continue;
-      Real z = logit(mine_of_rows[row * Backend::kPitch]);
-      if (j == target) z = marks[row];   // the same bits everywhere
-      if (!counts) z = -kInfinity<Real>;
+      Real z = counts ? logit(mine_of_rows[row * Backend::kPitch]) : -kInfinity<Real>;
       mine_of_rows[row * Backend::kPitch] = z;
-      mine.lse.max = maximum(mine.lse.max, z);
-      if (counts) mine.total += sigmoid ? softplus(z) : z;
-      mine.before += z > mark || (z == mark && row < mark_row) ? 1 : 0;
+      if (!counts) continue;
+      mine.see(z, row_begin + row);
+      if (j == target && !MODALIGN_MUTATION("logits: the label as the product has it")) z = marks[row];
+      largest = maximum(largest, z);
+      mine.total += sigmoid ? softplus(z) : z;
     }
-    const Real top = mine.lse.max;
-    if (sigmoid || top == -kInfinity<Real>) {
-      mine.lse = {0, 0};
-    } else {
+    if (!sigmoid && largest != -kInfinity<Real>) {
+      mine.lse.max = largest;
       MODALIGN_NO_UNROLL
-      for (int row = begin; row < range.rows; row += step)
-        if (labels[row] != kNoPart) mine.lse.sum += exponential(mine_of_rows[row * Backend::kPitch] - top);
+      for (int row = begin; row < range.rows; row += step) {
+        const int target = labels[row];
+        if (target == kNoPart) continue;
+        const Real z = j == target ? marks[row] : mine_of_rows[row * Backend::kPitch];
+        mine.lse.sum += exponential(z - largest);
+      }
     }
     return mine;
   }
 
-  // This thread's part of a row: pieces of four columns, each begun at another one in every fourth row, so that the lanes of a warp meet different banks.
+  // This thread's part of a row: pieces of four columns, each begun at another one in every fourth row, so that the lanes of a warp meet different
+  // banks.
   MODALIGN_DEVICE void fold_row(int thread, int m, Shared<Real> tile, const TileRange& range, int first, int candidates, Shared<Real> marks,
-                                Shared<int> labels, Shared<Real> row_statistics) const {
+                                Shared<int> labels, const StatisticsView<Shared<Real>, Shared<int>>& row_statistics) const {
     const int row = thread / kParts, begin = thread % kParts * kPiece, turn = row / kPiece % kPiece;
     if (row >= (MODALIGN_MUTATION("logits: one row too many") ? range.rows + 1 : range.rows)) return;
     const int target = labels[row];
@@ -410,23 +446,26 @@ template <class Geometry, class T> struct LogitsEpilogue {
         }
       }
     };
-    const Real mark = target >= 0 ? Real(marks[row]) : kInfinity<Real>;
-    const int label_slot = target - first;
-    Statistics<Real> mine{{-kInfinity<Real>, 0}, 0, 0};
+    const Real mark = marks[row];
+    const int label_slot = target - first;   // outside the tile where the label stands in another one or nowhere
+    Statistics<Real> mine;
+    Real largest = -kInfinity<Real>;
     each([&](int slot, Real z) {
-      mine.lse.max = maximum(mine.lse.max, z);
+      mine.see(z, first + slot);
+      if (slot == label_slot) z = mark;
+      largest = maximum(largest, z);
       if (z != -kInfinity<Real>) mine.total += sigmoid ? softplus(z) : z;   // columns that take no part stand as -infinity
-      mine.before += z > mark || (z == mark && slot < label_slot) ? 1 : 0;
     });
-    const Real top = mine.lse.max;
-    if (sigmoid || top == -kInfinity<Real>) mine.lse = {0, 0};
-    else each([&](int, Real z) { mine.lse.sum += exponential(z - top); });
+    if (!sigmoid && largest != -kInfinity<Real>) {
+      mine.lse.max = largest;
+      each([&](int slot, Real z) { mine.lse.sum += exponential((slot == label_slot ? mark : z) - largest); });
+    }
     write_statistics(row_statistics, thread, join(read_statistics(row_statistics, thread), mine));
   }
 
   MODALIGN_DEVICE void end(State&, const TileRange& range, std::int64_t, const WalkPosition& walk, int shared_offset) const {
-    const Shared<Real> row_statistics = shared<Real>(shared_offset + kRowOffset, 4 * kTileThreads);
-    const Global<Real> slots = Global<Real>(row_slots).at(4 * (walk.column * B + range.row_begin));
+    const auto row_statistics = shared_statistics<Real>(shared_offset + kRowOffset);
+    const auto slots = global_statistics(row_slots, walk.column * B + range.row_begin);
     for (int row = opaque(thread_index()); row < range.rows; row += kTileThreads) {
       Statistics<Real> mine = read_statistics(row_statistics, row * kParts);
       for (int p = 1; p < kParts; ++p) mine = join(mine, read_statistics(row_statistics, row * kParts + p));
@@ -447,9 +486,10 @@ inline LaunchPlan plan_threads(std::int64_t items, const char* key) {
 MODALIGN_DEVICE std::int64_t thread_item() { return std::int64_t(block_index_x()) * kThreadKernelThreads + thread_index(); }
 
 // The slots of item i, ascending.
-template <class Real> MODALIGN_DEVICE Statistics<Real> fold_slots(const Real* slots, std::int64_t slot_count, std::int64_t count, std::int64_t i) {
-  Statistics<Real> all{{0, 0}, 0, 0};
-  for (std::int64_t slot = 0; slot < slot_count; ++slot) all = join(all, read_statistics(Global<const Real>(slots), slot * count + i));
+template <class Real>
+MODALIGN_DEVICE Statistics<Real> fold_slots(const StatisticsArray<Real>& slots, std::int64_t slot_count, std::int64_t count, std::int64_t i) {
+  Statistics<Real> all;
+  for (std::int64_t slot = 0; slot < slot_count; ++slot) all = join(all, read_statistics(global_statistics(slots, slot * count), i));
   return all;
 }
 template <class Real> MODALIGN_DEVICE Real log_sum_exp(const MaxSum<Real>& x) { return x.sum == 0 ? -kInfinity<Real> : x.max + logarithm(x.sum); }
@@ -458,13 +498,11 @@ template <class Real> struct FoldColumns {
   static constexpr int kThreads = kThreadKernelThreads;
   std::int64_t B, C;
   bool sigmoid;
-  const Real* slots;   // [slot][C] statistics
+  StatisticsArray<Real> slots;   // [slot][C]
   std::int64_t slot_count;
-  const std::uint32_t* part;
-  const Real* best;
-  const std::int64_t* best_row;
+  const std::uint32_t* flags;
   Real *lse, *sum;
-  std::int64_t* rank;
+  std::int64_t* best;
 
   LaunchPlan plan(std::int64_t, const char* key) const { return plan_threads(C, key); }
 
@@ -472,10 +510,10 @@ template <class Real> struct FoldColumns {
     const std::int64_t j = thread_item();
     if (j >= (MODALIGN_MUTATION("fold columns: one column too many") ? C + 1 : C)) return;
     const Statistics<Real> all = fold_slots(slots, slot_count, C, j);
-    const Real mark = global(best)[j];
-    global(lse)[j] = !sigmoid ? log_sum_exp(all.lse) : global(part)[j] != 0 ? Real(0) : -kInfinity<Real>;
+    const std::uint32_t here = global(flags)[j];
+    global(lse)[j] = !sigmoid ? log_sum_exp(all.lse) : (here & kTakesPart) != 0 ? Real(0) : -kInfinity<Real>;
     global(sum)[j] = all.total;
-    global(rank)[j] = global(best_row)[j] == kNoLabel ? -1 : mark != mark ? B : std::int64_t(all.before);
+    global(best)[j] = (here & kIsLabel) == 0 ? -1 : all.best < 0 ? B : all.best;
   }
 };
 
@@ -483,14 +521,14 @@ template <class Real> struct FoldRows {
   static constexpr int kThreads = kThreadKernelThreads;
   std::int64_t B, C;
   bool sigmoid;
-  Real smoothing;
-  const Real* slots;   // [slot][B] statistics
+  Real smoothing, row_part, column_part;
+  StatisticsArray<Real> slots;   // [slot][B]
   std::int64_t slot_count;
   const std::int64_t* label;
   const Real* logit;
   const Real *column_lse, *column_sum, *classes;
   Real *loss, *lse, *sum, *label_logit;
-  std::int64_t* rank;
+  std::int64_t* best;
 
   LaunchPlan plan(std::int64_t, const char* key) const { return plan_threads(B, key); }
 
@@ -505,13 +543,13 @@ template <class Real> struct FoldRows {
       result = all.total - z;
     } else if (t >= 0) {
       const Real row_mean = all.total / global(classes)[0], column_mean = global(column_sum)[t] / global(classes)[1];
-      result = (row_lse - z) / 2 + (global(column_lse)[t] - z) / 2 + smoothing * (z - (row_mean + column_mean) / 2);
+      result = row_part * (row_lse - z + smoothing * (z - row_mean)) + column_part * (global(column_lse)[t] - z + smoothing * (z - column_mean));
     }
     global(loss)[i] = result;
     global(lse)[i] = row_lse;
     global(sum)[i] = all.total;
     global(label_logit)[i] = z;
-    global(rank)[i] = t < 0 ? -1 : z != z ? C : std::int64_t(all.before);
+    global(best)[i] = t < 0 ? -1 : all.best < 0 ? C : all.best;
   }
 };
 
@@ -528,23 +566,22 @@ template <class Real> struct LossUpstream {
     Real weight, lse;
     Logit<Real> logit;
     Real row_share, column_share;   // lambda / columns, lambda / rows
+    Real center;
   };
   bool sigmoid;
-  Real smoothing;
+  Real smoothing, row_part, column_part, label_part;
   LogitScalars<Real> scalars;
   const std::int64_t* label;
   const Real *row_weight, *row_lse, *column_weight, *column_lse, *classes;
-  Pack<Real, 2>* tile_sums;   // of dz v and dz: [row tile][column walk]
+  Pack<Real, 2>* tile_sums;   // of dz (v - center) and dz: [row tile][column walk]
   Pack<Real, 2>* row_sums;    // [rows], of the near pairs
 
   MODALIGN_DEVICE Row row(std::int64_t, std::int64_t i) const {
-    Row line{global(label)[i], global(row_weight)[i], global(row_lse)[i]};
-    if (line.label == kNoLabel && !sigmoid) line.weight = 0;
-    return line;
+    return {global(label)[i], global(row_weight)[i], global(row_lse)[i]};
   }
   MODALIGN_DEVICE Column column(std::int64_t, std::int64_t j) const {
     const Real lse = global(column_lse)[j];
-    Column here{lse != -kInfinity<Real>, global(column_weight)[j], lse, scalars.load(), 0, 0};
+    Column here{lse != -kInfinity<Real>, global(column_weight)[j], lse, scalars.load(), 0, 0, global(classes)[3]};
     if (smoothing != 0) {
       here.row_share = smoothing / global(classes)[0];
       here.column_share = smoothing / global(classes)[1];
@@ -554,17 +591,17 @@ template <class Real> struct LossUpstream {
   MODALIGN_DEVICE bool counts(const Row& line, const Column& here) const { return line.label != kNoPart && here.part; }
   MODALIGN_DEVICE bool labelled(const Row& line, std::int64_t j) const { return line.label == j; }
   MODALIGN_DEVICE PairUpstream<Real> at(const Row& line, const Column& here, std::int64_t, std::int64_t, std::int64_t j, Real value) const {
-    if (!counts(line, here)) return {0, 0};
+    if (!counts(line, here)) return {0, 0, 0};
     const Real z = here.logit(value);
     Real dz;
     if (sigmoid) {
       dz = line.weight * cuda::sigmoid(z);
     } else {
-      const Real along_row = line.weight * (exponential(z - line.lse) - here.row_share);
-      dz = (along_row + here.weight * (exponential(z - here.lse) - here.column_share)) / 2;
+      const Real along_row = row_part * line.weight * (exponential(z - line.lse) - here.row_share);
+      dz = along_row + column_part * here.weight * (exponential(z - here.lse) - here.column_share);
     }
-    if (line.label == j) dz -= (1 - smoothing) * line.weight;
-    return {here.logit.scale * dz, dz};
+    if (line.label == j) dz -= label_part * line.weight;
+    return {here.logit.scale * dz, dz, dz * (value - here.center)};
   }
 };
 
@@ -658,10 +695,8 @@ template <class T> struct ProductCoefficientEpilogue {
         Real value = tile[row * Backend::kPitch + column];
         if (line.label == j) value = global(label_value)[i];
         const PairUpstream<Real> up = upstream.at(line, here, 0, i, j, value);
-        if (upstream.counts(line, here)) {
-          scale_sum = fused_multiply_add(up.logit, value, scale_sum);
-          logit_sum += up.logit;
-        }
+        scale_sum += up.scale;
+        logit_sum += up.logit;
         target[row * pitch] = narrow<Coefficient>(up.value);
         if constexpr (Arithmetic<T>::kPlanes == 2) target[plane_stride + row * pitch] = low_part(up.value);
       }
@@ -695,7 +730,7 @@ template <class T> struct NarrowRows {
   }
 };
 
-// grad_scale = the sums of dz v and dz over all slots, in double: one block.
+// grad_scale = the sums of dz (v - center) and dz over all slots, in double: one block.
 template <class Real> struct SumLogits {
   static constexpr int kThreads = kThreadKernelThreads;
   static constexpr int kWarps = kThreads / kWarpSize;
@@ -753,7 +788,6 @@ template <class Real> struct SumLogits {
   X("contrastive_product.coefficients." dtype, ProductCoefficientKernel<T>)         \
   X("contrastive_loss.rows." dtype, LossRows<T>)
 #define MODALIGN_LOSS_STATISTICS_KERNELS(X, dtype, Real)         \
-  X("contrastive_loss.column_labels." dtype, ColumnLabels<Real>) \
   X("contrastive_loss.classes." dtype, CountClasses<Real>)       \
   X("contrastive_loss.fold_columns." dtype, FoldColumns<Real>)   \
   X("contrastive_loss.fold_rows." dtype, FoldRows<Real>)         \
@@ -765,6 +799,7 @@ template <class Real> struct SumLogits {
   MODALIGN_LOSS_KERNELS_OF(X, "bf16", bf16)            \
   MODALIGN_LOSS_STATISTICS_KERNELS(X, "f32", float)    \
   MODALIGN_LOSS_STATISTICS_KERNELS(X, "f64", double)   \
+  X("contrastive_loss.column_labels.any", ColumnLabels) \
   X("contrastive_loss.narrow.f16", NarrowRows<f16>)    \
   X("contrastive_loss.narrow.bf16", NarrowRows<bf16>)
 
@@ -779,11 +814,8 @@ template <class Geometry, class T> struct LossForwardBuffers {
   T* operand = nullptr;
   std::int64_t* label;
   Real* logit;
-  std::uint32_t* part;
-  Real* best;
-  std::int64_t* best_row;
-  Real* row_slots;
-  Real* column_slots;
+  std::uint32_t* flags;
+  StatisticsArray<Real> row_slots, column_slots;
 
   static TileGrid grid(const PairProblem& p) {
     return make_grid(p.B, p.C * p.m, p.D, Backend::kRows, Backend::kColumns / p.m * p.m, kLossWalks, kLossWalks);
@@ -797,11 +829,9 @@ template <class Geometry, class T> struct LossForwardBuffers {
     }
     label = arena.template take<std::int64_t>("label", p.B);
     logit = arena.template take<Real>("logit", p.B);
-    part = arena.template take<std::uint32_t>("part", p.C);
-    best = arena.template take<Real>("best", p.C);
-    best_row = arena.template take<std::int64_t>("best_row", p.C);
-    row_slots = arena.template take<Real>("row_slots", 4 * grid(p).column_walks * p.B);
-    column_slots = arena.template take<Real>("column_slots", 4 * grid(p).row_walks * p.C);
+    flags = arena.template take<std::uint32_t>("flags", p.C);
+    row_slots = StatisticsArray<Real>::take(arena, "row_slots", "row_best_slots", grid(p).column_walks * p.B);
+    column_slots = StatisticsArray<Real>::take(arena, "column_slots", "column_best_slots", grid(p).row_walks * p.C);
   }
 };
 
@@ -836,29 +866,30 @@ int run_contrastive_forward(const ContrastiveProblem& problem, const Contrastive
   }
   const RowLabels<Geometry, T> labels{p.B, view, p.others[0], p.present, targets, scalars, buffers.label, buffers.logit};
   if (const int error = launch_kernel(launch, labels, 1)) return error;
-  const ColumnLabels<Real> columns{p.B, p.C, p.m, problem.target == nullptr, p.present, buffers.label, buffers.logit, buffers.part, buffers.best,
-                                   buffers.best_row};
+  const ColumnLabels columns{p.B, p.C, p.m, problem.target == nullptr, p.present, buffers.label, buffers.flags};
   if (const int error = launch_kernel(launch, columns, 1)) return error;
-  const CountClasses<Real> classes{p.B, p.C, buffers.label, buffers.part, static_cast<Real*>(output.classes)};
-  if (const int error = launch_kernel(launch, classes, 1)) return error;
 
   const TileGrid grid = LossForwardBuffers<Geometry, T>::grid(p);
   const LogitsKernel<Geometry, T> logits{anchor_operand<T>(p),
                                          candidates,
                                          grid,
-                                         {view, scalars, sigmoid, p.B, buffers.label, buffers.logit, buffers.part, buffers.best, buffers.best_row,
-                                          buffers.row_slots, buffers.column_slots, grid.row_tiles_per_walk, PairBackend<T>::kColumns / p.m,
+                                         {view, scalars, sigmoid, p.B, buffers.label, buffers.logit, buffers.flags, buffers.row_slots,
+                                          buffers.column_slots, grid.row_tiles_per_walk, PairBackend<T>::kColumns / p.m,
                                           view.lanes == 128 ? 7 : view.lanes == 64 ? 6 : 5}};
   if (const int error = launch_kernel(launch, logits, 1)) return error;
 
   Real *column_lse = static_cast<Real*>(output.column_lse), *column_sum = static_cast<Real*>(output.column_sum);
-  const FoldColumns<Real> fold_columns{p.B,          p.C,          sigmoid,          buffers.column_slots, grid.row_walks, buffers.part,
-                                       buffers.best, buffers.best_row, column_lse, column_sum,           output.column_rank};
+  const FoldColumns<Real> fold_columns{p.B,           p.C,        sigmoid,    buffers.column_slots, grid.row_walks,
+                                       buffers.flags, column_lse, column_sum, output.column_best};
   if (const int error = launch_kernel(launch, fold_columns, 1)) return error;
+  const CountClasses<Real> classes{p.B, p.C, sigmoid, scalars, buffers.label, buffers.flags, column_lse, static_cast<Real*>(output.classes)};
+  if (const int error = launch_kernel(launch, classes, 1)) return error;
   const FoldRows<Real> fold_rows{p.B,
                                  p.C,
                                  sigmoid,
                                  Real(problem.label_smoothing),
+                                 Real(problem.row_part),
+                                 Real(problem.column_part),
                                  buffers.row_slots,
                                  grid.column_walks,
                                  buffers.label,
@@ -870,7 +901,7 @@ int run_contrastive_forward(const ContrastiveProblem& problem, const Contrastive
                                  static_cast<Real*>(output.row_lse),
                                  static_cast<Real*>(output.row_sum),
                                  static_cast<Real*>(output.label),
-                                 output.row_rank};
+                                 output.row_best};
   return launch_kernel(launch, fold_rows, 1);
 }
 
@@ -900,7 +931,7 @@ template <class T> struct ProductBuffers {
 template <class Geometry, class T> struct LossBackwardBuffers {
   using Real = real_of<T>;
   using Backend = PairBackend<T>;
-  using Pairs = std::conditional_t<kIsProduct<Geometry>, ProductBuffers<T>, BackwardBuffers<std::conditional_t<kIsProduct<Geometry>, VolumeGeometry, Geometry>, T>>;
+  using Pairs = std::conditional_t<kIsProduct<Geometry>, ProductBuffers<T>, BackwardBuffers<Geometry, T>>;
   std::int64_t* label;
   T* clean;   // the anchors, zero where a row takes no part
   Pack<Real, 2>* tile_sums;
@@ -1016,8 +1047,12 @@ int run_contrastive_backward(const ContrastiveProblem& problem, const Contrastiv
   if (const int error = launch_kernel(launch, rows, 1)) return error;
   p.anchor = {buffers.clean, 0, operand_pitch<T>(p.D), 1};
 
-  const LossUpstream<Real> upstream{problem.loss == PairLoss::sigmoid,
+  const bool sigmoid = problem.loss == PairLoss::sigmoid;
+  const LossUpstream<Real> upstream{sigmoid,
                                     Real(problem.label_smoothing),
+                                    Real(problem.row_part),
+                                    Real(problem.column_part),
+                                    Real(sigmoid ? 1 : (problem.row_part + problem.column_part) * (1 - problem.label_smoothing)),
                                     logit_scalars<Real>(problem),
                                     buffers.label,
                                     static_cast<const Real*>(request.row_weight),

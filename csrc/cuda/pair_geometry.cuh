@@ -1,6 +1,6 @@
 /// @file pair_geometry.cuh
-/// @brief What all kernels over pairs of the volume family share on CUDA: how each dtype is multiplied, the candidates' basis, the two geometries of a
-/// pair, a pair recomputed from its vectors, and the pieces of a launch sequence. The twin of cpu/pair_geometry.h; formulas in ops/gram_volume.h.
+/// @brief What all kernels over pairs of the volume family share on CUDA: how each dtype is multiplied, the candidates' basis, the two geometries of
+/// a pair, a pair recomputed from its vectors, and the pieces of a launch sequence. The twin of cpu/pair_geometry.h; formulas in ops/gram_volume.h.
 ///
 /// Mapping    one warp per candidate or anchor in `prepare`; in the epilogues of a tile a thread owns one candidate and walks its rows.
 /// Order      sums over D: elements d, d + 32, ... of a lane ascending, then a butterfly over the warp: the same bits in every lane.

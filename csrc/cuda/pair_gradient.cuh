@@ -29,8 +29,8 @@
 ///     PairUpstream<Real> at(row, column, batch, i, j, value) const;
 ///   };
 ///
-/// Numbers    f32, f64: FmaBackend in the input precision. Products behind T: bf16 rounds T to bf16; f16 splits T, X and A into two bf16 planes (three
-///            products), for T falls below the range of f16.
+/// Numbers    f32, f64: FmaBackend in the input precision. Products behind T: bf16 rounds T to bf16; f16 splits T, X and A into two bf16 planes
+///            (three products), for T falls below the range of f16.
 /// FLOPs      6 B C m D (+ 2 m D times a few for each near pair). Bytes: T once written and twice read, operands once per tile of the other side.
 /// Order      every sum has one order fixed by the sizes (K ascending, slots ascending, near pairs ascending, warp sums by butterfly): equal bits
 ///            from run to run.
@@ -130,7 +130,7 @@ template <class Geometry, class T> struct PrepareBackward {
 
 // ------------------------------------------------------------------------------------------------------------------------------------------ upstream
 template <class Real> struct PairUpstream {
-  Real value, logit;   // dL/dvalue; dL/dlogit where the upstream has logits
+  Real value, logit, scale;   // dL/dvalue; where the upstream has logits: dL/dlogit and the share in dL/dscale
 };
 
 // A matrix of gradients.
@@ -147,7 +147,7 @@ template <class T> struct MatrixUpstream {
   MODALIGN_DEVICE bool counts(const Row&, const Column&) const { return true; }
   MODALIGN_DEVICE bool labelled(const Row&, std::int64_t) const { return false; }
   MODALIGN_DEVICE PairUpstream<Real> at(const Row&, const Column&, std::int64_t batch, std::int64_t i, std::int64_t j, Real) const {
-    return {widen(T(Global<const T>(data)[batch * batch_stride + i * row_stride + j * column_stride])), 0};
+    return {widen(T(Global<const T>(data)[batch * batch_stride + i * row_stride + j * column_stride])), 0, 0};
   }
 };
 
@@ -160,7 +160,7 @@ struct NearPairs {
   int words, rows_per_tile, candidates_per_tile;
 };
 
-// The warps' sums (of dL/dlogit value, of dL/dlogit) of a row tile, added in order by one thread.
+// The warps' sums (of dL/dscale, of dL/dlogit) of a row tile, added in order by one thread.
 template <class Real> MODALIGN_DEVICE void write_logit_sums(Pack<Real, 2>* slots, std::int64_t slot, int shared_offset) {
   if (thread_index() != 0) return;
   const Shared<Real> sums = shared<Real>(shared_offset, 2 * kTileWarps);
@@ -224,7 +224,7 @@ template <class Geometry, class T, class Upstream> struct CoefficientEpilogue {
     std::uint32_t any = 0;
     typename Upstream::Column column_part{};
     if (exists) column_part = upstream.column(batch, j);
-    Real scale_sum = 0, logit_sum = 0;   // of dL/dlogit value and of dL/dlogit
+    Real scale_sum = 0, logit_sum = 0;   // of dL/dscale and of dL/dlogit
     for (int row = phase; row < range.rows; row += phases) {
       Real s[kMaxOthers], w = 0;
       bool near = false;
@@ -243,7 +243,7 @@ template <class Geometry, class T, class Upstream> struct CoefficientEpilogue {
           w = pair.weight;
           statistics[0] += pair.alpha;
           if constexpr (Upstream::kLogits) {
-            scale_sum = fused_multiply_add(up.logit, value, scale_sum);
+            scale_sum += up.scale;
             logit_sum += up.logit;
           }
         }
@@ -375,7 +375,7 @@ template <class Geometry, class T, class Upstream> struct RowTerms {
             const Real scale = view.column(batch, j).scale, value = scale * square_root(pair.square);
             const PairUpstream<Real> up = upstream.at(row_part, upstream.column(batch, j), batch, i, j, value);
             if constexpr (Upstream::kLogits) {
-              scale_sum = fused_multiply_add(up.logit, value, scale_sum);
+              scale_sum += up.scale;
               logit_sum += up.logit;
             }
             if (!wanted) continue;

@@ -2,9 +2,10 @@
 /// @brief The contrastive losses in the emulator: every key of the compiled table, run through the very launch sequences of cuda/contrastive_loss.cu.
 ///
 /// Running any key of a sequence runs the whole sequence. Keys that the forms share (`contrastive_loss.*`) take `form`: "volume", "triangle" or
-/// "product", and in the tables of float and double `dtype`. Arguments: B, C, D, (m,) sigmoid, label_smoothing, eps; anchor [B, D] and other0 ...
-/// [C, D] (triangle: u, v; product: y), present bool [C, m] or missing, scale [1], bias [1] or missing, target int64 or missing, with strides as in
-/// host/gram_volume.cpp. Backward: also row_weight [B], column_weight [C] and what forward returned, need_anchor, need_others, workspace_bytes.
+/// "product", and in the tables of float and double `dtype`. Arguments: B, C, D, (m,) sigmoid, label_smoothing, row_part, column_part, eps;
+/// anchor [B, D] and other0 ... [C, D] (triangle: u, v; product: y), present bool [C, m] or missing, scale [1], bias [1] or missing, target int64 or
+/// missing, with strides as in host/gram_volume.cpp. Backward: also row_weight [B], column_weight [C] and what forward returned, need_anchor,
+/// need_others, workspace_bytes.
 #include "cuda/contrastive_loss.cuh"
 
 #include "host/pair_arguments.h"
@@ -42,6 +43,8 @@ template <class Geometry, class T> ContrastiveProblem problem_of(Run& run) {
   p.target = run.input<std::int64_t>("target");
   p.target_stride = stride(run, "target", "row", 1);
   p.label_smoothing = run.number("label_smoothing");
+  p.row_part = run.number("row_part");
+  p.column_part = run.number("column_part");
   return p;
 }
 
@@ -56,9 +59,9 @@ template <class Geometry, class T> void forward(Run& run) {
                                   run.output<Real>("row_sum", {B}),
                                   run.output<Real>("column_sum", {C}),
                                   run.output<Real>("label", {B}),
-                                  run.output<std::int64_t>("row_rank", {B}),
-                                  run.output<std::int64_t>("column_rank", {C}),
-                                  run.output<Real>("classes", {3}),
+                                  run.output<std::int64_t>("row_best", {B}),
+                                  run.output<std::int64_t>("column_best", {C}),
+                                  run.output<Real>("classes", {4}),
                                   run.output<Real>("basis", {product ? 0 : C, m, p.pairs.D}),
                                   run.output<Real>("factor", {product ? 0 : C, Geometry::kTriangle ? 3 : m * m})};
   HostArena arena(run);
@@ -120,7 +123,9 @@ template <class G, class T, class U> struct Sequence<ColumnTerms<G, T, U>> : Bac
 template <class B, class T> struct Sequence<TileWalk<B, ProductCoefficientEpilogue<T>>> : BackwardOf<ProductGeometry, T> {};
 template <class T> struct Sequence<NarrowRows<T>> : BackwardOf<ProductGeometry, T> {};
 template <class T> struct Sequence<LossRows<T>> : AnyForm<BackwardOf, T> {};
-template <class Real> struct Sequence<ColumnLabels<Real>> : AnyDtype<ForwardOf, Real> {};
+template <> struct Sequence<ColumnLabels> {
+  static void run(Run& r) { r.text("dtype") == "f64" ? AnyForm<ForwardOf, double>::run(r) : AnyDtype<ForwardOf, float>::run(r); }
+};
 template <class Real> struct Sequence<CountClasses<Real>> : AnyDtype<ForwardOf, Real> {};
 template <class Real> struct Sequence<FoldColumns<Real>> : AnyDtype<ForwardOf, Real> {};
 template <class Real> struct Sequence<FoldRows<Real>> : AnyDtype<ForwardOf, Real> {};

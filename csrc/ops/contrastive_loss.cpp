@@ -53,13 +53,13 @@ void check_values(const ContrastiveProblem& p, const Tensor& scale, const Option
   if (p.target)
     for (std::int64_t i = 0; i < p.pairs.B; ++i) {
       const std::int64_t t = p.target[i * p.target_stride];
-      MODALIGN_CHECK(t == kIgnoredTarget || (t >= 0 && t < p.pairs.C), L::name, ": target must hold indices from 0 to C - 1 = ", p.pairs.C - 1, " or -100, got ", t, " at row ", i);
+      MODALIGN_CHECK(t == kIgnoredTarget || (t >= kNoTarget && t < p.pairs.C), L::name, ": target must hold indices from 0 to C - 1 = ", p.pairs.C - 1, ", -1 or -100, got ", t, " at row ", i);
     }
 }
 
 template <class L>
 ContrastiveProblem check(const Tensor& anchor, const std::vector<Tensor>& others, const Tensor& scale, const Optional& bias, const Optional& target, const Optional& present,
-                         double label_smoothing, double eps) {
+                         double label_smoothing, double row_part, double column_part, double eps) {
   ContrastiveProblem p{};
   GramVolumeProblem& q = p.pairs;
   p.form = L::form, p.loss = L::loss;
@@ -90,25 +90,26 @@ ContrastiveProblem check(const Tensor& anchor, const std::vector<Tensor>& others
     p.target = static_cast<const std::int64_t*>(target->const_data_ptr());
     p.target_stride = target->stride(0);
   }
-  p.label_smoothing = label_smoothing;
+  MODALIGN_CHECK(row_part >= 0 && column_part >= 0 && row_part + column_part <= 1, L::name, ": row_part and column_part must be at least 0 and add up to 1 at most, got ", row_part, " and ", column_part);
+  p.label_smoothing = label_smoothing, p.row_part = row_part, p.column_part = column_part;
   if (!anchor.is_cuda()) check_values<L>(p, scale, bias);
   return p;
 }
 
 template <class L>
-Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double eps) {
-  const ContrastiveProblem p = check<L>(anchor, others, scale, bias, target, present, label_smoothing, eps);
+Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double row_part, double column_part, double eps) {
+  const ContrastiveProblem p = check<L>(anchor, others, scale, bias, target, present, label_smoothing, row_part, column_part, eps);
   const std::int64_t B = p.pairs.B, C = p.pairs.C, D = p.pairs.D, m = p.pairs.m;
   const ScalarType real = accumulation_type(anchor.scalar_type()), whole = ScalarType::Long;
   const auto rows = [&](ScalarType type) { return new_tensor(anchor, {B}, type); };
   const auto columns = [&](ScalarType type) { return new_tensor(anchor, {C}, type); };
-  Tensor loss = rows(real), row_lse = rows(real), row_sum = rows(real), label = rows(real), row_rank = rows(whole);
-  Tensor column_lse = columns(real), column_sum = columns(real), column_rank = columns(whole), classes = new_tensor(anchor, {3}, real);
+  Tensor loss = rows(real), row_lse = rows(real), row_sum = rows(real), label = rows(real), row_best = rows(whole);
+  Tensor column_lse = columns(real), column_sum = columns(real), column_best = columns(whole), classes = new_tensor(anchor, {4}, real);
   const bool product = L::form == PairForm::product;
   Tensor basis = new_tensor(anchor, {product ? 0 : C, m, D}, real);
   Tensor factor = new_tensor(anchor, {product ? 0 : C, L::form == PairForm::triangle ? 3 : m * m}, real);
   const ContrastiveForward to{loss.mutable_data_ptr(), row_lse.mutable_data_ptr(), column_lse.mutable_data_ptr(), row_sum.mutable_data_ptr(), column_sum.mutable_data_ptr(),
-                              label.mutable_data_ptr(), static_cast<std::int64_t*>(row_rank.mutable_data_ptr()), static_cast<std::int64_t*>(column_rank.mutable_data_ptr()),
+                              label.mutable_data_ptr(), static_cast<std::int64_t*>(row_best.mutable_data_ptr()), static_cast<std::int64_t*>(column_best.mutable_data_ptr()),
                               classes.mutable_data_ptr(), basis.mutable_data_ptr(), factor.mutable_data_ptr()};
   if (anchor.is_cuda()) {
 #ifdef MODALIGN_WITH_CUDA
@@ -121,14 +122,14 @@ Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& 
     const Tensor workspace = new_workspace(anchor, kernels.workspace(p));
     kernels.forward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
   }
-  return {loss, row_lse, column_lse, row_sum, column_sum, label, row_rank, column_rank, classes, basis, factor};
+  return {loss, row_lse, column_lse, row_sum, column_sum, label, row_best, column_best, classes, basis, factor};
 }
 
 template <class L>
 Backward backward(const Tensor& row_weight, const Tensor& column_weight, const Tensor& row_lse, const Tensor& column_lse, const Tensor& classes, const Tensor& basis, const Tensor& factor,
-                  const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double eps,
+                  const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double row_part, double column_part, double eps,
                   bool need_anchor, bool need_others) {
-  const ContrastiveProblem p = check<L>(anchor, others, scale, bias, target, present, label_smoothing, eps);
+  const ContrastiveProblem p = check<L>(anchor, others, scale, bias, target, present, label_smoothing, row_part, column_part, eps);
   const std::int64_t B = p.pairs.B, C = p.pairs.C, D = p.pairs.D, m = p.pairs.m;
   const ScalarType real = accumulation_type(anchor.scalar_type());
   const bool product = L::form == PairForm::product;
@@ -145,7 +146,7 @@ Backward backward(const Tensor& row_weight, const Tensor& column_weight, const T
                                data("column_weight", column_weight, {C}),
                                data("row_lse", row_lse, {B}),
                                data("column_lse", column_lse, {C}),
-                               data("classes", classes, {3}),
+                               data("classes", classes, {4}),
                                data("basis", basis, {product ? 0 : C, m, D}),
                                data("factor", factor, {product ? 0 : C, L::form == PairForm::triangle ? 3 : m * m}),
                                need_anchor ? grad_anchor.mutable_data_ptr() : nullptr,
@@ -173,7 +174,7 @@ using SigLip = Loss<PairForm::product, PairLoss::sigmoid>;
 
 template <class L, class Library>
 void define(Library& m) {
-  const std::string inputs = "Tensor anchor, Tensor[] others, Tensor scale, Tensor? bias, Tensor? target, Tensor? present, float label_smoothing, float eps", name = L::name;
+  const std::string inputs = "Tensor anchor, Tensor[] others, Tensor scale, Tensor? bias, Tensor? target, Tensor? present, float label_smoothing, float row_part, float column_part, float eps", name = L::name;
   m.def((name + "(" + inputs + ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)").c_str());
   m.def((name + "_bwd(Tensor row_weight, Tensor column_weight, Tensor row_lse, Tensor column_lse, Tensor classes, Tensor basis, Tensor factor, " + inputs +
          ", bool need_anchor, bool need_others) -> (Tensor, Tensor, Tensor)").c_str());

@@ -11,22 +11,27 @@
 // Taking part: rows whose target is not kIgnored and columns that have any modality present. Everything below runs over these alone.
 //     row_lse_i = log sum_j exp z_ij      row_sum_i = sum_j z_ij      column_lse_j, column_sum_j over rows the same way
 //     label_i = z_{i, t_i}, always recomputed from the vectors; a row is labelled where its target takes part
-//     row_rank_i = how many columns come before t_i (a larger logit, or an equal one at a lower index); column_rank_j = how many rows come before the best labelled row of j
+//     row_best_i = the candidate with the largest logit of a row, column_best_j = the row with the largest logit of a candidate; ties go to the lowest index
 //
-// softmax, per labelled row:  loss_i = 1/2 [row_lse_i + column_lse_t - 2 (1 - lambda) label_i - lambda (row_sum_i / columns + column_sum_t / rows)],   t = t_i
+// softmax, per labelled row, t = t_i, alpha and beta the parts of the two directions (1/2 and 1/2, or one of them alone):
+//     loss_i = alpha [row_lse_i - (1 - lambda) label_i - lambda row_sum_i / columns] + beta [column_lse_t - (1 - lambda) label_i - lambda column_sum_t / rows]
 // sigmoid:                    loss_i = sum_j softplus(z_ij) - label_i
 // and 0 for rows without a label (sigmoid: without the label term). With row weights g_i = dL/dloss_i and column weights h_j = sum of g_i over the rows whose target is j
 //
-// softmax:  dL/dz_ij = 1/2 [g_i (exp(z_ij - row_lse_i) - lambda / columns) + h_j (exp(z_ij - column_lse_j) - lambda / rows)] - (1 - lambda) g_i [j = t_i]
+// softmax:  dL/dz_ij = alpha g_i (exp(z_ij - row_lse_i) - lambda / columns) + beta h_j (exp(z_ij - column_lse_j) - lambda / rows)
+//                      - (alpha + beta) (1 - lambda) g_i [j = t_i]
 // sigmoid:  dL/dz_ij = g_i (sigmoid(z_ij) - [j = t_i])
-// dv = scale dz,  dscale = sum_ij dz_ij v_ij,  dbias = sum_ij dz_ij; from dv on it is the gradient of the pair value.
+// dv = scale dz,  dscale = sum_ij dz_ij (v_ij - center),  dbias = sum_ij dz_ij; from dv on it is the gradient of the pair value. The dz of softmax add up to 0 over the whole
+// problem, so any constant may be its center: with the mean over columns of (column_lse - log rows - bias) / scale, what all values have in common (0 for sigmoid and where
+// that is not finite), dscale keeps two more digits.
 #pragma once
 
 #include "ops/gram_volume.h"
 
 namespace modalign {
 
-constexpr std::int64_t kIgnoredTarget = -100;   // torch's ignore_index
+constexpr std::int64_t kIgnoredTarget = -100;   // torch's ignore_index: the row takes no part
+constexpr std::int64_t kNoTarget = -1;          // the row takes part and has no label
 
 enum class PairForm : std::int8_t { volume, triangle, product };
 enum class PairLoss : std::int8_t { softmax, sigmoid };
@@ -40,6 +45,7 @@ struct ContrastiveProblem {
   const std::int64_t* target;      // [B], or nullptr: t_i = i
   std::int64_t target_stride;
   double label_smoothing;          // lambda; sigmoid: 0
+  double row_part, column_part;    // alpha, beta
 };
 
 // Contiguous. "real" is float, or double for f64.
@@ -50,15 +56,15 @@ struct ContrastiveForward {
   void* row_sum;                   // [B] real
   void* column_sum;                // [C] real
   void* label;                     // [B] real; 0 where the row has none
-  std::int64_t* row_rank;          // [B]; -1 where the row has no label; C where its label is NaN
-  std::int64_t* column_rank;       // [C]; -1 where the column is nobody's target; B where its best label is NaN
-  void* classes;                   // [3] real: columns and rows that take part, rows with a label
+  std::int64_t* row_best;          // [B]; -1 where the row has no label, C where all logits are NaN
+  std::int64_t* column_best;       // [C]; -1 where the column is nobody's target, B where all logits are NaN
+  void* classes;                   // [4] real: columns and rows that take part, rows with a label, center
   void* basis;                     // as in PairForward; form product: empty
   void* factor;
 };
 
 struct ContrastiveBackward {
-  const void* row_weight;          // g [B] real; 0 where a row has no label (softmax)
+  const void* row_weight;          // g [B] real; softmax: 0 where a row has no label in the whole problem
   const void* column_weight;       // h [C] real
   const void* row_lse;             // of this forward, or of a larger problem that this one is a part of
   const void* column_lse;

@@ -24,7 +24,7 @@ from .comparison import compare
 from .machine import measure_machine
 from .registry import Case, Provider, Target, case, cases, copy_floor, load_cases, load_provider, matmul_floor, provider, providers_of
 from .results import SCHEMA, read_results, validate, write_results
-from .run import Options, run_cases, run_file
+from .run import Options, run_cases
 
 __all__ = [
     "SCHEMA",
@@ -44,7 +44,6 @@ __all__ = [
     "providers_of",
     "read_results",
     "run_cases",
-    "run_file",
     "validate",
     "write_results",
 ]

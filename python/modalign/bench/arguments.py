@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
 import typer
 from rich.console import Console
 
-from . import environment
+from . import environment, machine, measure, registry
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,6 +33,11 @@ def plainly(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(1) from error
         except (ValueError, OSError) as error:
             _say(f"modalign bench {name}: {str(error).removeprefix(f'bench {name}: ').removeprefix('bench: ')}", "bold red")
+            raise typer.Exit(1) from error
+        except (RuntimeError, MemoryError) as error:
+            if not measure.is_out_of_memory(error):
+                raise
+            _say(f"modalign bench {name}: the sizes must fit into memory, got {registry.one_line(error)}", "bold red")
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
             _say(f"modalign bench {name}: interrupted, no file is half-written", "yellow")
@@ -59,22 +66,27 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda text: print(text, file=sys.stderr, flush=True)
 
 
-def words(text: str) -> tuple[str, ...]:
+def words(text: str, flag: str) -> tuple[str, ...]:
     """
-    >>> words("fwd,bwd")
+    >>> words("fwd,bwd,fwd", "--pass")
     ('fwd', 'bwd')
+    >>> words(",", "--pass")
+    Traceback (most recent call last):
+    ValueError: bench: --pass must name at least one, got ','
     """
-    return tuple(word for word in text.split(",") if word)
+    found = tuple(dict.fromkeys(word for word in text.split(",") if word))
+    if not found:
+        raise ValueError(f"bench: {flag} must name at least one, got {text!r}")
+    return found
 
 
 def threads(text: str) -> tuple[int, ...]:
+    most = environment.all_threads()
     counts = []
-    for word in words(text):
-        if word != "all" and not (word.isdigit() and int(word) > 0):
-            raise ValueError(f"bench: --threads must be numbers or 'all', got {word!r}")
-        counts.append(environment.all_threads() if word == "all" else int(word))
-    if not counts:
-        raise ValueError("bench: --threads must name at least one count, got none")
+    for word in words(text, "--threads"):
+        if word != "all" and not (word.isascii() and word.isdigit() and 0 < int(word) <= most):
+            raise ValueError(f"bench: --threads must be 'all' or numbers up to the {most} cores that this process may use, got {word!r}")
+        counts.append(most if word == "all" else int(word))
     return tuple(dict.fromkeys(counts))
 
 
@@ -83,13 +95,30 @@ def dtypes(text: str) -> tuple[torch.dtype, ...]:
     >>> dtypes("float32,bfloat16")
     (torch.float32, torch.bfloat16)
     """
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in machine.DTYPES}
     found = []
-    for word in words(text):
-        dtype = getattr(torch, word, None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"bench: --dtype must be names of floating torch dtypes, got {word!r}")
-        found.append(dtype)
+    for word in words(text, "--dtype"):
+        if word not in known:
+            raise ValueError(f"bench: --dtype must be out of {sorted(known)}, got {word!r}")
+        found.append(known[word])
     return tuple(found)
+
+
+def writable(path: Path | None, flag: str, suffix: str = "") -> None:
+    """ValueError, before anything is measured, where a file of this suffix, or without one a folder, cannot come into being there."""
+    if path is None:
+        return
+    if suffix and path.suffix != suffix:
+        raise ValueError(f"bench: {flag} must end in {suffix}, got {path}")
+    if path.exists() and path.is_dir() == bool(suffix):
+        raise ValueError(f"bench: {flag} must be a {'file' if suffix else 'folder'}, got {path}")
+    whole = path.absolute()
+    there = next(parent for parent in (whole.parents if suffix else (whole, *whole.parents)) if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there) as room:
+            (Path(room) / path.name).touch()
+    except OSError as error:
+        raise ValueError(f"bench: {flag} must be a place to write to, got {path}: {error.strerror} ({there.name})") from error
 
 
 def device(text: str) -> torch.device:

@@ -31,7 +31,7 @@ ProviderOption = Annotated[
     list[str], typer.Option("--provider", help="module:function of yours that takes the case's inputs; checked, then timed; repeatable")
 ]
 SetOption = Annotated[list[str], typer.Option("--set", help="change sizes: N=20000,D=384; 4k is 4096")]
-SeedOption = Annotated[int, typer.Option()]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**62)]
 QuickOption = Annotated[bool, typer.Option("--quick", help="small sizes, to see that everything works; no figures to quote")]
 NoteOption = Annotated[str, typer.Option(help="kept in the JSON and shown under tables")]
 OutOption = Annotated[Path | None, typer.Option(help="where the JSON goes")]
@@ -46,13 +46,17 @@ def _written(out: Path | None, gathered: dict[str, Any]) -> None:
 def _with_own_providers(names: list[str], more: list[Path], providers: list[str], chosen: str) -> tuple[list[registry.Case], tuple[str, ...]]:
     """The cases, the user's functions added to them, and which providers are to run: those named, and the user's always."""
     cases = files.cases_of(names, more)
-    for provider in providers:
+    for provider in dict.fromkeys(providers):
         registry.load_provider(provider, *cases)
-    return cases, (*arguments.words(chosen), *providers) if chosen else ()
+    return cases, (*arguments.words(chosen, "--providers"), *providers) if chosen else ()
 
 
-def _wrong(rows: list[dict[str, Any]], providers: list[str]) -> bool:
-    return any(row["status"] == "mismatch" and (row["kind"] == "ours" or row["provider"] in providers) for row in rows)
+def _judge(rows: list[dict[str, Any]], providers: list[str]) -> None:
+    """Exit code 1 where ours or a user's function is wrong or fails, or nothing was timed."""
+    if any(row["status"] in ("mismatch", "failed") and (row["kind"] == "ours" or row["provider"] in providers) for row in rows):
+        raise typer.Exit(1)
+    if not any(row["status"] == "ok" and row["kind"] != "floor" for row in rows):
+        raise ValueError("bench: at least one provider must run here, got none")
 
 
 @app.command("list")
@@ -88,6 +92,7 @@ def machine_(
 ) -> None:
     """Rates of matrix products per dtype and thread count, bandwidth of a copy, cost of a call: what every floor is made of."""
     options = Options(threads=arguments.threads(threads), device=arguments.device(device), quick=quick)
+    arguments.writable(out, "--out", ".json")
     with arguments.progress() as listen:
         figures = machine.measure_machine(arguments.dtypes(dtype), options.threads, options.device, quick=quick, listen=listen)
     gathered = new_results(options, environment.command_of_this_process(), figures, [])
@@ -104,7 +109,7 @@ def machine_(
 @arguments.plainly
 def run(
     case: Annotated[list[str], typer.Argument(help="cases out of `list`, or paths to files of cases")],
-    set: SetOption = [],  # noqa: B006
+    set_: SetOption = [],  # noqa: B006
     dtype: DtypeOption = "",
     threads: ThreadsOption = "1,all",
     pass_: Annotated[str, typer.Option("--pass", help="out of fwd,bwd,fwd+bwd; default: those of the case")] = "",
@@ -117,6 +122,7 @@ def run(
     quick: QuickOption = False,
     memory: Annotated[bool | None, typer.Option(help="measure peak memory, each provider in a process of its own; default: unless --quick")] = None,
     profile: Annotated[Path | None, typer.Option(help="folder for one trace of every provider, for chrome://tracing or ui.perfetto.dev")] = None,
+    machine_file: Annotated[Path | None, typer.Option("--machine", help="what `machine --out` wrote here, in place of measuring it again")] = None,
     cases: CasesOption = [],  # noqa: B006
     note: NoteOption = "",
     out: OutOption = None,
@@ -125,25 +131,27 @@ def run(
     chosen, names = _with_own_providers(case, cases, provider, providers)
     options = Options(
         threads=arguments.threads(threads),
-        passes=arguments.words(pass_),
-        dtypes=arguments.dtypes(dtype),
+        passes=arguments.words(pass_, "--pass") if pass_ else (),
+        dtypes=arguments.dtypes(dtype) if dtype else (),
         device=arguments.device(device),
         providers=names,
         where=sizes.assignments(where, "--where"),
-        set=sizes.assignments(set, "--set"),
+        set=sizes.settings(chosen, set_),
         rounds=rounds,
         seed=seed,
         quick=quick,
         memory=not quick if memory is None else memory,
         note=note,
         profile=profile,
+        machine=machine_file,
     )
+    arguments.writable(out, "--out", ".json")
+    arguments.writable(profile, "--profile")
     with arguments.progress() as listen:
         gathered = run_cases(chosen, options, environment.command_of_this_process(), listen)
     arguments.console().print(tables.screen(gathered))
     _written(out, gathered)
-    if _wrong(gathered["rows"], provider):
-        raise typer.Exit(1)
+    _judge(gathered["rows"], provider)
 
 
 @app.command("sweep", no_args_is_help=True)
@@ -152,7 +160,7 @@ def sweep_(
     case: Annotated[str, typer.Argument(help="a case out of `list`")],
     sizes_: Annotated[str, typer.Argument(metavar="N=1k:64k", help="what grows; B,C=1k:64k lets both grow together")],
     points: Annotated[int, typer.Option(help="how many sizes, at equal ratios, both ends among them")] = sweep.DEFAULT_POINTS,
-    set: SetOption = [],  # noqa: B006
+    set_: SetOption = [],  # noqa: B006
     dtype: DtypeOption = "",
     threads: ThreadsOption = "all",
     pass_: Annotated[str, typer.Option("--pass", help="out of fwd,bwd,fwd+bwd")] = "fwd",
@@ -175,17 +183,18 @@ def sweep_(
     growing, smallest, largest = sizes.sweep_range(sizes_)
     options = Options(
         threads=arguments.threads(threads),
-        passes=arguments.words(pass_),
-        dtypes=arguments.dtypes(dtype),
+        passes=arguments.words(pass_, "--pass") if pass_ else (),
+        dtypes=arguments.dtypes(dtype) if dtype else (),
         device=arguments.device(device),
         providers=names,
-        set=sizes.assignments(set, "--set"),
+        set=sizes.settings(chosen, set_),
         rounds=rounds,
         seed=seed,
         quick=quick,
         note=note,
     )
     out = out or Path(f"sweep_{chosen[0].name}.json")
+    arguments.writable(out, "--out", ".json")
     with arguments.progress() as listen:
         gathered = sweep.sweep(
             chosen[0],
@@ -201,7 +210,7 @@ def sweep_(
     from . import plots, report
 
     write_bytes(out.with_suffix(".png"), plots.stacked(sweep.figures(gathered)))
-    write_bytes(out.with_suffix(".html"), report.html_report({out.name: gathered}).encode())
+    write_bytes(out.with_suffix(".html"), report.html_report([(out.name, gathered)]).encode())
     shown = arguments.console()
     shown.print(tables.screen(gathered))
     for one in gathered["sweep"]["crossovers"]:
@@ -212,8 +221,7 @@ def sweep_(
     for one in gathered["sweep"]["memory_exponents"]:
         shown.print(f"memory of {one['provider']}, {one['pass']}, {one['dtype']}: ∝ size^{one['exponent']:.2f}", highlight=False, markup=False)
     shown.print(f"written to {out}, {out.with_suffix('.png').name}, {out.with_suffix('.html').name}", highlight=False, markup=False)
-    if _wrong(gathered["rows"], provider):
-        raise typer.Exit(1)
+    _judge(gathered["rows"], provider)
 
 
 @app.command("kernel", no_args_is_help=True)
@@ -228,12 +236,13 @@ def kernel_(
     out: OutOption = None,
 ) -> None:
     """One compiled kernel without torch around it beside the public op, on one thread: the difference is the overhead."""
+    arguments.writable(out, "--out", ".json")
     entries: list[dict[str, Any]] = []
     with arguments.progress() as listen:
-        for one in name:
+        for one in dict.fromkeys(name):
             entries += kernel.measure_kernel(
                 one,
-                sizes=[sizes.size(text) for text in arguments.words(at)],
+                sizes=[sizes.size(text) for text in arguments.words(at, "--sizes")],
                 width=sizes.size(width),
                 dtypes=arguments.dtypes(dtype),
                 rounds=rounds,
@@ -254,11 +263,15 @@ def compare_(
     second: Annotated[Path, typer.Argument(help="results after")],
     fail_above: Annotated[str, typer.Option(help="a row that is slower by more than this fails, unless it is undecided")] = "5%",
 ) -> None:
-    """Which rows became slower. Exit code 1 where a decided one did by more than --fail-above."""
-    compared = comparison.compare(results.read_results(first), results.read_results(second), comparison.percent(fail_above))
+    """Which rows became slower. Exit code 1 where a decided one did by more than --fail-above, where one that had a time is wrong or fails now, and
+    where there is nothing to compare."""
+    threshold = comparison.percent(fail_above)
+    compared = comparison.compare(results.read_results(first), results.read_results(second), threshold)
     arguments.console().print(comparison.screen(compared))
-    if compared.slower:
+    if compared.slower or compared.broken:
         raise typer.Exit(1)
+    if not compared.differences:
+        raise ValueError(f"bench compare: the files must have a row with a time in common, got {first} and {second}: no row is in both")
 
 
 @app.command("report", no_args_is_help=True)
@@ -270,5 +283,7 @@ def report_(
     """One HTML page with everything inside: environment, targets, tables, roofline, who is missing and what was noisy."""
     from . import report
 
-    write_bytes(out, report.html_report({environment.public_path(path): results.read_results(path) for path in source}).encode())
+    arguments.writable(out, "--out", ".html")
+    pages = [(environment.public_path(path), results.read_results(path)) for path in dict.fromkeys(source)]
+    write_bytes(out, report.html_report(pages).encode())
     arguments.console().print(f"written to {out}", highlight=False, markup=False)

@@ -7,12 +7,33 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import _load
+
+
+COMPARABLE = ("device", "cpu", "gpu", "torch", "blas")  # where one of them differs, so do times
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[str] = COMPARABLE) -> dict[str, tuple[Any, Any]]:
+    """{fact: both} of what two descriptions do not agree in; of a fact that is a mapping, what differs in it.
+
+    >>> differences({"cpu": {"cores": 2, "model": "x"}}, {"cpu": {"cores": 4, "model": "x"}})
+    {'cpu': ({'cores': 2}, {'cores': 4})}
+    """
+    found = {}
+    for name in names:
+        first, second = one.get(name), other.get(name)
+        if isinstance(first, dict) and isinstance(second, dict):
+            unlike = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+            first, second = ({key: facts.get(key) for key in unlike} for facts in (first, second))
+        if first != second:
+            found[name] = (first, second)
+    return found
 
 
 def last_cache_bytes(device: torch.device | None = None) -> int:
@@ -59,7 +80,11 @@ def public_command(arguments: list[str]) -> str:
         flag, equals, value = argument.rpartition("=")
         return flag + equals + public_path(value) if Path(value).is_absolute() else argument
 
-    kept = [argument for before, argument in zip(["", *arguments], arguments, strict=False) if "--note" not in (before, argument)]
+    kept = [
+        argument
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+        if "--note" not in (before, argument) and not argument.startswith("--note=")
+    ]
     command = shlex.join(shown(argument) for argument in kept)
     return command if kept[0].endswith("modalign") else "python " + command
 

@@ -23,17 +23,20 @@ def load_all(more: Sequence[Path] = ()) -> dict[str, Case]:
 
 
 def cases_of(names: Sequence[str], more: Sequence[Path] = ()) -> list[Case]:
-    """Each name is a case, or a path to a file of cases, which means all of them. `more` are files of cases or folders of such files."""
-    chosen: list[Case] = []
+    """Each name is a case, or a path to a file of cases, which means all of them. `more` are files of cases or folders of such files. All are loaded
+    before any name is looked up, so that the order does not matter."""
+    known = load_all([*more, *(Path(name) for name in names if name.endswith(".py"))])
+    chosen: dict[str, Case] = {}
     for name in names:
         if name.endswith(".py"):
-            _load([Path(name), *_files_in(more)])
-            chosen += [declared for declared in cases().values() if declared.file == str(Path(name).resolve())]
-        elif name in (known := load_all(more)):
-            chosen.append(known[name])
+            chosen.update({case.name: case for case in known.values() if case.file == str(Path(name).resolve())})
+        elif name in known:
+            chosen[name] = known[name]
         else:
             raise ValueError(f"bench: case must be one of {sorted(known)} or a file of cases, got {name!r}")
-    return chosen
+    if not chosen:
+        raise ValueError(f"bench: case must be one of {sorted(known)} or a file that declares one, got {', '.join(names)}")
+    return list(chosen.values())
 
 
 def _files_in(paths: Sequence[Path]) -> list[Path]:

@@ -17,6 +17,8 @@ from .. import _load, ops
 from ..testing.cases import Maker
 from .machine import is_noisy
 from .measure import MAXIMUM_RELATIVE_ERROR, MINIMUM_SAMPLE_SECONDS, quantiles
+from .sizes import listed
+from .tables import DASH, MARK, NOISY, duration
 
 ROUNDS = 9
 SIZES = (1, 8, 64, 512)  # rows and candidates, from a call that computes next to nothing
@@ -126,6 +128,8 @@ def measure_kernel(
         raise ValueError("bench kernel: this build must hold the module _host, got one without it") from error
     backward = name.endswith("_bwd")
     kernel = CPU_KERNELS[name.removesuffix("_bwd")]
+    if not sizes or min(*sizes, width) < 1:
+        raise ValueError(f"bench kernel: sizes and width must be at least 1, got {list(sizes)} and {width}")
     for dtype in dtypes:
         if dtype not in kernel.dtypes:
             raise ValueError(
@@ -228,12 +232,8 @@ def screen(entries: Sequence[dict[str, Any]]) -> Any:
     for entry in entries:
         table.add_row(*cells(entry))
     reasons = dict.fromkeys(f"{entry['kernel']}: {entry['status']}: {entry['reason']}" for entry in entries if entry["reason"])
-    noisy = [Text("noisy: some times spread by more than 10 %; something else was running", style="yellow")] if any(map(noisy_of, entries)) else []
+    noisy = [Text(NOISY, style="yellow")] if any(entry.get("noisy") for entry in entries) else []
     return Group(table, *map(Text, reasons), *noisy)
-
-
-def noisy_of(entry: dict[str, Any]) -> bool:
-    return bool(entry.get("noisy"))
 
 
 COLUMNS = ("kernel", "sizes", "dtype", "kernel alone", "beside", "it takes", "overhead (20 % … 80 %)")
@@ -241,11 +241,9 @@ COLUMNS = ("kernel", "sizes", "dtype", "kernel alone", "beside", "it takes", "ov
 
 def cells(entry: dict[str, Any]) -> list[str]:
     """A line of a table under COLUMNS."""
-    from .tables import DASH, duration
-
-    sizes = " ".join(f"{key}={value}" for key, value in entry["parameters"].items())
+    at = listed(entry["parameters"])
     if entry["status"] != "ok":
-        return [entry["kernel"], sizes, entry["dtype"], entry["status"], entry["beside"], DASH, DASH]
+        return [entry["kernel"], at, entry["dtype"], entry["status"], entry["beside"], DASH, DASH]
     overhead = entry["overhead_seconds"]
 
     def signed(seconds: float) -> str:
@@ -253,9 +251,9 @@ def cells(entry: dict[str, Any]) -> list[str]:
 
     return [
         entry["kernel"],
-        sizes,
+        at,
         entry["dtype"],
-        duration(entry["kernel_seconds"]["median"]),
+        duration(entry["kernel_seconds"]["median"]) + MARK * bool(entry.get("noisy")),
         entry["beside"],
         duration(entry["beside_seconds"]["median"]),
         f"{signed(overhead['median'])} ({signed(overhead['q20'])} … {signed(overhead['q80'])})" if overhead else DASH,

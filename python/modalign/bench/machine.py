@@ -3,16 +3,20 @@ that a case does not declare itself comes from here, and so does the roof of the
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import ops
+from . import environment
 from .environment import last_cache_bytes
 from .measure import quantiles
+from .results import read_results
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -117,6 +121,21 @@ def measure_machine(
     finally:
         torch.set_num_threads(before)
     return {"device": device.type, "matmul": matmul, "copy": copies, "dispatch": dispatch}
+
+
+def saved(path: Path, dtypes: Sequence[torch.dtype], threads: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """The figures that a file holds. ValueError where they are of another machine, or do not cover these dtypes and thread counts."""
+    held = read_results(path)
+    figures = held.get("machine")
+    if not figures:
+        raise ValueError(f"bench: --machine must be a file with figures of the machine, got {path} without any")
+    for name, (there, here) in environment.differences(held["environment"], environment.describe(device, 0)).items():
+        raise ValueError(f"bench: --machine must be of this machine, got {path} with {name} {there} where it is {here} now")
+    found = {(entry["dtype"], entry["threads"]) for entry in figures["matmul"]}
+    for dtype, count in itertools.product(dtypes, threads):
+        if (_name(dtype), count) not in found or not any(entry["threads"] == count for entry in figures["copy"]):
+            raise ValueError(f"bench: --machine must cover {_name(dtype)} with {count} threads, got {sorted(found)} in {path}")
+    return figures
 
 
 def is_noisy(figure: dict[str, float]) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,30 @@ from torch.utils import _pytree as pytree
 from ..testing.cases import Maker
 from ..testing.tolerances import tolerance_of
 from .environment import last_cache_bytes
-from .registry import Case, Parameters, Provider
+from .registry import HALF, Case, Parameters, Provider, one_line
+from .sizes import listed
 
 MAXIMUM_RELATIVE_ERROR = 0.05  # of the result's RMS: what misses this is no result, however wrong the formula itself is
 PEER_FACTOR = 4.0
 MINIMUM_SAMPLE_SECONDS = 0.02  # shorter calls are timed many at a time
 SLOW = 20.0  # a provider this many times slower than the fastest takes part in SLOW_ROUNDS of the rounds only
 SLOW_ROUNDS = 3
+
+
+def is_out_of_memory(failure: BaseException) -> bool:
+    known = ("can't allocate memory", "bad_alloc", "out of memory", "Cannot allocate memory")
+    return isinstance(failure, MemoryError) or any(words in str(failure) for words in (*known, "MemoryError"))
+
+
+@contextlib.contextmanager
+def _mistakes_of(case: Case, parameters: Parameters, must: str) -> Iterator[None]:
+    """What a case's own functions raise as one line; that there is not enough memory is for the caller."""
+    try:
+        yield
+    except Exception as failure:
+        if is_out_of_memory(failure):
+            raise
+        raise ValueError(f"bench: case {case.name} must {must} at {listed(parameters)}, got {one_line(failure)}") from failure
 
 
 def _tensors(inputs: tuple[Any, ...]) -> list[Tensor]:
@@ -45,7 +63,13 @@ class InputSets:
         self.leaves = [[tensor for tensor in _tensors(inputs) if tensor.requires_grad] for inputs in self.tracked]
 
     def _make(self, parameters: Parameters, seed: int) -> tuple[Any, ...]:
-        return self.case.make(Maker(self.dtype, self.device, seed), **parameters)
+        with _mistakes_of(self.case, parameters, "give inputs"):
+            made: Any = self.case.make(Maker(self.dtype, self.device, seed), **parameters)
+        if not isinstance(made, tuple):
+            raise ValueError(f"bench: case {self.case.name} must give its inputs as a tuple, got {type(made).__name__}")
+        if empty := [index for index, tensor in enumerate(_tensors(made)) if tensor.numel() == 0]:
+            raise ValueError(f"bench: case {self.case.name} must give inputs that are not empty, got an empty input {empty[0]} at {listed(parameters)}")
+        return made
 
 
 class Subject:
@@ -73,7 +97,7 @@ class Subject:
             return self.floor["bwd"](index)
         result = self.provider.function(*self.inputs.tracked[index])  # type: ignore[misc]
         between()
-        return result.detach(), torch.autograd.grad(result, self.inputs.leaves[index], self.gradient)
+        return result.detach(), torch.autograd.grad(result, self.inputs.leaves[index], self.gradient, allow_unused=True)
 
 
 # -------------------------------------------------------------------------------------------------------------------------------------------- errors
@@ -94,37 +118,66 @@ def _error(actual: Tensor, expected: Tensor) -> Error:
     return Error(maximum, maximum / rms if rms > 0 else (0.0 if maximum == 0 else math.inf))
 
 
+class Mismatch(Exception):
+    """A result that is wrong in another way than by its numbers."""
+
+
 class Check:
     """Errors of providers on one set of inputs that is never timed, against the case's reference in float64."""
 
-    def __init__(self, case: Case, parameters: Parameters, dtype: torch.dtype, device: torch.device, seed: int) -> None:
-        self.parameters, self.dtype = parameters, dtype
+    def __init__(self, case: Case, parameters: Parameters, dtype: torch.dtype, device: torch.device, seed: int, backward: bool = True) -> None:
+        self.dtype, self.backward = dtype, backward
         self.inputs = InputSets(case, parameters, dtype, device, seed, count=1)
-        self.backward = "bwd" in case.passes or "fwd+bwd" in case.passes
         exact = pytree.tree_map_only(
             Tensor, lambda t: t.detach().cpu().double().requires_grad_() if t.is_floating_point() else t.cpu(), self.inputs.plain[0]
         )
-        expected = case.reference(*exact)
+        with _mistakes_of(case, parameters, "have a reference"):
+            expected: Any = case.reference(*exact)
+        if not isinstance(expected, Tensor) or not expected.is_floating_point() or expected.numel() == 0:
+            got = f"{list(expected.shape)} of {expected.dtype}" if isinstance(expected, Tensor) else type(expected).__name__
+            raise ValueError(f"bench: reference of case {case.name} must give floating numbers, got {got} at {listed(parameters)}")
+        if backward and not expected.requires_grad:
+            raise ValueError(f"bench: reference of case {case.name} must be differentiable, or passes be ['fwd'], got a result without gradient")
         self.upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
         self.expected = expected.detach()
-        self.gradients = (
-            torch.autograd.grad(expected, [t for t in _tensors(exact) if t.requires_grad], self.upstream.double()) if self.backward else ()
-        )
+        self.gradients = self._gradients(expected, _tensors(exact), self.upstream.double()) if backward else ()
+
+    @staticmethod
+    def _gradients(result: Tensor, inputs: Sequence[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
+        leaves = [tensor for tensor in inputs if tensor.requires_grad]
+        return torch.autograd.grad(result, leaves, upstream, allow_unused=True, materialize_grads=True)
 
     def errors(self, provider: Provider) -> tuple[Error, Error | None]:
-        with provider.context():
-            result = provider.function(*self.inputs.tracked[0])  # type: ignore[misc]
-            forward = _error(result, self.expected)
-            if not self.backward:
-                return forward, None
-            gradients = torch.autograd.grad(result, self.inputs.leaves[0], self.upstream.to(result.device, result.dtype))
-        worst = [_error(gradient, expected) for gradient, expected in zip(gradients, self.gradients, strict=True)]
-        return forward, Error(max(error.maximum for error in worst), max(error.relative for error in worst))
+        """Of the result and the worst gradient. Mismatch where the result is of another kind or shape, or the inputs are no longer what they were."""
+        plain = pytree.tree_map_only(Tensor, torch.clone, self.inputs.plain[0])  # so that nobody spoils them for the next
+        given = pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_(self.backward and t.is_floating_point()), plain)
+        backward = None
+        with provider.context(), torch.set_grad_enabled(self.backward):
+            result = self._checked(provider.function(*given))  # type: ignore[misc]
+            if self.backward:
+                if not result.requires_grad:
+                    raise RuntimeError("the result must have a gradient, got one without")
+                gradients = self._gradients(result, _tensors(given), self.upstream.to(result.device, result.dtype))
+                worst = [_error(gradient, expected) for gradient, expected in zip(gradients, self.gradients, strict=True)]
+                backward = Error(max(error.maximum for error in worst), max(error.relative for error in worst))
+        for index, (now, before) in enumerate(zip(_tensors(plain), _tensors(self.inputs.plain[0]), strict=True)):
+            if not ((now == before) | ((now != now) & (before != before))).all():
+                raise Mismatch(f"it must leave its inputs as they are, got input {index} changed in place")
+        return _error(result, self.expected), backward
+
+    def _checked(self, result: Any) -> Tensor:
+        """Half types may give their result in float32, as losses do."""
+        if not isinstance(result, Tensor) or result.shape != self.expected.shape:
+            got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise Mismatch(f"the result must be a tensor of shape {list(self.expected.shape)}, got {got}")
+        allowed = [self.dtype, *([torch.float32] if self.dtype in HALF else [])]
+        if result.dtype not in allowed:
+            raise Mismatch(f"the result must be {' or '.join(map(str, allowed))}, got {result.dtype}".replace("torch.", ""))
+        return result
 
     def verdict(self, provider: Provider, errors: tuple[Error, Error | None], formula: tuple[Error, Error | None] | None) -> str:
         """Empty where the result matches: for ours, an error of at most that of the plain formula in this dtype plus what rounding explains. Other
-        people's forms may
-        lose as many digits as the formula, give or take a factor: that is their rounding, not a wrong result."""
+        people's forms may lose as many digits as the formula, give or take a factor: that is their rounding, not a wrong result."""
         bounds, factor = tolerance_of(self.dtype), 1 if provider.kind == "ours" else PEER_FACTOR
         for what, index, share in (("forward", 0, bounds.value), ("backward", 1, bounds.element)):
             error, yardstick = errors[index], formula[index] if formula else None
@@ -174,10 +227,10 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 @dataclass
 class Timing:
-    """samples[pass] = {round: seconds of one call}."""
+    """samples[pass] = {round: seconds of one call}; calls[pass]: how many were timed together in a round."""
 
     samples: dict[str, dict[int, float]]
-    calls: int
+    calls: dict[str, int]
 
     def quantiles(self, pass_: str) -> dict[str, float]:
         return quantiles(list(self.samples[pass_].values()))
@@ -189,17 +242,35 @@ class Timing:
         return quantiles(shared) if shared else None
 
 
+class Failure(Exception):
+    """A provider raised while it was timed; the cause says what."""
+
+    def __init__(self, provider: str) -> None:
+        super().__init__(provider)
+        self.provider = provider
+
+
+@contextlib.contextmanager
+def _running(subject: Subject) -> Iterator[None]:
+    try:
+        with subject.provider.context():
+            yield
+    except Exception as failure:
+        raise Failure(subject.provider.name) from failure
+
+
 def time_interleaved(
     subjects: dict[str, Subject], passes: Sequence[str], device: torch.device, rounds: int, progress: Callable[[], None] = lambda: None
 ) -> dict[str, Timing]:
-    """All subjects take turns in every round, the order shifted by one each round; every call gets the next of the rotated inputs."""
+    """All subjects take turns in every round, the order shifted by one each round; every call gets the next of the rotated inputs. Failure where one
+    raises."""
     both = "bwd" in passes or "fwd+bwd" in passes
     clock = Clock(device)
     turn = 0
 
     def forward(subject: Subject, calls: int) -> float:
         nonlocal turn
-        with subject.provider.context():
+        with _running(subject):
             clock.mark()
             for _ in range(calls):
                 turn += 1
@@ -209,7 +280,7 @@ def time_interleaved(
 
     def forward_and_backward(subject: Subject, calls: int) -> tuple[float, float]:
         nonlocal turn
-        with subject.provider.context():
+        with _running(subject):
             for _ in range(calls):
                 turn += 1
                 clock.mark()
@@ -219,15 +290,17 @@ def time_interleaved(
             gaps = clock.seconds()
         return sum(gaps[0::3]) / calls, sum(gaps[1::3]) / calls  # every third gap lies between two calls
 
-    estimates, calls = {}, {}
+    estimates: dict[str, float] = {}
+    timings: dict[str, Timing] = {}
     for name, subject in subjects.items():
         forward(subject, 1)  # warm up: code, pages, thread pool
         estimates[name] = forward(subject, 1)
         if both:
             forward_and_backward(subject, 1)
-        calls[name] = max(1, min(1000, math.ceil(MINIMUM_SAMPLE_SECONDS / max(estimates[name], 1e-7))))
+        together = max(1, min(1000, math.ceil(MINIMUM_SAMPLE_SECONDS / max(estimates[name], 1e-7))))
+        calls = {pass_: together if pass_ == "fwd" else max(1, together // 3) for pass_ in passes}
+        timings[name] = Timing({pass_: {} for pass_ in passes}, calls)
     fastest = min(estimates.values())
-    timings = {name: Timing({pass_: {} for pass_ in passes}, calls[name]) for name in subjects}
     names = list(subjects)
     for index in range(rounds):
         for name in names[index % len(names) :] + names[: index % len(names)]:
@@ -239,11 +312,11 @@ def time_interleaved(
                 or len(timings[name].samples[passes[0]]) >= (SLOW_ROUNDS if slow else rounds)
             ):
                 continue
-            samples = timings[name].samples
+            samples, calls = timings[name].samples, timings[name].calls
             if "fwd" in passes:
-                samples["fwd"][index] = forward(subjects[name], calls[name])
+                samples["fwd"][index] = forward(subjects[name], calls["fwd"])
             if both:
-                ahead, back = forward_and_backward(subjects[name], max(1, calls[name] // 3))
+                ahead, back = forward_and_backward(subjects[name], calls["bwd" if "bwd" in passes else "fwd+bwd"])
                 if "bwd" in passes:
                     samples["bwd"][index] = back
                 if "fwd+bwd" in passes:

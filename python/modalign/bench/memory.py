@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from ..testing.memory import peak_memory
 from . import registry
-from .measure import InputSets, Subject
+from .measure import InputSets, Subject, is_out_of_memory
 
 START_SECONDS = 60  # for a process to start, load torch and draw its inputs
 SHARE_OF_FREE_MEMORY = 0.9
@@ -38,8 +39,16 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (used + int(SHARE_OF_FREE_MEMORY * available_bytes()), resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-def is_out_of_memory(message: str) -> bool:
-    return any(words in message for words in ("can't allocate memory", "MemoryError", "bad_alloc", "out of memory", "Cannot allocate memory"))
+@contextlib.contextmanager
+def limited(device: torch.device) -> Iterator[None]:
+    """`limit_memory` for the time of a block, on the CPU."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if device.type == "cpu":
+        limit_memory()
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _smallest(case: registry.Case, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +120,6 @@ def peak_bytes(
         last = str(error).strip().splitlines()[-1]
         if "TimeoutError: " in last:
             raise TimeoutError(last.partition("TimeoutError: ")[2]) from error
-        if is_out_of_memory(str(error)) or last.endswith("failed:"):  # no last words: the system ended it
+        if is_out_of_memory(error) or last.endswith("failed:"):  # no last words: the system ended it
             raise MemoryError(last) from error
         raise

@@ -26,6 +26,15 @@ def colours(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return chosen
 
 
+def plain(name: str) -> str:
+    """Names as they are: a dollar is no formula, and a label that begins with an underscore is no secret.
+
+    >>> plain("$x_1$"), plain("_mine")
+    ('\\\\$x_1\\\\$', ' _mine')
+    """
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def axes_of(x: str, y: str, *, width: float = 7.5, height: float = 4.6) -> tuple[Figure, Any]:
     """A figure with one pair of logarithmic axes."""
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -5,16 +5,23 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import math
+import numbers
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._load import PACKAGE
+
 PASSES = ("fwd", "bwd", "fwd+bwd")
+HALF = (torch.float16, torch.bfloat16)
 KINDS = ("ours", "peer", "formula", "floor")
 
 Parameters = Mapping[str, Any]
@@ -67,20 +74,26 @@ class Case:
         if formula is None:
             return None
         if pass_ == "fwd+bwd":
-            return formula(parameters, "fwd", size) + formula(parameters, "bwd", size)
-        return formula(parameters, pass_, size)
+            return sum(self.cost(kind, parameters, part, size) or 0 for part in ("fwd", "bwd"))
+        try:
+            found: Any = formula(parameters, pass_, size)
+        except Exception as failure:
+            found = one_line(failure)
+        if not isinstance(found, numbers.Real) or not 0 <= found < math.inf:
+            raise ValueError(f"case {self.name}: {kind} must be a function of (parameters, pass, bytes of a number) that gives a number, got {found}")
+        return found if isinstance(found, int) else float(found)
 
 
 @dataclass(frozen=True)
 class Provider:
     """function(*inputs) gives the result, and its backward is autograd's. A floor instead has prepare(sets, parameters, dtype, device), which gives
-    {"fwd": f, "bwd": f}: functions of the number of the input set. requires is the module that it imports, and install what to install for it where
+    {"fwd": f, "bwd": f}: functions of the number of the input set; under "plan" it may say what they run. requires is the module that it imports, and install what to install for it where
     the package has another name; without the module its rows say "not installed". unavailable() is None or another reason why it cannot run here;
     plan() says what runs, read inside `context`."""
 
     name: str
     function: Callable[..., Tensor] | None = None
-    prepare: Callable[..., dict[str, Callable[[int], Any]]] | None = None
+    prepare: Callable[..., dict[str, Any]] | None = None
     kind: str = "peer"
     requires: str = ""
     install: str = ""
@@ -95,6 +108,15 @@ class Provider:
             return "not installed", f"pip install {self.install or self.requires.partition('.')[0]}"
         reason = self.unavailable()
         return ("unavailable", reason) if reason else ("ok", "")
+
+
+def one_line(failure: BaseException) -> str:
+    """
+    >>> one_line(RuntimeError("no kernel\\nlong trace"))
+    'RuntimeError: no kernel'
+    """
+    text = str(failure).strip()
+    return f"{type(failure).__name__}: {text.splitlines()[0] if text else 'no message'}"
 
 
 def _found(module: str) -> bool:
@@ -115,6 +137,10 @@ def case(
 ) -> Callable[[Callable[..., tuple[Any, ...]]], Case]:
     """Declare a case; the decorated function makes its inputs."""
 
+    _check_keywords("case", options, Case, {"make", "file"})
+    if not grid:
+        raise ValueError("case: grid must hold at least one size, got none")
+
     def declare(make: Callable[..., tuple[Any, ...]]) -> Case:
         settings = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
         unknown = set(settings.get("passes", ())) - set(PASSES)
@@ -131,12 +157,19 @@ def case(
     return declare
 
 
+def _check_keywords(function: str, options: Mapping[str, Any], made: type, own: set[str]) -> None:
+    known = {one.name for one in fields(made)} - own
+    if unknown := set(options) - known:
+        raise ValueError(f"{function}: keywords must be out of {sorted(known)}, got {sorted(unknown)}")
+
+
 def provider(
     *of: Case | str, name: str | None = None, kind: str = "peer", **options: Any
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Declare a way to solve one or more cases."""
     if kind not in KINDS:
         raise ValueError(f"provider: kind must be one of {KINDS}, got {kind!r}")
+    _check_keywords("provider", options, Provider, {"function", "prepare"})
 
     def declare(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         _add(Provider(name=name or function.__name__, function=function, kind=kind, **options), of)
@@ -150,21 +183,22 @@ def _add(made: Provider, of: Sequence[Case | str]) -> None:
         key = one.name if isinstance(one, Case) else one
         if key not in _cases:
             raise ValueError(f"provider: case must be one of {sorted(_cases)}, got {key!r}")
+        floors = {one.name for one in _providers[key].values() if one.kind == "floor"} | ({made.name} if made.kind == "floor" else set())
+        if len(floors) > 1:
+            raise ValueError(f"provider: case {key} must have one floor, got {sorted(floors)}")
         _providers[key][made.name] = made
 
 
 def matmul_floor(*of: Case, name: str = "floor") -> Callable[[Callable[..., list[tuple[int, int, int]]]], Any]:
     """Declare the floor of compute-bound cases: products of the same FLOPs by torch.mm into preallocated outputs. The decorated function gives, for
-    (parameters, pass), the
-    sizes (rows, depth, columns) of the products; their number and shapes are those of the algorithm. float32 on the CPU (float64 for float64), the
-    input dtype on CUDA."""
+    (parameters, pass), the sizes (rows, depth, columns) of the products; their number and shapes are those of the algorithm. In the dtype of the
+    inputs; of half types on the CPU in that or in float32, whichever takes less time here."""
 
     def declare(shapes: Callable[..., list[tuple[int, int, int]]]) -> Any:
-        def prepare(sets: int, parameters: Parameters, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[int], Any]]:
-            real = dtype if device.type == "cuda" or dtype is torch.float64 else torch.float32
+        def prepare(sets: int, parameters: Parameters, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
             generator = torch.Generator().manual_seed(0)
 
-            def products(pass_: str) -> Callable[[int], Any]:
+            def products(pass_: str, real: torch.dtype) -> Callable[[int], Any]:
                 operands = []
                 for rows, depth, columns in shapes(parameters, pass_):
                     left = [torch.randn(rows, depth, generator=generator).to(device, real) for _ in range(sets)]
@@ -177,12 +211,33 @@ def matmul_floor(*of: Case, name: str = "floor") -> Callable[[Callable[..., list
 
                 return call
 
-            return {"fwd": products("fwd"), "bwd": products("bwd")}
+            if device.type != "cpu" or dtype not in HALF:
+                return {"fwd": products("fwd", dtype), "bwd": products("bwd", dtype)}
+            chosen = {pass_: _faster({real: products(pass_, real) for real in (torch.float32, dtype)}) for pass_ in ("fwd", "bwd")}
+            plan = ", ".join(f"{pass_} in {str(real).removeprefix('torch.')}" for pass_, (real, _) in chosen.items())
+            return {**{pass_: call for pass_, (_, call) in chosen.items()}, "plan": f"torch.mm: {plan}"}
 
         _add(Provider(name=name, prepare=prepare, kind="floor"), of)
         return shapes
 
     return declare
+
+
+def _faster(calls: Mapping[torch.dtype, Callable[[int], Any]]) -> tuple[torch.dtype, Callable[[int], Any]]:
+    """The call that takes the least time, with its dtype. One that is hopeless, such as half types without instructions for them, is called twice."""
+    best: dict[torch.dtype, float] = {}
+    for dtype, call in calls.items():
+        call(0)  # warm up
+        begin, count = time.perf_counter(), 0
+        while count < 3 or (count < 100 and time.perf_counter() - begin < 0.02):
+            before = time.perf_counter()
+            call(0)
+            count += 1
+            best[dtype] = min(best.get(dtype, math.inf), time.perf_counter() - before)
+            if best[dtype] > 3 * min(best.values()):
+                break
+    dtype = min(best, key=best.__getitem__)
+    return dtype, calls[dtype]
 
 
 def copy_floor(*of: Case, name: str = "floor") -> Callable[[Cost], Cost]:
@@ -222,11 +277,26 @@ def load_cases(path: str | Path) -> list[Case]:
     sys.modules[specification.name] = module
     _loading.append(str(path))
     try:
-        specification.loader.exec_module(module)
+        with _plain(f"load_cases: {path.name}"):
+            specification.loader.exec_module(module)
     finally:
         _loading.pop()
     _remember(str(path))
     return [declared for declared in _cases.values() if declared.file == str(path)]
+
+
+@contextlib.contextmanager
+def _plain(what: str) -> Iterator[None]:
+    """Mistakes in people's own files as one line that says where. A module that is missing is said as it is."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as failure:
+        theirs = [frame for frame in traceback.extract_tb(failure.__traceback__) if PACKAGE not in Path(frame.filename).parents]
+        theirs = [frame for frame in theirs if not frame.filename.startswith("<")]  # not the machinery of imports
+        where = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+        raise ValueError(f"{what} must load, got {one_line(failure)}{where}") from failure
 
 
 def load_provider(function: str, *of: Case | str) -> Provider:
@@ -242,7 +312,8 @@ def load_provider(function: str, *of: Case | str) -> Provider:
         raise ValueError(f"load_provider: function must be written as module:function, got {function!r}")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a command's own path holds the script's folder, not the user's
-    found = getattr(importlib.import_module(module), name, None)
+    with _plain(f"load_provider: {module}"):
+        found = getattr(importlib.import_module(module), name, None)
     if not callable(found):
         raise ValueError(f"load_provider: function must be one of {module}, got {name!r}")
     made = Provider(name=function, function=found)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import kernel, machine, sweep, tables
-from .plots import axes_of, colours, embedded
+from .plots import axes_of, colours, embedded, plain
 
 Row = Mapping[str, Any]
 MARKERS = {"fwd": "o", "bwd": "s", "fwd+bwd": "^"}
@@ -57,11 +57,6 @@ def _list(items: Sequence[str], kind: str = "") -> str:
     return "<ul>" + "".join(f'<li class="{kind}">{_text(item)}</li>' for item in items) + "</ul>"
 
 
-def label(row: Row) -> str:
-    sizes = " ".join(f"{key}={value}" for key, value in row["parameters"].items())
-    return f"{row['case']}, {sizes}, {row['dtype']}, {row['pass']}, {row['threads']} threads"
-
-
 def _environment(results: Mapping[str, Any], source: str) -> str:
     facts = results["environment"]
     processor = facts["cpu"]
@@ -94,7 +89,7 @@ def verdicts(rows: Sequence[Row]) -> str:
                 _list(
                     [
                         f"{word}: {row['provider']} at most {row['target']['ratio']:g} of the floor's time, took "
-                        f"{row['ratio_to_floor']['median']:.2f} ({label(row)})"
+                        f"{row['ratio_to_floor']['median']:.2f} ({tables.label(row)})"
                         for row in chosen
                     ],
                     kind,
@@ -102,6 +97,7 @@ def verdicts(rows: Sequence[Row]) -> str:
             )
     for kind, status, title in (
         ("bad", "mismatch", "Wrong results, so without a speed"),
+        ("bad", "failed", "Failed"),
         ("odd", "not installed", "Not installed"),
         ("odd", "unavailable", "Cannot run here"),
         ("odd", "out of memory", "Out of memory"),
@@ -110,10 +106,13 @@ def verdicts(rows: Sequence[Row]) -> str:
         found = list(dict.fromkeys(f"{row['case']}: {row['provider']}: {status}: {row['reason']}" for row in rows if row["status"] == status))
         if found:
             parts.append(f"<p>{title}:</p>{_list(found, kind)}")
-    noisy = list(dict.fromkeys(label(row) for row in rows if row.get("noisy")))
+    noisy: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get("noisy"):
+            noisy.setdefault(tables.label(row), []).append(row["provider"])
     if noisy:
-        parts.append(f'<p class="odd">Noisy: the floor spread by more than 10 % in {len(noisy)} groups of rows; something else was running:</p>')
-        parts.append(_list(noisy, "odd"))
+        parts.append(f'<p class="odd">{tables.NOISY}:</p>')
+        parts.append(_list([f"{group}: {', '.join(providers)}" for group, providers in noisy.items()], "odd"))
     elif rows:
         parts.append("<p>No row is noisy.</p>")
     return "\n".join(parts)
@@ -124,7 +123,7 @@ def roofline(results: Mapping[str, Any], dtype: str, threads: int) -> Any | None
     rows = [
         row
         for row in results["rows"]
-        if row["dtype"] == dtype and row["threads"] == threads and row.get("flop_per_second") and row.get("bytes") and row["kind"] != "floor"
+        if row["dtype"] == dtype and row["threads"] == threads and row.get("flop_per_second") and row.get("flops") and row.get("bytes") and row["kind"] != "floor"
     ]
     if not rows:
         return None
@@ -135,7 +134,13 @@ def roofline(results: Mapping[str, Any], dtype: str, threads: int) -> Any | None
         points.setdefault((row["provider"], row["pass"]), []).append((row["flops"] / row["bytes"], row["flop_per_second"]))
     for (provider, pass_), places in points.items():
         axes.plot(
-            *zip(*places, strict=True), MARKERS[pass_], color=colour[provider], markersize=6, alpha=0.8, linestyle="", label=f"{provider}, {pass_}"
+            *zip(*places, strict=True),
+            MARKERS[pass_],
+            color=colour[provider],
+            markersize=6,
+            alpha=0.8,
+            linestyle="",
+            label=plain(f"{provider}, {pass_}"),
         )
     if found := machine.peaks(results.get("machine"), dtype, threads):
         rate, bandwidth = (one["median"] for one in found)
@@ -168,10 +173,10 @@ def _rows(rows: Sequence[Row]) -> str:
     columns = tables.screen_columns(rows)
     lines, classes, previous = [], [], None
     for row in rows:
-        kind = "bad" if row["status"] == "mismatch" else row["kind"]
+        kind = "bad" if row["status"] in ("mismatch", "failed") else row["kind"]
         classes.append(kind + (" group" if previous not in (None, tables.group_of(row)) else ""))
         previous = tables.group_of(row)
-        lines.append([tables.cell(row, column) + (" (noisy)" if column == "time" and row.get("noisy") else "") for column in columns])
+        lines.append(tables.line(row, columns))
     return _table([tables.heading(column) for column in columns], lines, [tables.heading(column) for column in tables.LEFT], classes)
 
 
@@ -204,10 +209,10 @@ def _section(results: Mapping[str, Any], source: str) -> str:
     return "\n".join(parts)
 
 
-def html_report(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page about results by the name of their file."""
-    cases = list(dict.fromkeys(row["case"] for results in files.values() for row in results["rows"]))
-    title = "modalign bench: " + (", ".join(cases) if cases else ", ".join(files))
-    sections = "\n".join(_section(results, source) for source, results in files.items())
+def html_report(files: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """The page about results, each with the name of its file."""
+    cases = list(dict.fromkeys(row["case"] for _, results in files for row in results["rows"]))
+    title = "modalign bench: " + ", ".join(cases or [source for source, _ in files])
+    sections = "\n".join(_section(results, source) for source, results in files)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(title)}</title><style>{STYLE}</style>'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><h1>{_text(title)}</h1>\n{sections}\n</body></html>\n'

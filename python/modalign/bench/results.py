@@ -32,12 +32,17 @@ def schema() -> dict[str, Any]:
 
 
 def validate(results: Any) -> None:
-    """Raise ValueError, with the place, where `results` is not what the schema says."""
+    """Raise ValueError, with the place, where `results` is not what the schema says; its version first, since everything else depends on it."""
+    version = schema()["properties"]["schema"]
+    if isinstance(results, dict) and (problem := _problem(results.get("schema"), version, "schema")):
+        raise ValueError(f"bench results: {problem}")
     if problem := _problem(results, schema(), ""):
         raise ValueError(f"bench results: {problem}")
 
 
 def _is(value: Any, kind: str) -> bool:
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
     return isinstance(value, _TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
 
 
@@ -53,6 +58,8 @@ def _problem(value: Any, rule: dict[str, Any], place: str) -> str:
         return f"{here} must be one of {rule['enum']}, got {value!r:.80}"
     if "const" in rule and value != rule["const"]:
         return f"{here} must be {rule['const']!r}, got {value!r:.80}"
+    if "exclusiveMinimum" in rule and value <= rule["exclusiveMinimum"]:
+        return f"{here} must be above {rule['exclusiveMinimum']}, got {value!r:.80}"
     if "anyOf" in rule and all(problems := [_problem(value, option, place) for option in rule["anyOf"]]):
         return problems[0]
     if "not" in rule and not _problem(value, rule["not"], place):
@@ -90,11 +97,15 @@ def write_results(path: str | Path, results: dict[str, Any]) -> None:
     write_json(path, finite)
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name}, which is no number")
+
+
 def read_results(path: str | Path) -> dict[str, Any]:
     """Read what this version or an older one wrote. ValueError where it is something else."""
     try:
-        results = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        results = json.loads(Path(path).read_text(), parse_constant=_no_number)
+    except ValueError as error:
         raise ValueError(f"bench results: {path} must be JSON, got {error}") from error
     try:
         validate(results)

@@ -16,9 +16,9 @@ import torch
 from .. import _load
 from .._files import atomic_path
 from . import environment, machine, measure, memory
-from .registry import PASSES, Case, Parameters, Provider, load_cases, providers_of
+from .registry import HALF, PASSES, Case, Parameters, Provider, one_line, providers_of
 from .results import SCHEMA
-from .sizes import check_parameters
+from .sizes import check_parameters, listed
 
 Listen = Callable[[str], None]
 
@@ -26,15 +26,14 @@ Listen = Callable[[str], None]
 @dataclass(frozen=True)
 class Options:
     """threads: CPU threads of each run. dtypes: in place of the case's. where: keep grid points that agree with it. set: override sizes. quick: the
-    case's small grid. profile: folder for a trace of every provider. limit: seconds that one call of a provider may take; one that takes longer, or
-    more memory than there is, is then reported and not timed."""
+    case's small grid. profile: folder for a trace of every provider. machine: a file with this machine's figures, in place of measuring them. limit:
+    seconds that one call of a provider may take; one that takes longer is then reported and not timed."""
 
     threads: tuple[int, ...] = (1,)
     passes: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     device: torch.device = torch.device("cpu")
     providers: tuple[str, ...] = ()
-    cases: tuple[str, ...] = ()
     where: Parameters = field(default_factory=dict)
     set: Parameters = field(default_factory=dict)
     rounds: int = 7
@@ -43,27 +42,28 @@ class Options:
     memory: bool = True
     note: str = ""
     profile: Path | None = None
+    machine: Path | None = None
     limit: float | None = None
-
-
-def run_file(path: str | Path, options: Options, command: str, listen: Listen = lambda text: None) -> dict[str, Any]:
-    """Results of all cases of a file, ready for write_results."""
-    return run_cases(load_cases(path), options, command, listen)
 
 
 def run_cases(cases: Sequence[Case], options: Options, command: str, listen: Listen = lambda text: None) -> dict[str, Any]:
     """Results of these cases, ready for write_results. ValueError where an option names what no case has."""
-    chosen = choose(cases, options)
-    dtypes = tuple(dict.fromkeys(dtype for case in chosen for dtype in options.dtypes or case.dtypes))
+    check(cases, options)
+    dtypes = tuple(dict.fromkeys(dtype for case in cases for dtype in options.dtypes or case.dtypes))
     figures = measure_machine(dtypes, options, listen)
     before = torch.get_num_threads()
     rows: list[dict[str, Any]] = []
     try:
-        for case in chosen:
-            for parameters in _grid(case, options):
-                for dtype in options.dtypes or case.dtypes:
+        with memory.limited(options.device):
+            for case in cases:
+                for parameters, dtype in itertools.product(_grid(case, options), options.dtypes or case.dtypes):
                     point = Point(case, parameters, dtype, options, figures, listen)
-                    point.check()
+                    try:
+                        point.check()
+                    except (RuntimeError, MemoryError) as failure:
+                        if not measure.is_out_of_memory(failure):
+                            raise
+                        raise ValueError(f"bench: the sizes must leave room for a reference in float64, got {listed(parameters)}") from failure
                     point.probe()
                     rows.extend(point.rows())
     finally:
@@ -71,31 +71,35 @@ def run_cases(cases: Sequence[Case], options: Options, command: str, listen: Lis
     return new_results(options, command, figures, rows)
 
 
-def choose(cases: Sequence[Case], options: Options) -> list[Case]:
-    """The cases that the options ask for, after a look at everything else that the options name."""
-    known = {case.name for case in cases}
-    if unknown := set(options.cases) - known:
-        raise ValueError(f"bench: case must be one of {sorted(known)}, got {sorted(unknown)}")
-    chosen = [case for case in cases if not options.cases or case.name in options.cases]
-    for case in chosen:
+def check(cases: Sequence[Case], options: Options) -> None:
+    """ValueError where an option names what no case has, or a formula of a case is not one: before anything is measured."""
+    for case in cases:
         check_parameters(case, options.set, "--set")
-    parameters = {name for case in chosen for name in case.parameters}
+    parameters = {name for case in cases for name in case.parameters}
     if unknown := set(options.where) - parameters:
         raise ValueError(f"bench: --where must be out of {sorted(parameters)}, got {sorted(unknown)}")
     if unknown := set(options.passes) - set(PASSES):
         raise ValueError(f"bench: --pass must be out of {PASSES}, got {sorted(unknown)}")
-    providers = {name for case in chosen for name in providers_of(case)}
+    providers = {name for case in cases for name in providers_of(case)}
     if unknown := set(options.providers) - providers:
         raise ValueError(f"bench: --providers must be out of {sorted(providers)}, got {sorted(unknown)}")
-    if not any(_passes(case, options) and list(_grid(case, options)) for case in chosen):
+    if not any(_passes(case, options) and list(_grid(case, options)) for case in cases):
         raise ValueError("bench: the options must leave something to run, got no size or no pass that they agree with")
-    return chosen
+    for case in cases:
+        for parameters_, pass_ in itertools.product(_grid(case, options), _passes(case, options)):
+            costs_of(case, parameters_, pass_, torch.float32)
+
+
+def costs_of(case: Case, parameters: Parameters, pass_: str, dtype: torch.dtype) -> dict[str, float | None]:
+    return {kind: case.cost(kind, parameters, pass_, dtype.itemsize) for kind in ("flops", "bytes", "dense_flops")}
 
 
 def measure_machine(dtypes: Sequence[torch.dtype], options: Options, listen: Listen) -> dict[str, Any]:
     """The machine's figures for what is about to run; half types on the CPU are held against float32 too."""
-    also = [torch.float32] if any(dtype in (torch.float16, torch.bfloat16) for dtype in dtypes) else []
-    return machine.measure_machine(tuple(dict.fromkeys([*dtypes, *also])), options.threads, options.device, quick=options.quick, listen=listen)
+    wanted = tuple(dict.fromkeys([*dtypes, *([torch.float32] if any(dtype in HALF for dtype in dtypes) else [])]))
+    if options.machine:
+        return machine.saved(options.machine, wanted, options.threads, options.device)
+    return machine.measure_machine(wanted, options.threads, options.device, quick=options.quick, listen=listen)
 
 
 def new_results(options: Options, command: str, figures: dict[str, Any] | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -126,9 +130,9 @@ def _passes(case: Case, options: Options) -> list[str]:
     return [pass_ for pass_ in case.passes if not options.passes or pass_ in options.passes]
 
 
-def _one_line(failure: BaseException) -> str:
-    text = str(failure).strip()
-    return f"{type(failure).__name__}: {text.splitlines()[0] if text else 'no message'}"
+def _fault(failure: BaseException) -> tuple[str, str]:
+    """Standing of a provider that raised this."""
+    return "out of memory" if measure.is_out_of_memory(failure) else "failed", one_line(failure)
 
 
 class Point:
@@ -139,8 +143,7 @@ class Point:
         self, case: Case, parameters: dict[str, Any], dtype: torch.dtype, options: Options, figures: dict[str, Any] | None, listen: Listen
     ) -> None:
         self.case, self.parameters, self.dtype, self.options, self.figures = case, parameters, dtype, options, figures
-        self.shown = " ".join(f"{key}={value}" for key, value in parameters.items())
-        self.listen: Listen = lambda text: listen(f"{case.name} {self.shown}{text}")
+        self.listen: Listen = lambda text: listen(f"{case.name} {listed(parameters)}{text}")
         self.passes = _passes(case, options)
         every = providers_of(case)
         self.formulas = {name: one for name, one in every.items() if one.kind == "formula"}
@@ -160,20 +163,18 @@ class Point:
         """Errors of every provider against the reference in float64; a wrong one is not timed."""
         self.listen(": checking")
         torch.set_num_threads(max(self.options.threads))
-        check = measure.Check(self.case, self.parameters, self.dtype, self.options.device, self.options.seed + 1)
+        check = measure.Check(self.case, self.parameters, self.dtype, self.options.device, self.options.seed + 1, self.passes != ["fwd"])
         formula_errors = None
         for name, one in {**self.formulas, **self.runs(floor=False)}.items():
             if self.standing.get(name, ("ok",))[0] != "ok":
                 continue
             try:
                 self.errors[name] = check.errors(one)
-            except Exception as failure:  # a provider that cannot run is reported as such; only ours must always run
-                if self.options.limit is not None and memory.is_out_of_memory(_one_line(failure)):
-                    self.standing[name] = "out of memory", _one_line(failure)
-                elif one.kind == "ours":
-                    raise
-                else:
-                    self.standing[name] = "unavailable", _one_line(failure)
+            except measure.Mismatch as mismatch:
+                self.standing[name] = "mismatch", str(mismatch)
+                continue
+            except (Exception, SystemExit) as failure:
+                self.standing[name] = _fault(failure)
                 continue
             if one.kind == "formula":
                 formula_errors = self.errors[name]
@@ -206,10 +207,8 @@ class Point:
                     self.standing[name] = "too slow", str(error)
                 except MemoryError as error:
                     self.standing[name] = "out of memory", str(error)
-                except RuntimeError as error:  # without a limit the check has already said so
-                    if one.kind == "ours" or self.options.limit is None:
-                        raise
-                    self.standing[name] = "unavailable", str(error).strip().splitlines()[-1]
+                except RuntimeError as error:
+                    self.standing[name] = "failed", str(error).strip().splitlines()[-1]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Times of every provider that is still there, and a row for every other one."""
@@ -224,7 +223,13 @@ class Point:
                 self.listen(f", {threads} threads: round {done} of {self.options.rounds}")  # noqa: B023
 
             self.listen(f", {threads} threads: warming up")
-            timings = measure.time_interleaved(subjects, self.passes, self.options.device, self.options.rounds, progress) if subjects else {}
+            timings: dict[str, measure.Timing] = {}
+            while subjects and not timings:
+                try:
+                    timings = measure.time_interleaved(subjects, self.passes, self.options.device, self.options.rounds, progress)
+                except measure.Failure as failure:
+                    del subjects[failure.provider]
+                    self.standing[failure.provider] = _fault(failure.__cause__ or failure)
             traces = {name: self._trace(threads, name, one) for name, one in subjects.items() if self.options.profile and not one.floor}
             for pass_, name in itertools.product(self.passes, self.chosen):
                 row = self._row(threads, pass_, name, timings, subjects.get(name))
@@ -237,29 +242,27 @@ class Point:
         try:
             inputs = measure.InputSets(self.case, self.parameters, self.dtype, self.options.device, self.options.seed)
         except (RuntimeError, MemoryError) as failure:
-            if self.options.limit is None or not memory.is_out_of_memory(_one_line(failure)):
+            if not measure.is_out_of_memory(failure):
                 raise
-            self.standing.update({name: ("out of memory", f"the inputs: {_one_line(failure)}") for name in self.runs()})
+            self.standing.update({name: ("out of memory", f"the inputs: {one_line(failure)}") for name in self.runs()})
             return {}
         made = {name: self._subject(name, one, inputs) for name, one in self.runs().items()}
         return {name: subject for name, subject in made.items() if subject is not None}
 
     def _subject(self, name: str, one: Provider, inputs: measure.InputSets) -> measure.Subject | None:
-        backward = any(pass_ != "fwd" for pass_ in self.passes)
-        if self.options.limit is None:
-            return measure.Subject(one, inputs, self.parameters, backward)
+        backward = self.passes != ["fwd"]
         try:
             subject = measure.Subject(one, inputs, self.parameters, backward)
+            if self.options.limit is None:
+                return subject
             with one.context():
                 if one.compiled:
                     subject.both(0) if backward else subject.forward(0)
                 begin = time.perf_counter()
                 subject.both(0) if backward else subject.forward(0)
                 took = time.perf_counter() - begin
-        except (RuntimeError, MemoryError) as failure:
-            if not memory.is_out_of_memory(_one_line(failure)):
-                raise
-            self.standing[name] = "out of memory", _one_line(failure)
+        except Exception as failure:
+            self.standing[name] = _fault(failure)
             return None
         if took > self.options.limit:
             self.standing[name] = "too slow", f"one call took {took:.3g} s"
@@ -302,29 +305,28 @@ class Point:
 
     def _speed(self, threads: int, pass_: str, timing: measure.Timing, floor: measure.Timing | None) -> dict[str, Any]:
         seconds = timing.quantiles(pass_)
-        flops, moved, dense = (self.case.cost(kind, self.parameters, pass_, self.dtype.itemsize) for kind in ("flops", "bytes", "dense_flops"))
+        costs = costs_of(self.case, self.parameters, pass_, self.dtype)
+        least, noisy_machine = machine.floor_seconds(
+            self.figures, str(self.dtype).removeprefix("torch."), threads, costs["flops"], costs["bytes"]
+        ) or (None, False)
+        used, ratio, noisy_floor = None, None, False
         if floor:
             beside = floor.quantiles(pass_)
-            used, ratio, noisy = {"source": "declared", "seconds": beside["median"]}, timing.ratio_to(floor, pass_), machine.is_noisy(beside)
-        elif found := machine.floor_seconds(self.figures, str(self.dtype).removeprefix("torch."), threads, flops, moved):
-            least, noisy = found
-            used, ratio = {"source": "machine", "seconds": least}, {key: value / least for key, value in seconds.items()}
-        else:
-            used, ratio, noisy = None, None, machine.is_noisy(seconds)
+            used, ratio, noisy_floor = {"source": "declared", "seconds": beside["median"]}, timing.ratio_to(floor, pass_), machine.is_noisy(beside)
+        elif least:
+            used, ratio, noisy_floor = {"source": "machine", "seconds": least}, {key: one / least for key, one in seconds.items()}, noisy_machine
+        rates = {"flops": "flop_per_second", "bytes": "byte_per_second", "dense_flops": "dense_flop_per_second"}
         return {
             "seconds": seconds,
             "rounds": len(timing.samples[pass_]),
-            "calls_per_round": timing.calls if pass_ == "fwd" else max(1, timing.calls // 3),
-            "flops": flops,
-            "bytes": moved,
-            "dense_flops": dense,
-            "flop_per_second": flops / seconds["median"] if flops is not None else None,
-            "byte_per_second": moved / seconds["median"] if moved is not None else None,
-            "dense_flop_per_second": dense / seconds["median"] if dense is not None else None,
+            "calls_per_round": timing.calls[pass_],
+            **costs,
+            **{rates[kind]: None if work is None else work / seconds["median"] for kind, work in costs.items()},
             "floor": used,
             "ratio_to_floor": ratio,
             "percent_of_floor": 100 / ratio["median"] if ratio else None,
-            "noisy": noisy,  # a floor that spreads says that something else was running
+            "percent_of_machine": 100 * least / seconds["median"] if least else None,
+            "noisy": noisy_floor or machine.is_noisy(seconds),
         }
 
     def _trace(self, threads: int, name: str, subject: measure.Subject) -> str:
@@ -345,6 +347,8 @@ class Point:
 def _plan(provider: Provider, subject: measure.Subject) -> str:
     if subject.inputs.device.type == "cuda":
         return measure.cuda_kernels(subject)
+    if subject.floor and "plan" in subject.floor:
+        return subject.floor["plan"]
     with provider.context():
         if provider.plan:
             return provider.plan()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -37,8 +38,16 @@ def shown(count: int) -> str:
     return str(count)
 
 
+def listed(parameters: Mapping[str, Any]) -> str:
+    """
+    >>> listed({"N": 64, "D": 8})
+    'N=64 D=8'
+    """
+    return " ".join(f"{key}={value}" for key, value in parameters.items())
+
+
 def value(text: str) -> Any:
-    """A parameter of a case: a size, a number, or a word.
+    """A parameter of a case that is not known: a size, a number, or a word.
 
     >>> value("4k"), value("0.5"), value("js")
     (4096, 0.5, 'js')
@@ -92,6 +101,35 @@ def geometric(smallest: int, largest: int, points: int) -> list[int]:
     if points < 2:
         raise ValueError(f"bench: --points must be at least 2, got {points}")
     return sorted({round(smallest * (largest / smallest) ** (index / (points - 1))) for index in range(points)})
+
+
+def settings(cases: Iterable[Case], items: Iterable[str]) -> dict[str, Any]:
+    """What --set says, each value of the kind that the cases have there: a whole number, a number, true or false, or a word."""
+    found: dict[str, Any] = {}
+    for name, text in assignments(items, "--set", str).items():
+        for case in cases:
+            check_parameters(case, [name], "--set")
+            found[name] = _like([point[name] for point in case.grid if name in point], text, name)
+    return found
+
+
+def _like(examples: Sequence[Any], text: str, name: str) -> Any:
+    kinds = {type(example) for example in examples}
+    if not kinds <= {bool, int, float}:
+        return text
+    if kinds == {bool}:
+        reading, what = {"true": True, "false": False}.__getitem__, "true or false"
+    elif kinds == {int}:
+        reading, what = size, "a whole number such as 4096 or 4k"
+    else:
+        reading, what = float, "a number"
+    try:
+        found = reading(text)
+    except (ValueError, KeyError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"bench: --set {name} must be {what}, got {text!r}")
+    return found
 
 
 def check_parameters(case: Case, names: Sequence[str] | Mapping[str, Any], flag: str) -> None:

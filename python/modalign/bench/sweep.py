@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Any
 
 import torch
 
-from . import memory
-from .registry import Case
+from . import environment, measure, memory
+from .registry import Case, providers_of
 from .results import read_results, write_results
-from .run import Listen, Options, Point, choose, measure_machine, new_results
-from .sizes import check_parameters, shown
+from .run import Listen, Options, Point, check, measure_machine, new_results
+from .sizes import check_parameters, listed, shown
 
 DEFAULT_POINTS = 7
 CHECK_SHARE = 0.25  # a check that took this share of the limit is not made at the next size, where it would take several times as long
@@ -46,43 +45,55 @@ def sweep(
     if taken := set(parameters) & set(options.set):
         raise ValueError(f"bench sweep: --set must leave alone what the sweep changes, got {sorted(taken)}")
     options = Options(**{**vars(options), "memory": True, "limit": limit})
-    choose([case], options)
-    results = _begun(out, case, parameters, sizes, limit) if resume and out.exists() else None
+    check([case], options)
+    wanted = {"case": case.name, "parameters": list(parameters), "sizes": list(sizes), "limit_seconds": limit, "options": _experiment(case, options)}
+    results = _begun(out, wanted, environment.describe(options.device, options.seed)) if resume and out.exists() else None
     if results is None:
         if out.exists():
             raise FileExistsError(f"bench sweep: --out must be a new file, or one to continue with --resume, got {out}")
         figures = measure_machine(options.dtypes or case.dtypes, options, listen)
         results = new_results(options, command, figures, [])
-        results["sweep"] = {"case": case.name, "parameters": list(parameters), "sizes": list(sizes), "done": [], "limit_seconds": limit}
-        results["sweep"].update(crossovers=[], memory_exponents=[], checks_ended=False)
+        results["sweep"] = {**wanted, "done": [], "crossovers": [], "memory_exponents": [], "checks_ended": False}
         write_results(out, results)
-    threads_before, limits_before = torch.get_num_threads(), resource.getrlimit(resource.RLIMIT_DATA)
-    if options.device.type == "cpu":
-        memory.limit_memory()
+    threads_before = torch.get_num_threads()
     try:
-        for size in sizes:
-            if size in results["sweep"]["done"]:
-                continue
-            for dtype in options.dtypes or case.dtypes:
-                point = {**case.points(options.quick)[0], **options.set, **{name: size for name in parameters}}
-                results["rows"] += _measure(case, point, dtype, options, results, listen)
-            results["sweep"]["done"].append(size)
-            results["sweep"].update(crossovers=crossovers(results), memory_exponents=memory_exponents(results))
-            write_results(out, results)
+        with memory.limited(options.device):
+            for size in sizes:
+                if size in results["sweep"]["done"]:
+                    continue
+                for dtype in options.dtypes or case.dtypes:
+                    point = {**case.points(options.quick)[0], **options.set, **{name: size for name in parameters}}
+                    results["rows"] += _measure(case, point, dtype, options, results, listen)
+                results["sweep"]["done"].append(size)
+                results["sweep"].update(crossovers=crossovers(results), memory_exponents=memory_exponents(results))
+                write_results(out, results)
     finally:
         torch.set_num_threads(threads_before)
-        resource.setrlimit(resource.RLIMIT_DATA, limits_before)
     return results
 
 
-def _begun(out: Path, case: Case, parameters: Sequence[str], sizes: Sequence[int], limit: float) -> dict[str, Any]:
+def _experiment(case: Case, options: Options) -> dict[str, Any]:
+    """What of the options decides about the rows, as JSON holds it."""
+    return {
+        "set": dict(options.set),
+        "dtypes": [str(dtype).removeprefix("torch.") for dtype in options.dtypes or case.dtypes],
+        "passes": list(options.passes or case.passes),
+        "threads": list(options.threads),
+        "providers": list(options.providers or providers_of(case)),
+        "seed": options.seed,
+        "rounds": options.rounds,
+        "quick": options.quick,
+    }
+
+
+def _begun(out: Path, wanted: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """What `out` holds. ValueError where it is of another experiment, machine or build."""
     results = read_results(out)
-    wanted = {"case": case.name, "parameters": list(parameters), "sizes": list(sizes), "limit_seconds": limit}
-    found = {key: results.get("sweep", {}).get(key) for key in wanted}
-    if found != wanted:
-        raise ValueError(f"bench sweep: --resume must continue the same sweep, got {found} in {out} and {wanted} now")
-    if results["environment"]["torch"] != torch.__version__:
-        raise ValueError(f"bench sweep: --resume must run with torch {results['environment']['torch']} as {out} did, got {torch.__version__}")
+    found = results.get("sweep", {})
+    unlike = environment.differences(found, wanted, list(wanted))
+    unlike.update(environment.differences(results["environment"], here, (*environment.COMPARABLE, "modalign")))
+    for name, (there, now) in unlike.items():
+        raise ValueError(f"bench sweep: --resume must continue the same sweep, got {name} {there} in {out} and {now} now")
     return results
 
 
@@ -97,7 +108,7 @@ def _measure(
     earlier = [row for row in results["rows"] if row["dtype"] == str(dtype).removeprefix("torch.")]
     ended: dict[str, tuple[str, str]] = {}
     for row in earlier:
-        if row["status"] in ("too slow", "out of memory", "mismatch"):
+        if row["status"] in ("too slow", "out of memory", "mismatch", "failed"):
             ended.setdefault(row["provider"], (row["status"], f"{row['reason']}, at {shown(size_of(row, results))}"))
     point.standing.update(ended)
     point.probe()
@@ -108,10 +119,10 @@ def _measure(
         try:
             point.check()
         except (RuntimeError, MemoryError) as failure:
-            if not memory.is_out_of_memory(f"{type(failure).__name__}: {failure}"):
+            if not measure.is_out_of_memory(failure):
                 raise
             if last is None:
-                raise ValueError(f"bench sweep: the first size must leave room for the reference in float64, got {parameters}") from failure
+                raise ValueError(f"bench sweep: the first size must leave room for a reference in float64, got {listed(parameters)}") from failure
             results["sweep"]["checks_ended"] = True
         if time.perf_counter() - begin > CHECK_SHARE * (options.limit or math.inf):
             results["sweep"]["checks_ended"] = True
@@ -196,7 +207,7 @@ def figures(results: dict[str, Any]) -> dict[str, Any]:
     """Matplotlib figures by title: time against size for every pass, dtype and thread count, memory against size for every pass and dtype."""
     from matplotlib.figure import Figure
 
-    from .plots import axes_of, colours
+    from .plots import axes_of, colours, plain
 
     along = ", ".join(results["sweep"]["parameters"])
     colour = colours(results["rows"])
@@ -212,7 +223,7 @@ def figures(results: dict[str, Any]) -> dict[str, Any]:
                 "--" if is_floor else "-o",
                 color=colour[name],
                 markersize=4,
-                label=name,
+                label=plain(name),
             )
             axes.fill_between(
                 [size for size, _ in found], *([row["seconds"][end] for _, row in found] for end in ("q20", "q80")), color=colour[name], alpha=0.15
@@ -223,7 +234,7 @@ def figures(results: dict[str, Any]) -> dict[str, Any]:
                 axes.text(
                     one["size"],
                     1.0,
-                    f" {one['faster_above']} from {one['size']:.3g}",
+                    plain(f" {one['faster_above']} from {one['size']:.3g}"),
                     transform=axes.get_xaxis_transform(),
                     fontsize=7,
                     rotation=90,
@@ -241,7 +252,7 @@ def figures(results: dict[str, Any]) -> dict[str, Any]:
             if where == [pass_, dtype]:
                 power = exponents.get((name, pass_, dtype))
                 label = name if power is None else f"{name}: ∝ size^{power:.2f}"
-                axes.plot(list(found), list(found.values()), "-o", color=colour[name], markersize=4, label=label)
+                axes.plot(list(found), list(found.values()), "-o", color=colour[name], markersize=4, label=plain(label))
         _mark_sizes(axes, results)
         axes.legend(frameon=False, fontsize=8)
         drawn[f"memory, {pass_}, {dtype}"] = figure
@@ -260,4 +271,6 @@ def _mark_missing(axes: Any, results: dict[str, Any], pass_: str, dtype: str, th
         if row["status"] != "ok" and (row["pass"], row["dtype"], row["threads"]) == (pass_, dtype, threads):
             ended.setdefault(row["provider"], f"{row['provider']}: {row['status']} from {shown(size_of(row, results))}")
     if ended:
-        axes.set_title("\n".join(ended.values()), fontsize=7, loc="left", color="#a33")
+        from .plots import plain
+
+        axes.set_title(plain("\n".join(ended.values())), fontsize=7, loc="left", color="#a33")

@@ -6,8 +6,7 @@
 
 `python -m modalign.bench.tables README.md docs/*.md` fills every such block; with --check it changes nothing and fails where a block is stale.
 Paths are relative to the working directory. `rows` keeps rows whose fields (case, pass, dtype, threads, provider, status or a parameter) have one
-of the values given,
-as in provider=ours,formula. `columns` are parameters or names from COLUMNS.
+of the values given, as in provider=ours,formula. `columns` are parameters or names from COLUMNS.
 """
 
 from __future__ import annotations
@@ -20,11 +19,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .machine import is_noisy
 from .results import read_results
+from .sizes import listed
 
 Row = dict[str, Any]
 DASH = "–"
-NOISY = "The floor spread by more than 10 % in some rows: something else was running"
+MARK = " (noisy)"
+NOISY = "(noisy): the times of the row or of its floor spread by more than 10 %, something else was running"
 LEFT = ("case", "pass", "provider", "plan", "floor_source", "reason")
 
 
@@ -70,13 +72,19 @@ def _floor_source(row: Row) -> str:
 def _error(which: str) -> Callable[[Row], str]:
     def shown(row: Row) -> str:
         if checked := row.get("checked"):
-            return "checked at " + " ".join(f"{key}={value}" for key, value in checked.items() if row["parameters"][key] != value)
+            return "checked at " + listed({key: value for key, value in checked.items() if row["parameters"].get(key) != value})
         error = (row.get("error") or {}).get(which)
         if not error:
             return DASH
         return "not finite" if error["relative"] is None else f"{error['relative']:.1e}"
 
     return shown
+
+
+def _of_machine(row: Row) -> str:
+    """Where the floor is the machine's own, percent_of_floor says it."""
+    percent = row.get("percent_of_machine")
+    return f"{percent:.0f} %" if percent and _floor_source(row) == "declared" else DASH
 
 
 def _target(row: Row) -> str:
@@ -97,6 +105,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "floor": ("time / floor", _ratio),
     "floor_source": ("which floor", _floor_source),
     "percent": ("% of floor", lambda row: f"{row['percent_of_floor']:.0f} %" if row.get("percent_of_floor") else DASH),
+    "machine": ("% of machine", _of_machine),
     "memory": ("peak memory", lambda row: byte_count(row["peak_memory_bytes"]) if row.get("peak_memory_bytes") is not None else DASH),
     "error": ("error / RMS", _error("forward")),
     "gradient": ("gradient error / RMS", _error("backward")),
@@ -113,6 +122,18 @@ def cell(row: Row, column: str) -> str:
     if column in row["parameters"]:
         return str(row["parameters"][column])
     return DASH
+
+
+def line(row: Row, columns: Sequence[str]) -> list[str]:
+    """The cells of a row, a noisy one marked at its time, or at the end where that is not shown."""
+    cells = [cell(row, column) for column in columns]
+    if row.get("noisy"):
+        cells[columns.index("time") if "time" in columns else -1] += MARK
+    return cells
+
+
+def label(row: Row) -> str:
+    return f"{row['case']}, {listed(row['parameters'])}, {row['dtype']}, {row['pass']}, {row['threads']} threads"
 
 
 def matches(row: Row, wanted: dict[str, tuple[str, ...]]) -> bool:
@@ -148,10 +169,9 @@ def markdown(source: str, rows: str, columns: str) -> str:
             raise ValueError(f"bench tables: columns must be out of {sorted(COLUMNS)} or a parameter, got {name!r}")
     heads = [COLUMNS[name][0] if name in COLUMNS else name for name in names]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    lines += ["| " + " | ".join(cell(row, name).replace("|", "\\|") for name in names) + " |" for row in kept]
+    lines += ["| " + " | ".join(shown.replace("|", "\\|") for shown in line(row, names)) + " |" for row in kept]
     if any(row.get("noisy") for row in kept):
-        lines.append("")
-        lines.append(NOISY + ".")
+        lines += ["", NOISY + "."]
     return "\n".join([*lines, "", caption(results, source)])
 
 
@@ -182,8 +202,8 @@ def render(text: str) -> str:
 
 def screen_columns(rows: Sequence[Row]) -> list[str]:
     """What to show of the rows of one case: nothing that is empty in all of them."""
-    shown = ["threads", "dtype", "pass", "provider", "time", "rate", "dense", "bandwidth", "floor", "floor_source", "percent", "memory", "error"]
-    kept = [name for name in [*shown, "gradient", "target", "plan"] if any(cell(row, name) != DASH for row in rows)]
+    shown = ["threads", "dtype", "pass", "provider", "time", "rate", "dense", "bandwidth", "floor", "floor_source", "percent", "machine"]
+    kept = [name for name in [*shown, "memory", "error", "gradient", "target", "plan"] if any(cell(row, name) != DASH for row in rows)]
     if "rate" in kept and "bandwidth" in kept and "dense" not in kept:
         kept.remove("bandwidth")
     if len({row["dtype"] for row in rows}) == 1:
@@ -226,10 +246,10 @@ def screen(results: dict[str, Any]) -> Any:
                 table.add_section()
             previous = group_of(row)
             style = {"ours": "bold green", "floor": "dim"}.get(row["kind"], "")
-            table.add_row(*(cell(row, name) for name in columns), style="red" if row["status"] == "mismatch" else style)
+            table.add_row(*line(row, columns), style="red" if row["status"] in ("mismatch", "failed") else style)
         parts += [table, *(Text(f"  {reason}") for reason in reasons(rows))]
     if any(row.get("noisy") for row in results["rows"]):
-        parts.append(Text("noisy: " + NOISY[0].lower() + NOISY[1:], style="yellow"))
+        parts.append(Text(NOISY, style="yellow"))
     return Group(*parts)
 
 
@@ -237,7 +257,7 @@ def machine_rows(machine: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(what, threads, figure) of the machine's own figures."""
 
     def spread(figure: dict[str, float], unit: str) -> str:
-        return f"{figure['median'] / 1e9:.3g} {unit} ({figure['q20'] / 1e9:.3g} … {figure['q80'] / 1e9:.3g})"
+        return f"{figure['median'] / 1e9:.3g} {unit} ({figure['q20'] / 1e9:.3g} … {figure['q80'] / 1e9:.3g})" + MARK * is_noisy(figure)
 
     lines = [
         (f"matrix product, {entry['dtype']}, {entry['size']}³", str(entry["threads"]), spread(entry["flop_per_second"], "GFLOP/s"))
@@ -254,7 +274,7 @@ def machine_rows(machine: dict[str, Any]) -> list[tuple[str, str, str]]:
         "public_function_with_graph": "the same with autograd's graph",
     }
     for name, seconds in machine["dispatch"]["seconds"].items():
-        lines.append((names.get(name, name).format(op=machine["dispatch"]["op"]), "1", duration(seconds["median"])))
+        lines.append((names.get(name, name).format(op=machine["dispatch"]["op"]), "1", duration(seconds["median"]) + MARK * is_noisy(seconds)))
     return lines
 
 

@@ -112,6 +112,8 @@ def align(
     console.print(f"Figures of the test part, {spread}. Steps, ridge and power were chosen on validation items; the test part was read once.")
     if any(result.transductive for result in experiment.seeds):
         console.print("Seeds other than 0 are transductive: the stored features were reduced with a basis fitted on the training items of seed 0.")
+    if "basis" in results["dataset"]:
+        console.print(f"Fewer pairs: {results['dataset']['basis']}.")
     for path in write_run(folder, experiment, results, beside, config):
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     store.remove()

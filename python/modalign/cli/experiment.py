@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from ..data import PairedDataset, Split
 from ..metrics import Retrieval, chance_retrieval, retrieval
 from ..models import (
     CanonicalCorrelation,
+    CanonicalCorrelationConfig,
     Checkpoint,
     GramAligner,
     GramAlignerConfig,
@@ -51,7 +53,8 @@ Progress = Callable[[str, int, int], None]  # (what is going on, steps done, ste
 
 @dataclass
 class SeedResult:
-    """`table` maps row -> direction ("picture → text") -> figures on the test part; `histories` those of the runs that chose the number of steps."""
+    """`train` counts the training items that have two modalities or more; `table` maps row -> direction ("picture → text") -> figures on the test part;
+    `histories` are those of the runs that chose the number of steps."""
 
     seed: int
     train: int
@@ -248,11 +251,15 @@ def run_experiment(
 
 @dataclass(frozen=True)
 class _Part:
-    """Reduced features, masks and groups of some items, on the device."""
+    """Reduced features, masks and groups of some items."""
 
     features: dict[str, Tensor]
     present: dict[str, Tensor] | None
     groups: Tensor
+
+    def to(self, device: torch.device) -> _Part:
+        present = self.present and {name: mask.to(device) for name, mask in self.present.items()}
+        return _Part({name: x.to(device) for name, x in self.features.items()}, present, self.groups.to(device))
 
 
 def _run_seed(
@@ -264,27 +271,61 @@ def _run_seed(
     report: Callable[[str, int], None],
     store: RunStore | None,
 ) -> tuple[GramAligner, SeedResult]:
+    """Everything is chosen and trained before the test part is looked at."""
     split, device = split_of(dataset, seed, pairs), torch.device(settings.device)
-    # Wide features lose to their leading components, and those are taken from the training items alone. One width for both fits.
-    wide = [name for name, x in dataset.modalities.items() if x.shape[1] > settings.reduce]
-    fewest = {name: len(dataset.available(name, split.fit)) for name in dataset.modalities}
-    reductions = {
-        part: {
-            name: PrincipalComponents.fit(dataset.modalities[name][dataset.available(name, items)], min(settings.reduce, fewest[name] - 1))
-            for name in wide
-        }
-        for part, items in (("fit", split.fit), ("train", split.train))
-    }
+    reductions = _reductions(dataset, split, settings.reduce)
+    reduced_by = {"fit": "fit", "validation": "fit", "train": "train", "test": "train"}
+    parts = {name: _part(dataset, getattr(split, name), reductions[by]) for name, by in reduced_by.items()}
+    config = _model_config(settings, {name: x.shape[1] for name, x in parts["train"].features.items()})
+    correlation, solutions = _solutions(parts, config.width)
+    on_device = {name: part.to(device) for name, part in parts.items()}
 
-    def part(items: Tensor, reduced_by: str) -> _Part:
-        features = {name: reductions[reduced_by][name](x) if name in wide else x for name, x in dataset.features(items).items()}
-        masks = {name: mask.to(device) for name, mask in dataset.masks(items).items()}
-        return _Part({name: x.to(device) for name, x in features.items()}, masks or None, dataset.groups[items].to(device))
+    def build(name: str, from_solution: bool) -> GramAligner:
+        model = GramAligner(config, seed=seed)
+        part = parts[name]
+        measured = replace(dataset, modalities=part.features, present=part.present or {}).statistics(torch.arange(len(part.groups)))
+        model.set_statistics(measured.mean, measured.scale)
+        if from_solution:
+            model.start_from(solutions[name])
+        return model.to(device).eval()
 
-    fit, validation = part(split.fit, "fit"), part(split.validation, "fit")
-    train, test = part(split.train, "train"), part(split.test, "train")
-    widths = {name: x.shape[1] for name, x in train.features.items()}
-    config = GramAlignerConfig(
+    models = {"untrained": build("train", False), "start": build("train", True)}
+    histories = {}
+    for number, (row, plan) in enumerate(plans.items()):
+        label, done = "from CCA" if row == "trained" else "from random", 2 * plan.steps * number
+        models[row], histories[row] = _choose_and_train(
+            functools.partial(build, from_solution=row == "trained"),
+            on_device,
+            plan,
+            seed,
+            progress=lambda step, label=label, done=done: report(label, done + step),
+            checkpoint=lambda phase, row=row: store.checkpoint(f"{pairs}-{seed}-{row}-{phase}") if store else None,
+        )
+        report(label, done + 2 * plan.steps)
+    table, items = _figures(models, solutions["train"], parts["test"], on_device["test"])
+    chosen = {"cca": {"ridge": correlation.ridge, "power": correlation.power}} | {row: {"steps": h.best_step} for row, h in histories.items()}
+    result = SeedResult(seed, len(dataset.paired(split.train)), split.transductive, table, chosen, histories, items)
+    return models["trained"].cpu().on_raw_features(reductions["train"]), result
+
+
+def _reductions(dataset: PairedDataset, split: Split, width: int) -> dict[str, dict[str, PrincipalComponents]]:
+    """Wide features lose to their leading components, and those are taken from the training items alone. One width for both fits."""
+    found: dict[str, dict[str, PrincipalComponents]] = {"fit": {}, "train": {}}
+    for name, x in dataset.modalities.items():
+        if x.shape[1] > width:
+            kept = min(width, len(dataset.available(name, split.fit)) - 1)
+            for part, items in (("fit", split.fit), ("train", split.train)):
+                found[part][name] = PrincipalComponents.fit(x[dataset.available(name, items)], kept)
+    return found
+
+
+def _part(dataset: PairedDataset, items: Tensor, reductions: Mapping[str, PrincipalComponents]) -> _Part:
+    features = {name: reductions[name](x) if name in reductions else x for name, x in dataset.features(items).items()}
+    return _Part(features, dataset.masks(items) or None, dataset.groups[items])
+
+
+def _model_config(settings: AlignSettings, widths: dict[str, int]) -> GramAlignerConfig:
+    return GramAlignerConfig(
         modalities=widths,
         width=settings.width or min(256, *widths.values()),
         heads=settings.heads,
@@ -294,76 +335,62 @@ def _run_seed(
         pairwise_weight=settings.pairwise_weight,
     )
 
-    def on_cpu(of: _Part) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        return {n: x.cpu() for n, x in of.features.items()}, None if of.present is None else {n: m.cpu() for n, m in of.present.items()}
 
-    (fit_cpu, fit_masks), (held_cpu, held_masks), (train_cpu, train_masks) = on_cpu(fit), on_cpu(validation), on_cpu(train)
-    correlation = select_correlation(
-        fit_cpu, held_cpu, dataset.groups[split.validation], config.width, fit_present=fit_masks, validation_present=held_masks
+def _solutions(parts: Mapping[str, _Part], width: int) -> tuple[CanonicalCorrelationConfig, dict[str, CanonicalCorrelation]]:
+    """The closed form on the items to fit on and on all training items, by the ridge and power that validation items like best."""
+    fit, held = parts["fit"], parts["validation"]
+    chosen = select_correlation(fit.features, held.features, held.groups, width, fit_present=fit.present, validation_present=held.present)
+    return chosen, {name: CanonicalCorrelation.fit(parts[name].features, chosen, present=parts[name].present) for name in ("fit", "train")}
+
+
+def _choose_and_train(
+    build: Callable[[str], GramAligner],
+    parts: Mapping[str, _Part],
+    plan: TrainingConfig,
+    seed: int,
+    progress: Callable[[int], None],
+    checkpoint: Callable[[str], Checkpoint | None],
+) -> tuple[GramAligner, TrainingHistory]:
+    """Train on the items to fit on and see on validation items after how many steps it is best; then anew, on all training items, for that many."""
+    fit, held, train = parts["fit"], parts["validation"], parts["train"]
+    history = fit_aligner(
+        build("fit"),
+        fit.features,
+        fit.groups,
+        plan,
+        seed=seed,
+        present=fit.present,
+        validation=(held.features, held.groups, held.present),
+        progress=progress,
+        checkpoint=checkpoint("choose"),
     )
-    solutions = {
-        "fit": CanonicalCorrelation.fit(fit_cpu, correlation, present=fit_masks),
-        "train": CanonicalCorrelation.fit(train_cpu, correlation, present=train_masks),
-    }
+    model = build("train")
+    fit_aligner(
+        model,
+        train.features,
+        train.groups,
+        plan,
+        seed=seed,
+        present=train.present,
+        stop_after=history.best_step,
+        progress=lambda step: progress(plan.steps + step),
+        checkpoint=checkpoint("final"),
+    )
+    return model, history
 
-    def build(what: str, from_solution: bool) -> GramAligner:
-        model = GramAligner(config, seed=seed)
-        shell = replace(dataset, modalities=fit_cpu if what == "fit" else train_cpu, present=(fit_masks if what == "fit" else train_masks) or {})
-        measured = shell.statistics(torch.arange(len(split.fit if what == "fit" else split.train)))
-        model.set_statistics(measured.mean, measured.scale)
-        if from_solution:
-            model.start_from(solutions[what])
-        return model.to(device).eval()
 
-    # Everything is chosen and trained before the test part is looked at.
-    models = {"untrained": build("train", False), "start": build("train", True)}
-    histories, chosen, done = {}, {"cca": {"ridge": correlation.ridge, "power": correlation.power}}, 0
-    for row, plan in plans.items():
-        label = "from CCA" if row == "trained" else "from random"
-
-        def checkpoint(phase: str, row: str = row) -> Checkpoint | None:
-            return store.checkpoint(f"{pairs}-{seed}-{row}-{phase}") if store else None
-
-        def step_done(step: int, offset: int = done, label: str = label) -> None:
-            report(label, offset + step)
-
-        candidate = build("fit", row == "trained")
-        histories[row] = fit_aligner(
-            candidate,
-            fit.features,
-            fit.groups,
-            plan,
-            seed=seed,
-            present=fit.present,
-            validation=(validation.features, validation.groups, validation.present),
-            progress=step_done,
-            checkpoint=checkpoint("choose"),
-        )
-        best = histories[row].best_step
-        models[row] = build("train", row == "trained")
-        fit_aligner(
-            models[row],
-            train.features,
-            train.groups,
-            plan,
-            seed=seed,
-            present=train.present,
-            stop_after=best,
-            progress=lambda step, after=step_done: after(plan.steps + step),  # noqa: B023
-            checkpoint=checkpoint("final"),
-        )
-        done += 2 * plan.steps
-        report(label, done)
-        chosen[row] = {"steps": best}
-    with torch.no_grad():
-        embedded = {row: model.embed(test.features) for row, model in models.items()}
-    embedded["cca"] = {name: e.to(device) for name, e in solutions["train"].embed({n: x.cpu() for n, x in test.features.items()}).items()}
-    found = {row: directions(e, test.groups, models["start"].volume, config.anchor, test.present) for row, e in embedded.items()}
+@torch.no_grad()
+def _figures(
+    models: Mapping[str, GramAligner], solution: CanonicalCorrelation, test: _Part, on_device: _Part
+) -> tuple[dict[str, dict[str, Retrieval]], dict[str, int]]:
+    """Every row of the table, and the number of test items behind each direction."""
+    start = models["start"]
+    embedded = {row: model.embed(on_device.features) for row, model in models.items()}
+    embedded["cca"] = {name: e.to(on_device.groups.device) for name, e in solution.embed(test.features).items()}
+    found = {row: directions(e, on_device.groups, start.volume, start.config.anchor, on_device.present) for row, e in embedded.items()}
     table = {row: {way: figures for way, (figures, _) in by_way.items()} for row, by_way in found.items()}
     table["chance"] = {way: chance_retrieval(who) for way, (_, who) in found["cca"].items()}
-    items = {way: len(who) for way, (_, who) in found["cca"].items()}
-    result = SeedResult(seed, len(split.train), split.transductive, {row: table[row] for row in ROWS}, chosen, histories, items)
-    return models["trained"].cpu().on_raw_features(reductions["train"]), result
+    return {row: table[row] for row in ROWS}, {way: len(who) for way, (_, who) in found["cca"].items()}
 
 
 def mean_r10(table: Mapping[str, Retrieval]) -> float:

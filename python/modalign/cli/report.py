@@ -347,6 +347,8 @@ def html_report(results: dict[str, Any], figures: dict[str, bytes], confusions: 
             "<p class=note>Seeds other than 0 are transductive: the stored features were reduced with a basis fitted on the training items of seed 0, "
             "among which are some of their test items (without pairing).</p>"
         )
+    if "basis" in data:
+        parts.append(f"<p class=note>Fewer pairs: {escape(data['basis'])}.</p>")
     if len(results["curve"]) > 1:
         parts += ["<h2>Mean R@10 by number of training pairs</h2>"]
         parts.append(_html_table(["training pairs", *(LABELS[row] for row in order), "trained − CCA"], curve_cells(results)))

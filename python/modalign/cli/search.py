@@ -53,7 +53,7 @@ def search(
     kept = extra.get("data_root", "")
     aligner, dataset = GramAligner.from_pretrained(folder), load(source, data_root or (kept if os.path.isdir(kept) else None))
     if _changed(dataset, list(aligner.config.modalities), extra) and data is None:
-        console.print(f"the data of {dataset.name} are not those that the model was trained on: they have changed since", style="yellow", highlight=False)
+        console.print(f"the data of {dataset.name} are not those that the model was trained on: they have changed", style="yellow", highlight=False)
     inputs: dict[str, Any] = ({"text": query} if query else {}) | ({"picture": open_picture(picture)} if picture is not None else {})
     shown = " and ".join([f'"{query}"'] * bool(query) + [str(picture)] * (picture is not None))
     features = {}
@@ -80,10 +80,11 @@ def search(
 
 
 def _changed(dataset: PairedDataset, names: list[str], trained_on: Mapping[str, Any]) -> bool:
-    """Whether the data differ from those that a model was trained on, as far as it knows them. Features of another encoder mean nothing to it and raise."""
+    """Whether the data differ from those that a model was trained on, as far as it knows them. Features of another encoder raise."""
     for name, encoder in trained_on.get("encoders", {}).items():
         if (found := dataset.encoders.get(name, encoder)) != encoder:
-            raise ValueError(f"--data must have {name} features of encoder '{encoder}', as MODEL was trained on, got those of '{found}' in {dataset.name}")
+            wanted = f"{name} features of encoder '{encoder}', as MODEL was trained on"
+            raise ValueError(f"--data must have {wanted}, got those of '{found}' in {dataset.name}")
     known = [name for name in names if name in dataset.modalities]
     return "sha256" in trained_on and (known != names or dataset.select(names).digest() != trained_on["sha256"])
 

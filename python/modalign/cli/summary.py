@@ -11,10 +11,12 @@ import torch
 
 from ..bench import environment
 from .experiment import ROWS, Experiment, SeedResult, mean_r10
+from .settings import ALL
 
 __all__ = ["BASELINE", "SCHEMA", "summary"]
 
 SCHEMA = 2
+FULL_BASIS = "the stored features were reduced with a basis fitted on all training items of seed 0 (not on their pairing), however few are learnt from"
 BASELINE = "cca"  # rows are compared with it seed by seed: what the seeds have in common cancels
 
 
@@ -67,7 +69,8 @@ def summary(experiment: Experiment, command: str) -> dict[str, Any]:
             "test": len(split.test),
             "licence": data.licence,
             "sha256": data.digest(),
-        },
+        }
+        | ({"basis": FULL_BASIS} if data.bases and set(experiment.settings.pairs) != {ALL} else {}),
         "model": asdict(experiment.model.config) | {"parameters": sum(p.numel() for p in experiment.model.parameters())},
         "training": {row: asdict(plan) for row, plan in experiment.training.items()},
         "rows": curve[-1]["rows"],

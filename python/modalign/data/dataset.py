@@ -58,8 +58,8 @@ def _ordered(groups: Sequence[int], labels: Mapping[int, str], salt: str) -> lis
 
 
 def _small_first(order: Sequence[int], members: Mapping[int, list[int]], size: int) -> list[int]:
-    """The same order, but groups of more than 10 items and a fiftieth of `size` last: every candidate of a query's group is a hit, so that in a part of a
-    few large groups chance alone finds much."""
+    """The same order, but groups of more than 10 items and a fiftieth of `size` last: every candidate of a query's group is a hit, so that in a part
+    of a few large groups chance alone finds much."""
     return sorted(order, key=lambda group: len(members[group]) > max(10, size // 50))
 
 
@@ -124,8 +124,9 @@ class PairedDataset:
         """Split by caption group, the same on every machine: test, and a training part that is divided into fit and validation. A group of more than
         10 items and a fiftieth of the test (or validation) part comes into it only where smaller ones do not fill it.
 
-        `pairs` keeps only so many training items (the first of an order that depends on the seed, so that the 100 of one call lie among the 200 of
-        another but for groups that do not fit in); the validation part then is a quarter of them, at most the usual size. The test part stays.
+        `pairs` keeps only so many training items that have two modalities or more (the first of an order that depends on the seed, so that the 100 of
+        one call lie among the 200 of another but for groups that do not fit in); the validation part then is a quarter of them, at most the usual size.
+        The test part stays.
         """
         groups, salt = self.groups.tolist(), self.salt or self.name
         labels = {g: self._label(i) for i, g in reversed(list(enumerate(groups)))}
@@ -137,9 +138,12 @@ class PairedDataset:
         train = [i for i in range(len(self)) if i not in held]
         validation_size = self.validation_size
         if pairs is not None:
-            if not 8 <= pairs <= len(train):
-                raise ValueError(f"PairedDataset.splits: pairs must be in 8..{len(train)}, the training items of '{self.name}', got {pairs}")
-            train = _take(_ordered([groups[i] for i in train], labels, f"{salt}/pairs/{seed}"), members, pairs)
+            paired = set(self.paired(torch.tensor(train)).tolist())
+            if not 8 <= pairs <= len(paired):
+                which = f"the training items of '{self.name}'" + (" with two modalities or more" if self.present else "")
+                raise ValueError(f"PairedDataset.splits: pairs must be in 8..{len(paired)}, {which}, got {pairs}")
+            members = {group: [i for i in items if i in paired] for group, items in members.items()}
+            train = _take(_ordered([groups[i] for i in paired], labels, f"{salt}/pairs/{seed}"), members, pairs)
             validation_size = min(validation_size, pairs // 4)
         rest = sorted({groups[i] for i in train})
         order = _small_first(_ordered(rest, labels, f"{salt}/validation/{seed}"), members, validation_size)
@@ -180,6 +184,12 @@ class PairedDataset:
         """Those of the given items that have a modality."""
         return indices[self.present[name][indices]] if name in self.present else indices
 
+    def paired(self, indices: Tensor) -> Tensor:
+        """Those of the given items that have two modalities or more: the others say nothing about what belongs together."""
+        everything = torch.ones(len(indices), dtype=torch.bool)
+        held = [self.present[name][indices] if name in self.present else everything for name in self.modalities]
+        return indices[torch.stack(held).sum(0) > 1]
+
     def features(self, indices: Tensor | None = None) -> dict[str, Tensor]:
         """The feature matrices, of the given items."""
         return {name: features if indices is None else features[indices] for name, features in self.modalities.items()}
@@ -213,15 +223,13 @@ class PairedDataset:
 
     def encode(self, name: str, inputs: Sequence[Any]) -> Tensor:
         """New texts, pictures or recordings in the space of a modality's stored features, by its frozen encoder: [len(inputs), D_name]."""
-        from . import encoders
+        from . import encoders, shards
 
         if name not in self.encoders:
             raise ValueError(f"PairedDataset.encode: name must be a modality with a known encoder out of {sorted(self.encoders)}, got '{name}'")
-        features = encoders.make(self.encoders[name])(inputs)
-        if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(inputs) or not bool(torch.isfinite(features).all()):
-            found = f"{features.dtype} {list(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"{self.encoders[name]}: expected a finite tensor [{len(inputs)}, D], got {found}")
-        features = self.bases[name].project(features) if name in self.bases else features.float()
+        encoder = self.encoders[name]
+        features = shards.run_encoder(encoder, encoders.make(encoder), inputs, tokens=False, layers=False).pooled
+        features = self.bases[name].project(features) if name in self.bases else features
         if features.shape[1] != self.modalities[name].shape[1]:
             raise ValueError(f"{self.encoders[name]}: expected width {self.modalities[name].shape[1]} as '{name}' has, got {features.shape[1]}")
         return features

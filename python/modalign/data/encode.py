@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .encoders import ENCODERS, make, open_picture
+from .encoders import ENCODERS, demand_whole_numbers, make, open_picture
 from .shards import Encoding, Progress, file_identity
 from .sources import Item, Modality
 from .sources._items import item_text
@@ -95,6 +95,7 @@ def check_pictures(items: Sequence[Item], images: Path) -> None:
                 picture.verify()
         except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and others
             raise ValueError(f"{path}: expected a picture, got one that does not read ({error})") from error
+        demand_whole_numbers(path, picture.mode)
 
 
 def encode_folder(

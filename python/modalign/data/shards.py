@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .._files import write_bytes, write_json, write_tensors
-from .encoders import Encoded, on_white_square
+from .encoders import ENCODERS, Encoded, EncoderUnavailable, on_white_square, told
 from .folder import FORMAT_VERSION
 from .sources import Item, Modality
 from .storage import CHECKSUMS, read_checksums, sha256, verify_checksums
@@ -335,10 +335,15 @@ def item_entry(item: Item) -> dict[str, Any]:
 
 def run_encoder(name: str, encoder: Any, inputs: Sequence[Any], tokens: bool, layers: bool) -> Encoded:
     """Call an encoder, one of ours or somebody's own, and check what comes back."""
-    if layers or (tokens and hasattr(encoder, "encode")):
-        encoded = encoder.encode(inputs)
-    else:
-        encoded = Encoded(encoder(inputs), encoder.tokens(inputs) if tokens else None)
+    try:
+        if layers or (tokens and hasattr(encoder, "encode")):
+            encoded = encoder.encode(inputs)
+        else:
+            encoded = Encoded(encoder(inputs), encoder.tokens(inputs) if tokens else None)
+    except Exception as error:
+        if name in ENCODERS or isinstance(error, EncoderUnavailable):
+            raise
+        raise ValueError(f"encoder '{name}': must take a list of inputs, got {told(error)}") from error
     pooled = check_output(name, encoded.pooled, f"[{len(inputs)}, D]", len(inputs), 2)
     if tokens:
         if not isinstance(encoded.tokens, list) or len(encoded.tokens) != len(inputs):

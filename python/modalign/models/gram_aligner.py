@@ -257,13 +257,13 @@ class GramAligner(nn.Module):
         if self.config.loss in ("gram", "volume"):
             with_others = items_with(present, [self.config.anchor], size, any_of=[n for n in embeddings if n != self.config.anchor])
             if with_others is None or len(with_others) > 1:
-                parts["volume"] = self._contrast(-self.volume(*_chosen(embeddings, present, with_others)), _take(groups, with_others))
+                parts["volume"] = self._contrast(-self.volume(*_chosen(embeddings, present, with_others)), _rows(groups, with_others))
         if self.config.loss != "volume":
             pairs = []
             for a, b in combinations(embeddings, 2):
                 both = items_with(present, [a, b], size)
                 if both is None or len(both) > 1:
-                    pairs.append(self._pair(_take(embeddings[a], both), _take(embeddings[b], both), _take(groups, both)))
+                    pairs.append(self._pair(_rows(embeddings[a], both), _rows(embeddings[b], both), _rows(groups, both)))
             if pairs:
                 parts["pairwise"] = torch.stack(pairs).mean()
         if not parts:
@@ -360,13 +360,13 @@ def items_with(present: Mapping[str, Tensor] | None, all_of: Sequence[str], size
     return mask.nonzero()[:, 0]
 
 
-def _take(values: Tensor | None, items: Tensor | None) -> Tensor | None:
+def _rows(values: Tensor | None, items: Tensor | None) -> Tensor | None:
     return values if values is None or items is None else values[items]
 
 
 def _chosen(embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None, items: Tensor | None) -> tuple[dict, dict | None]:
     """Embeddings and masks of the chosen items."""
-    return {n: _take(e, items) for n, e in embeddings.items()}, None if present is None else {n: _take(m, items) for n, m in present.items()}
+    return {n: _rows(e, items) for n, e in embeddings.items()}, None if present is None else {n: _rows(m, items) for n, m in present.items()}
 
 
 def _smoothed(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:

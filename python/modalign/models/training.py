@@ -82,8 +82,8 @@ def validation_score(
 ) -> float:
     """What choices are made by: mean R@10 over all ordered pairs of modalities, with mean R@1 to settle near ties (weight 1/10).
 
-    Given the volume matrix [B, B] of three or more modalities, both its directions count like a pair's: a model is meant to be good at the joint
-    score too. A pair counts the items that have both modalities.
+    Given the volume matrix of three or more modalities, among the items that have all, both its directions count like a pair's: a model is meant to
+    be good at the joint score too. A pair counts the items that have both modalities.
     """
     found = []
     for a, b in permutations(embeddings, 2):
@@ -91,8 +91,10 @@ def validation_score(
         x, y, who = (v if both is None else v[both] for v in (embeddings[a], embeddings[b], groups))
         if len(who):
             found.append(retrieval(x @ y.T, query_groups=who))
-    if volume is not None:
-        found += [retrieval(v, query_groups=groups, larger_is_better=False) for v in (volume, volume.T)]
+    if volume is not None and len(volume):
+        whole = items_with(present, list(embeddings), len(groups))
+        who = groups if whole is None else groups[whole]
+        found += [retrieval(v, query_groups=who, larger_is_better=False) for v in (volume, volume.T)]
     return math.fsum(f.r10 + 0.1 * f.r1 for f in found) / max(1, len(found))
 
 
@@ -164,7 +166,9 @@ def fit_aligner(
             with torch.no_grad():
                 embeddings = model.embed(held_features)
                 # of two, the volume is the cosine over again; a tuple with something missing has no volume to compare
-                volume = model.volume(embeddings) if len(embeddings) > 2 and not held_present else None
+                whole = items_with(held_present, list(embeddings), len(held_groups))
+                chosen = embeddings if whole is None else {name: e[whole] for name, e in embeddings.items()}
+                volume = model.volume(chosen) if len(embeddings) > 2 else None
                 history.evaluated[step] = validation_score(embeddings, held_groups, volume, held_present)
             if history.evaluated[step] > history.evaluated.get(history.best_step, -1.0):
                 history.best_step = step

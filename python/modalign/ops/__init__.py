@@ -4,8 +4,20 @@ from .._load import load_library
 
 load_library()  # the files below tell torch about the raw ops, so these have to be there first
 
+from .clip_loss import clip_loss  # noqa: E402
+from .gram_contrastive_loss import gram_contrastive_loss  # noqa: E402
 from .gram_volume import gram_volume  # noqa: E402
 from .paired_gram_volume import paired_gram_volume  # noqa: E402
+from .siglip_loss import siglip_loss  # noqa: E402
 from .triangle_area import triangle_area  # noqa: E402
+from .triangle_contrastive_loss import triangle_contrastive_loss  # noqa: E402
 
-__all__ = ["gram_volume", "paired_gram_volume", "triangle_area"]
+__all__ = [
+    "clip_loss",
+    "gram_contrastive_loss",
+    "gram_volume",
+    "paired_gram_volume",
+    "siglip_loss",
+    "triangle_area",
+    "triangle_contrastive_loss",
+]

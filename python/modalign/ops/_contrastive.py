@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +13,7 @@ from ._registration import accumulation_dtype, call, register_pair, tie_to
 
 IGNORED = -100
 REDUCTIONS = ("mean", "sum", "none")
-
-
-class ContrastiveRanks(NamedTuple):
-    """Where the labelled pairs stand in their batch: in-batch retrieval for free.
-
-    row : int64 [B], how many candidates come before a row's own one; -1 for a row without a label
-    column : int64 [C], how many rows come before the best labelled row of a candidate; -1 for a candidate that is nobody's target
-
-    Ties go to the lowest index; a NaN label counts as last."""
-
-    row: Tensor
-    column: Tensor
-
-    @property
-    def accuracy(self) -> Tensor:
-        """Share of first places among the labelled rows and columns, float32 [2]."""
-        return torch.stack([((rank == 0).sum() / (rank >= 0).sum().clamp(min=1)).float() for rank in self])
+DIRECTIONS = ("both", "rows", "columns")
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------- arguments
@@ -79,6 +63,32 @@ def check_reduction(op: str, value: object) -> str:
     return value  # type: ignore[return-value]
 
 
+def parts_of(direction: str) -> tuple[float, float]:
+    """The shares of rows and columns. Literals: torch.compile(dynamic=True) would take floats of a table for inputs."""
+    if direction == "both":
+        return 0.5, 0.5
+    return (1.0, 0.0) if direction == "rows" else (0.0, 1.0)
+
+
+def check_direction(op: str, value: object) -> str:
+    if value not in DIRECTIONS:
+        raise ValueError(f'{op}: direction must be "both", "rows" or "columns", got {arguments.describe(value)}')
+    return value  # type: ignore[return-value]
+
+
+def check_group(op: str, group: object, gather_grad: object, exchange: object) -> None:
+    if exchange not in ("gather", "ring"):
+        raise ValueError(f'{op}: exchange must be "gather" or "ring", got {arguments.describe(exchange)}')
+    if gather_grad not in ("full", "local"):
+        raise ValueError(f'{op}: gather_grad must be "full" or "local", got {arguments.describe(gather_grad)}')
+    if group is None:
+        return
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ValueError(f"{op}: process_group must be None where torch.distributed is not initialised, got {arguments.describe(group)}")
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"{op}: process_group must be None or a torch.distributed process group such as dist.group.WORLD, got {arguments.describe(group)}")
+
+
 def check_matrix(op: str, name: str, value: object, shape: str) -> Tensor:
     tensor = arguments.check_vectors(op, name, value, shape)
     if tensor.dim() != 2:
@@ -103,13 +113,34 @@ def evaluate(
     target: Tensor | None,
     present: Tensor | None,
     label_smoothing: float,
+    direction: str,
     eps: float,
     reduction: str,
-    return_ranks: bool,
+    return_accuracy: bool,
+    process_group: Any = None,
+    gather_grad: str = "full",
+    exchange: str = "gather",
 ) -> Any:
-    loss, _, _, _, _, _, row_rank, column_rank, classes, _, _ = call(name, anchor, others, scale, bias, target, present, label_smoothing, eps)
+    if process_group is not None:
+        from . import _distributed
+
+        return _distributed.evaluate(
+            name, anchor, others, scale, bias, target, present, label_smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad, exchange
+        )
+    loss, _, _, _, _, _, row_best, column_best, classes, _, _ = call(name, anchor, others, scale, bias, target, present, label_smoothing, *parts_of(direction), eps)
     result = reduce(loss, classes[1] if name == "siglip_loss" else classes[2], reduction)
-    return (result, ContrastiveRanks(row_rank, column_rank)) if return_ranks else result
+    return (result, accuracy(row_best, column_best, target)) if return_accuracy else result
+
+
+def accuracy(row_best: Tensor, column_best: Tensor, target: Tensor | None) -> Tensor:
+    """Share of the labelled rows whose best candidate is their own, and of the labelled candidates whose best row is one of theirs: float32 [2]."""
+    rows = torch.arange(row_best.shape[0], device=row_best.device) if target is None else target
+    right_row = row_best == rows
+    there = (column_best >= 0) & (column_best < row_best.shape[0])
+    own = rows[torch.where(there, column_best, 0)] if row_best.shape[0] else column_best
+    right_column = there & (own == torch.arange(column_best.shape[0], device=row_best.device))
+    labelled = [(row_best >= 0).sum(), (column_best >= 0).sum()]
+    return torch.stack([(right & (best >= 0)).sum() / count.clamp(min=1) for right, best, count in zip((right_row, right_column), (row_best, column_best), labelled, strict=True)])
 
 
 def column_weights(row_weight: Tensor, target: Tensor | None, columns: int) -> Tensor:
@@ -137,8 +168,8 @@ def _fake(anchor: Tensor, others: list[Tensor], scale: Tensor, bias: Tensor | No
     def new(*size: Any, dtype: torch.dtype = real) -> Tensor:
         return anchor.new_empty(size, dtype=dtype)
 
-    ranks = new(B, dtype=torch.int64), new(C, dtype=torch.int64)
-    return new(B), new(B), new(C), new(B), new(C), new(B), *ranks, new(3), new(C, m, D), new(C, m * m)
+    best = new(B, dtype=torch.int64), new(C, dtype=torch.int64)
+    return new(B), new(B), new(C), new(B), new(C), new(B), *best, new(4), new(C, m, D), new(C, m * m)
 
 
 def _fake_triangle(anchor: Tensor, others: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
@@ -168,37 +199,37 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    anchor, others, scale, bias, target, present, ctx.label_smoothing, ctx.eps = inputs
-    _, row_lse, column_lse, _, _, _, row_rank, _, classes, basis, factor = output
+    anchor, others, scale, bias, target, present, *ctx.options = inputs
+    _, row_lse, column_lse, _, _, _, row_best, _, classes, basis, factor = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.m, ctx.has = len(others), tuple(tensor is not None for tensor in (bias, target, present))
     optional = [tensor for tensor in (bias, target, present) if tensor is not None]
-    ctx.save_for_backward(row_lse, column_lse, row_rank, classes, basis, factor, anchor, scale, *others, *optional)
+    ctx.save_for_backward(row_lse, column_lse, row_best, classes, basis, factor, anchor, scale, *others, *optional)
 
 
 def _backward_of(name: str) -> Any:
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad is None:
-            return None, [None] * ctx.m, *[None] * 6
-        row_lse, column_lse, row_rank, classes, basis, factor, anchor, scale, *rest = ctx.saved_tensors
+            return None, [None] * ctx.m, *[None] * 8
+        row_lse, column_lse, row_best, classes, basis, factor, anchor, scale, *rest = ctx.saved_tensors
         others, optional = rest[: ctx.m], iter(rest[ctx.m :])
         bias, target, present = (next(optional) if has else None for has in ctx.has)
         need_anchor, need_each, need_scale, need_bias = *ctx.needs_input_grad[:3], ctx.needs_input_grad[3]
-        row_weight = grad.contiguous() if name == "siglip_loss" else torch.where(row_rank >= 0, grad, 0)
+        row_weight = grad.contiguous() if name == "siglip_loss" else torch.where(row_best >= 0, grad, 0)
         saved = row_lse, column_lse, classes, basis, factor
         if torch.is_grad_enabled():
             anchor = tie_to(anchor, [*others, scale.reshape(1), *([] if bias is None else [bias.reshape(1)])])
         column_weight = column_weights(row_weight, target, others[0].shape[0])
         grad_anchor, grad_others, grad_scale = call(
-            name + "_bwd", row_weight, column_weight, *saved, anchor, others, scale, bias, target, present, ctx.label_smoothing, ctx.eps, need_anchor, any(need_each)
+            name + "_bwd", row_weight, column_weight, *saved, anchor, others, scale, bias, target, present, *ctx.options, need_anchor, any(need_each)
         )
         return (
             grad_anchor if need_anchor else None,
             [grad_others[:, p] if need else None for p, need in enumerate(need_each)],
             grad_scale[0] if need_scale else None,
             grad_scale[1] if need_bias else None,
-            *[None] * 4,
+            *[None] * 6,
         )
 
     return backward
@@ -225,7 +256,7 @@ for _name, _fake_of in (
 
 
 def loss_of_logits(
-    logits: Tensor, target: Tensor | None, *, rows: Tensor | None = None, columns: Tensor | None = None, label_smoothing: float = 0.0, sigmoid: bool = False
+    logits: Tensor, target: Tensor | None, *, rows: Tensor | None = None, columns: Tensor | None = None, label_smoothing: float = 0.0, direction: str = "both", sigmoid: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The loss per row and the number that the mean divides by, of a matrix of logits. rows, columns: bool, which take part."""
     B, C = logits.shape
@@ -244,6 +275,14 @@ def loss_of_logits(
     if sigmoid:
         loss = loss.index_put((row,), torch.nn.functional.softplus(inside).sum(1))
         return loss.index_put((pairs,), loss[pairs] - label), rows.sum()
-    smooth = inside.mean(1)[i] / 2 + inside.mean(0)[j] / 2
-    both = inside.logsumexp(1)[i] / 2 + inside.logsumexp(0)[j] / 2
-    return loss.index_put((pairs,), both - (1 - label_smoothing) * label - label_smoothing * smooth), labelled.sum()
+    label = (1 - label_smoothing) * label
+    row_loss = inside.logsumexp(1)[i] - label - label_smoothing * inside.mean(1)[i]
+    column_loss = inside.logsumexp(0)[j] - label - label_smoothing * inside.mean(0)[j]
+    row_part, column_part = parts_of(direction)
+    return loss.index_put((pairs,), row_part * row_loss + column_part * column_loss), labelled.sum()
+
+
+def two_entropies(logits: Tensor, label_smoothing: float) -> Tensor:
+    """Cross entropy of the rows and of the columns of a square matrix of logits, halved."""
+    at, entropy = torch.arange(logits.shape[0], device=logits.device), torch.nn.functional.cross_entropy
+    return (entropy(logits, at, label_smoothing=label_smoothing) + entropy(logits.T, at, label_smoothing=label_smoothing)) / 2

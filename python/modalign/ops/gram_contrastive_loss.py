@@ -25,11 +25,15 @@ def gram_contrastive_loss(
     *,
     temperature: float | Tensor = 0.07,
     target: Tensor | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float = 0,  # an int: torch.compile(dynamic=True) would trace a float default twice
+    direction: str = "both",
     present: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
-    return_ranks: bool = False,
+    return_accuracy: bool = False,
+    process_group: Any = None,
+    gather_grad: str = "full",
+    exchange: str = "gather",
     eps: float | None = None,
     implementation: str = "auto",
 ) -> Any:
@@ -55,10 +59,13 @@ def gram_contrastive_loss(
     temperature : float or Tensor of one element
         Positive; a tensor gets a gradient.
     target : Tensor int64 [B], optional
-        The candidate of each row, or -100 for a row that takes no part, neither as a row nor among the rows that a column is compared with. Default:
-        row i belongs to candidate i, and B must equal C. Several rows may share a candidate: each labelled pair counts once in either direction.
+        The candidate of each row; -1 for a row without one, which stays among the rows that columns are compared with; -100 for a row that takes no
+        part at all. Default: row i belongs to candidate i, and B must equal C. Several rows may share a candidate: each labelled pair counts once in
+        either direction.
     label_smoothing : float
         In [0, 1): that share of the target is spread over all classes, the target included (as in torch).
+    direction : "both", "rows" or "columns"
+        "rows": each anchor among all candidates alone, ``CE(z[i, :], t_i)``; "columns": each labelled candidate among all anchors alone.
     present : Tensor bool [C, m], optional
         Which modalities a candidate has. The volume is that of the present vectors; what an absent one holds does not matter. A candidate without
         any is left out, and rows that point to it have no label (they stay among the rows that columns are compared with).
@@ -66,16 +73,25 @@ def gram_contrastive_loss(
         Scale all vectors to unit length first, as the published model does.
     reduction : "mean", "sum" or "none"
         "none": float32 [B], 0 for rows without a label.
-    return_ranks : bool
-        Also return `ContrastiveRanks`: where each labelled pair stands in its row and column, ``.accuracy``.
+    return_accuracy : bool
+        Also return the in-batch accuracy, float32 [2]: the share of labelled rows whose best candidate is their own, and of labelled candidates whose
+        best row is one of theirs. Ties go to the lowest index, so that a collapsed batch does not look perfect.
     eps : float, optional
         See `gram_volume`.
     implementation : "auto", "streaming" or "dense"
         "dense" stores the B x C volumes and goes on in torch; it is refused above 8 GiB.
+    process_group : torch.distributed.ProcessGroup, optional
+        Rows and candidates of all ranks form one batch (pass ``dist.group.WORLD``); ``target`` then counts candidates over all ranks, by default from
+        this rank's first one. Ranks may differ in size. Each returns its part of the global loss times the number of ranks, so that averaging the
+        ranks' gradients gives exactly the gradient of the global loss. The accuracy of columns is NaN here. Not for torch.compile.
+    gather_grad : "full" or "local"
+        "local": candidates of other ranks count as constants for the rows, and rows of other ranks for the candidates, as the released code has it.
+    exchange : "gather" or "ring"
+        How ranks meet: all candidates on every rank, or one rank's block of candidates at a time, which travels on while the next is computed.
 
     Returns
     -------
-    Tensor, float32 (float64 for float64), or (Tensor, ContrastiveRanks)
+    Tensor, float32 (float64 for float64), or (Tensor, Tensor [2])
 
     Gradient
     --------
@@ -104,13 +120,15 @@ def gram_contrastive_loss(
     target = contrastive.check_target(op, target, anchor.shape[0], vectors[0].shape[0], anchor)
     smoothing = contrastive.check_label_smoothing(op, label_smoothing)
     normalize = arguments.check_flag(op, "normalize", normalize)
+    direction = contrastive.check_direction(op, direction)
     reduction = contrastive.check_reduction(op, reduction)
-    return_ranks = arguments.check_flag(op, "return_ranks", return_ranks)
+    return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
+    contrastive.check_group(op, process_group, gather_grad, exchange)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f'{op}: implementation must be "auto", "streaming" or "dense", got {arguments.describe(implementation)}')
     dense = implementation == "dense" or len(vectors) >= MAX_KERNEL_MODALITIES
-    if dense and (implementation == "streaming" or return_ranks):
-        what = "return_ranks must be False" if return_ranks else 'implementation must not be "streaming"'
+    if dense and (implementation == "streaming" or return_accuracy or process_group is not None):
+        what = "return_accuracy must be False" if return_accuracy else "process_group must be None" if process_group is not None else 'implementation must not be "streaming"'
         raise ValueError(f"{op}: {what} {'for more than 7 others' if implementation != 'dense' else 'in the dense implementation'}, got {len(vectors)} others")
     given = [anchor, *vectors] + [value for value in (temperature,) if isinstance(value, Tensor)]
     refuse_forward_mode(op, given)
@@ -129,10 +147,10 @@ def gram_contrastive_loss(
             here = anchor if rows is None else torch.where(rows[:, None], anchor, 0)
             logits = gram_volume(here, vectors, present=present, eps=eps) * scale
             loss, count = contrastive.loss_of_logits(
-                logits.to(scale.dtype), target, columns=None if present is None else present.any(1), label_smoothing=smoothing
+                logits.to(scale.dtype), target, columns=None if present is None else present.any(1), label_smoothing=smoothing, direction=direction
             )
             return contrastive.reduce(loss, count, reduction)
-        return contrastive.evaluate(op, anchor, vectors, scale, None, target, present, smoothing, eps, reduction, return_ranks)
+        return contrastive.evaluate(op, anchor, vectors, scale, None, target, present, smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad, exchange)
 
 
 def _checked(op: str, anchor: object, others: object, present: object) -> tuple[Tensor, list[Tensor], Tensor | None]:
@@ -161,6 +179,7 @@ def reference_gram_contrastive_loss(
     temperature: float | Tensor = 0.07,
     target: Tensor | None = None,
     label_smoothing: float = 0.0,
+    direction: str = "both",
     present: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
@@ -173,15 +192,12 @@ def reference_gram_contrastive_loss(
         anchor = torch.where((target != contrastive.IGNORED)[:, None], anchor, 0)
     volume = reference_gram_volume(anchor.to(real), [vector.to(real) for vector in vectors], present=present, normalize=normalize, eps=eps)
     columns = None if present is None else present.any(1)
-    loss, count = contrastive.loss_of_logits(-volume / temperature, target, columns=columns, label_smoothing=label_smoothing)
+    loss, count = contrastive.loss_of_logits(-volume / temperature, target, columns=columns, label_smoothing=label_smoothing, direction=direction)
     return contrastive.reduce(loss, count, reduction)
 
 
 def formula_gram_contrastive_loss(
-    anchor: Tensor, others: Sequence[Tensor], *, temperature: float | Tensor = 0.07, target: Tensor | None = None, label_smoothing: float = 0.0
+    anchor: Tensor, others: Sequence[Tensor], *, temperature: float | Tensor = 0.07, label_smoothing: float = 0.0
 ) -> Tensor:
     """The usual code: all B x C Gram matrices, their determinants, two cross entropies. For comparisons; B = C."""
-    logits = -formula_gram_volume(anchor, others) / temperature
-    at = torch.arange(anchor.shape[0], device=anchor.device) if target is None else target
-    entropy = torch.nn.functional.cross_entropy
-    return (entropy(logits, at, label_smoothing=label_smoothing) + entropy(logits.T, at, label_smoothing=label_smoothing)) / 2
+    return contrastive.two_entropies(-formula_gram_volume(anchor, others) / temperature, label_smoothing)

@@ -135,6 +135,8 @@ class OpCase:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     tolerances: dict[torch.dtype, Tolerance] = field(default_factory=dict)  # in place of the table's; a comment beside an entry says why
 
+    accumulates: bool = False  # the result has the accumulation dtype, float32 for half inputs: losses and statistics
+
     # declared, each tested either way
     double_backward: bool = False
     func_grad: bool = True

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..ops._registration import accumulation_dtype
 from .cases import Maker, OpCase, Sample
 from .comparison import compare_gradients, compare_values
 from .determinism import assert_bitwise_deterministic
@@ -88,8 +89,9 @@ def check_values(case: OpCase, device: str, dtype: torch.dtype) -> None:
     """Against the float64 reference on the same rounded inputs: error of the plain-torch formula in the same dtype + the table's share of the RMS."""
     for sample in case.samples(Maker(dtype, device)):
         result = sample.call(case.call)
-        if result.dtype != dtype:
-            raise AssertionError(f"{case.name}/{sample.name}: result is {result.dtype}, inputs are {dtype}")
+        wanted = accumulation_dtype(dtype) if case.accumulates else dtype
+        if result.dtype != wanted:
+            raise AssertionError(f"{case.name}/{sample.name}: result is {result.dtype}, expected {wanted} for {dtype}")
         expected = sample.to(torch.float64).call(case.reference)
         formula = None if case.formula is None else _optional(sample, case.formula)
         compare_values(
@@ -258,14 +260,14 @@ def check_vmap(case: OpCase, device: str) -> None:
     def function(*tensors: Tensor) -> Tensor:
         return template.with_tensors(tensors).call(case.call)
 
-    stacked = [
-        torch.stack(group, 1) for group in zip(*(sample.tensors() for sample in samples), strict=True)
-    ]  # a batch dimension that is not the first
+    groups = list(zip(*(sample.tensors() for sample in samples), strict=True))
+    dims = tuple(min(1, group[0].dim()) for group in groups)  # a batch dimension that is not the first, where there is another
+    stacked = [torch.stack(group, dim) for group, dim in zip(groups, dims, strict=True)]
     if not case.vmap:
-        _refuses(lambda: torch.vmap(function, in_dims=1)(*stacked), f"{case.name}: vmap")
+        _refuses(lambda: torch.vmap(function, in_dims=dims)(*stacked), f"{case.name}: vmap")
         return
     expected = torch.stack([sample.call(case.call) for sample in samples])
-    _same([torch.vmap(function, in_dims=1)(*stacked)], [expected], f"{case.name}: vmap over all tensors", torch.float32)
+    _same([torch.vmap(function, in_dims=dims)(*stacked)], [expected], f"{case.name}: vmap over all tensors", torch.float32)
     shared = template.tensors()[1:]
     expected = torch.stack([function(sample.tensors()[0], *shared) for sample in samples])
     one = torch.vmap(lambda first: function(first, *shared))(stacked[0].movedim(1, 0))
@@ -273,7 +275,7 @@ def check_vmap(case: OpCase, device: str) -> None:
     if case.func_grad:
         positions = tuple(index for index, tensor in enumerate(template.tensors()) if tensor.is_floating_point())
         weight = upstream(template.call(case.call))
-        per_sample = torch.vmap(torch.func.grad(lambda *tensors: (function(*tensors) * weight).sum(), argnums=positions), in_dims=1)(*stacked)
+        per_sample = torch.vmap(torch.func.grad(lambda *tensors: (function(*tensors) * weight).sum(), argnums=positions), in_dims=dims)(*stacked)
         expected_gradients = [torch.stack(group) for group in zip(*(_gradients(case.call, sample, weight)[1] for sample in samples), strict=True)]
         _same(per_sample, expected_gradients, f"{case.name}: per-sample gradients by vmap(grad)", torch.float32)
 

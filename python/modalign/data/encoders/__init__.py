@@ -13,13 +13,15 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ._packages import Encoded, EncoderUnavailable
-from .pictures import EfficientNetLiteImageEncoder, FocusViTImageEncoder, VisionTransformer, on_white_square, open_picture
+from .pictures import EfficientNetLiteImageEncoder, FocusViTImageEncoder, VisionTransformer, demand_whole_numbers, on_white_square, open_picture
 from .speech import SpeechEmbeddingEncoder, read_recording
 from .text import MiniLMTextEncoder
 
@@ -32,10 +34,12 @@ __all__ = [
     "MiniLMTextEncoder",
     "SpeechEmbeddingEncoder",
     "VisionTransformer",
+    "demand_whole_numbers",
     "make",
     "on_white_square",
     "open_picture",
     "read_recording",
+    "told",
 ]
 
 # The name that data sets give an encoder, and where its class is.
@@ -59,6 +63,12 @@ def _current_folder_importable() -> Iterator[None]:
         sys.path.remove(os.getcwd())
 
 
+def told(error: Exception) -> str:
+    """What went wrong in somebody's own encoder, and where, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+
+
 def make(name: str) -> Callable[[Sequence[Any]], Tensor]:
     """The encoder of that name in `ENCODERS`, or an instance of your own class, "module:Class".
 
@@ -71,14 +81,21 @@ def make(name: str) -> Callable[[Sequence[Any]], Tensor]:
     with _current_folder_importable():
         try:
             found = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
+        except Exception as error:
+            if name in ENCODERS:
                 raise
-            raise ValueError(f"encoders.make: the module of '{name}' must be importable, got none named '{error.name}'") from error
+            lost = isinstance(error, ModuleNotFoundError) and error.name is not None and f"{module}.".startswith(f"{error.name}.")
+            found_instead = f"none named '{error.name}'" if lost else told(error)
+            raise ValueError(f"encoders.make: the module of '{name}' must be importable, got {found_instead}") from error
         encoder_class = getattr(found, attribute, None)
         if encoder_class is None:
             raise ValueError(f"encoders.make: '{attribute}' must be in module '{module}', got {found.__file__} without it")
-        encoder = encoder_class() if isinstance(encoder_class, type) else encoder_class
+        try:
+            encoder = encoder_class() if isinstance(encoder_class, type) else encoder_class
+        except Exception as error:
+            if name in ENCODERS or isinstance(error, EncoderUnavailable):
+                raise
+            raise ValueError(f"encoders.make: '{name}' must be made without arguments, got {told(error)}") from error
     if not callable(encoder):
         raise ValueError(f"encoders.make: '{name}' must be callable with a list of inputs, got an object of {type(encoder).__name__} that is not")
     return encoder

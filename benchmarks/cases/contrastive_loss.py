@@ -1,0 +1,184 @@
+"""The contrastive losses, forward and backward, against the formulas people use, the same idea in eager and compiled torch, and the floor: torch.mm of
+the same products, 2 B C m D forward and 6 B C m D backward.
+
+gram_contrastive_loss      k = 3, 4, 5 at 2048 x 2048 x 512; 16384 rows by `modalign bench sweep`
+triangle_contrastive_loss
+clip_loss, siglip_loss     8192 x 8192 x 512
+"""
+
+import contextlib
+import functools
+import shutil
+
+import torch
+import torch.nn.functional as F
+
+from modalign import _load, bench, ops
+
+TEMPERATURE, SCALE, BIAS = 0.07, 1 / 0.07, -10.0
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------- formulas
+
+
+def two_entropies(logits):
+    at = torch.arange(logits.shape[0], device=logits.device)
+    return (F.cross_entropy(logits.float(), at, label_smoothing=0.1) + F.cross_entropy(logits.T.float(), at, label_smoothing=0.1)) / 2
+
+
+def volume_determinant(anchor, others):
+    """Every k x k Gram matrix, det, abs, sqrt."""
+    vectors = [anchor, *others]
+    k, shape = len(vectors), (anchor.shape[0], others[0].shape[0])
+    entries = [[None] * k for _ in range(k)]
+    for p in range(k):
+        for q in range(p, k):
+            if p == 0:
+                entry = (anchor * anchor).sum(-1, keepdim=True).expand(shape) if q == 0 else anchor @ vectors[q].mT
+            else:
+                entry = (vectors[p] * vectors[q]).sum(-1).expand(shape)
+            entries[p][q] = entries[q][p] = entry
+    gram = torch.stack([torch.stack(row, -1) for row in entries], -2)
+    return torch.det(gram if gram.dtype in (torch.float32, torch.float64) else gram.float()).abs().sqrt()
+
+
+def volume_whitened(anchor, others):
+    """From one product with orthonormalised candidates; what a careful user would write in torch."""
+    stacked = torch.stack(others, -1)
+    q, upper = torch.linalg.qr(stacked if stacked.dtype in (torch.float32, torch.float64) else stacked.float())
+    scale = upper.diagonal(dim1=-2, dim2=-1).prod(-1).abs()
+    coefficients = anchor @ q.to(anchor.dtype).mT.reshape(-1, anchor.shape[-1]).mT
+    residual = (anchor * anchor).sum(-1, keepdim=True) - coefficients.unflatten(-1, (-1, len(others))).square().sum(-1)
+    return scale * residual.clamp(min=1e-12).sqrt()
+
+
+def gram_formula(anchor, others):
+    return two_entropies(-volume_determinant(anchor, others) / TEMPERATURE)
+
+
+def gram_whitened(anchor, others):
+    return two_entropies(-volume_whitened(anchor, others) / TEMPERATURE)
+
+
+def triangle_projected(anchor, u, v):
+    base = u - v
+    length = base.norm(dim=-1)
+    normal = base / length.unsqueeze(-1)
+    along = anchor @ normal.mT - (u * normal).sum(-1)
+    height = (anchor * anchor).sum(-1, keepdim=True) + (u * u).sum(-1) - 2 * anchor @ u.mT - along.square()
+    return two_entropies(-length / 2 * height.clamp(min=1e-12).sqrt() / TEMPERATURE)
+
+
+def clip_formula(x, y):
+    return two_entropies(SCALE * x @ y.mT)
+
+
+def siglip_formula(x, y):
+    """The signs as a matrix, as the published code has it."""
+    logits = SCALE * x @ y.mT + BIAS
+    signs = 2 * torch.eye(logits.shape[0], dtype=logits.dtype, device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).float().sum() / logits.shape[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------- cases
+
+
+def products(p, pass_, size=None):
+    return (2 if pass_ == "fwd" else 6) * p["B"] * p["B"] * (p["k"] - 1) * p["D"]
+
+
+def vectors(p, pass_, size):
+    return size * p["k"] * p["B"] * p["D"] * (1 if pass_ == "fwd" else 2)
+
+
+costs = dict(flops=products, bytes=vectors)
+
+
+def draw(maker, B, D, k):
+    """Unit rows, the modalities of a sample with something in common."""
+    shared = maker.unit(B, D).float()
+
+    def close():
+        rows = shared + 1.5 * maker.unit(B, D).float()
+        return (rows / rows.norm(dim=-1, keepdim=True)).to(maker.dtype)
+
+    return [close() for _ in range(k)]
+
+
+@bench.case(
+    grid=[dict(B=2048, D=512, k=k) for k in (3, 4, 5)],
+    quick=[dict(B=160, D=64, k=3)],
+    reference=gram_whitened,
+    targets=[bench.Target(1.05, pass_="fwd+bwd", where={"k": k}) for k in (3, 4, 5)],
+    **costs,
+)
+def gram_contrastive_loss(maker, B, D, k):
+    anchor, *others = draw(maker, B, D, k)
+    return anchor, others
+
+
+@bench.case(grid=[dict(B=2048, D=512, k=3)], quick=[dict(B=160, D=64, k=3)], reference=triangle_projected, **costs)
+def triangle_contrastive_loss(maker, B, D, k):
+    return tuple(draw(maker, B, D, k))
+
+
+@bench.case(grid=[dict(B=8192, D=512, k=2)], quick=[dict(B=160, D=64, k=2)], reference=clip_formula, targets=[bench.Target(1.1, pass_="fwd+bwd")], **costs)
+def clip_loss(maker, B, D, k):
+    return tuple(draw(maker, B, D, k))
+
+
+@bench.case(grid=[dict(B=8192, D=512, k=2)], quick=[dict(B=160, D=64, k=2)], reference=siglip_formula, targets=[bench.Target(1.1, pass_="fwd+bwd")], **costs)
+def siglip_loss(maker, B, D, k):
+    return tuple(draw(maker, B, D, k))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------ providers
+
+
+@functools.cache
+def no_inductor():
+    """None, or why torch.compile has nothing to generate code with."""
+    if torch.cuda.is_available() or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
+        return None
+    return "torch.compile needs a C++ compiler on PATH"
+
+
+def narrower():
+    """AVX2 is what most machines have; this shows it where the machine runs something wider."""
+    return None if _load.instruction_set() == "avx512" else "the machine's own choice is not wider than avx2"
+
+
+@contextlib.contextmanager
+def avx2():
+    with _load.use_instruction_set("avx2"):
+        yield
+
+
+compiled_options = dict(name="torch.compile", unavailable=no_inductor, compiled=True)
+
+bench.provider(gram_contrastive_loss, name="formula", kind="formula")(gram_formula)
+for case, eager in (
+    (gram_contrastive_loss, gram_whitened),
+    (triangle_contrastive_loss, triangle_projected),
+    (clip_loss, clip_formula),
+    (siglip_loss, siglip_formula),
+):
+    bench.provider(case, name="eager")(eager)
+    bench.provider(case, **compiled_options)(torch.compile(eager, dynamic=False, fullgraph=True))
+
+ours = (
+    (gram_contrastive_loss, lambda anchor, others: ops.gram_contrastive_loss(anchor, others, temperature=TEMPERATURE, label_smoothing=0.1)),
+    (triangle_contrastive_loss, lambda anchor, u, v: ops.triangle_contrastive_loss(anchor, u, v, temperature=TEMPERATURE, label_smoothing=0.1)),
+    (clip_loss, lambda x, y: ops.clip_loss(x, y, logit_scale=SCALE, label_smoothing=0.1)),
+    (siglip_loss, lambda x, y: ops.siglip_loss(x, y, logit_scale=SCALE, logit_bias=BIAS)),
+)
+for case, call in ours:
+    bench.provider(case, name="ours", kind="ours")(call)
+    bench.provider(case, name="ours (avx2)", kind="ours", unavailable=narrower, context=avx2)(call)
+
+
+@bench.matmul_floor(gram_contrastive_loss, triangle_contrastive_loss, clip_loss, siglip_loss)
+def tiles(p, pass_):
+    """[B, D] x [D, m B]; backward the same again, then T X and T^t A."""
+    B, D, columns = p["B"], p["D"], (p["k"] - 1) * p["B"]
+    return [(B, D, columns)] if pass_ == "fwd" else [(B, D, columns), (B, columns, D), (columns, B, D)]

@@ -1,0 +1,129 @@
+"""The contrastive losses over 2 and 3 gloo processes on this machine against one process: values and gradients, unequal batches, local gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from contrastive_cases import CONTRASTIVE, options_of, others_of
+from modalign import ops
+from modalign.testing import Maker
+from ranks import run_ranks
+
+LOSSES = {case.name: case for case in CONTRASTIVE}
+FORMS = {"gram_contrastive_loss": "gram", "triangle_contrastive_loss": "triangle", "clip_loss": "product", "siglip_loss": "product"}
+SIZES = {2: [7, 7], 3: [5, 8, 3]}
+
+
+def problem(name, world, dtype=torch.float32):
+    """The whole batch: leaves (scalars last), other options, where each rank begins."""
+    make, total = Maker(dtype, seed=world), sum(SIZES[world])
+    leaves = [make.unit(total, 20), *(others_of("triangle" if FORMS[name] != "product" else "product", make, total, 20))]
+    scalars = options_of(name, make)
+    options = {} if name == "siglip_loss" else {"label_smoothing": 0.1}
+    if FORMS[name] == "gram":
+        present = make.mask(total, 2)
+        present[2] = False
+        options["present"] = present
+    target = torch.arange(total)
+    target[1], target[-1], target[4] = -100, 0, -1
+    starts = [sum(SIZES[world][:rank]) for rank in range(world + 1)]
+    return leaves, scalars, options, target, starts
+
+
+def call(name, leaves, scalars, options, target, **more):
+    rest = [leaves[1:]] if FORMS[name] == "gram" else leaves[1:]
+    return LOSSES[name].call(leaves[0], *rest, target=target, **scalars, **options, **more)
+
+
+def run(name, leaves, scalars, options, target, **more):
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    scalars = {key: value.clone().requires_grad_() for key, value in scalars.items()}
+    loss = call(name, leaves, scalars, options, target, **more)
+    return [loss.detach(), *torch.autograd.grad(loss, [*leaves, *scalars.values()])]
+
+
+def worker(rank, world):
+    """One rank: every loss, gathered and round the ring."""
+    import torch.distributed as dist
+
+    found = {}
+    for name in LOSSES:
+        leaves, scalars, options, target, starts = problem(name, world)
+        here = slice(starts[rank], starts[rank + 1])
+        if "present" in options:
+            options["present"] = options["present"][here]
+        mine = [leaf[here] for leaf in leaves]
+        for exchange in ("gather", "ring"):
+            for how in ("full", "local", "again"):
+                more = {"exchange": exchange, "gather_grad": "full" if how == "again" else how, "process_group": dist.group.WORLD}
+                found[name, exchange, how] = run(name, mine, scalars, options, target[here], **more)
+        plain = {key: value for key, value in options.items() if key == "present"}
+        found[name, "default target"] = call(name, mine, scalars, plain, None, process_group=dist.group.WORLD, return_accuracy=True)
+        found[name, "none"] = call(name, mine, scalars, options, target[here], process_group=dist.group.WORLD, reduction="none")
+    return found
+
+
+@pytest.fixture(scope="module", params=list(SIZES))
+def ranks(request, tmp_path_factory):
+    return request.param, run_ranks(request.param, "test_distributed:worker", str(tmp_path_factory.mktemp("ranks")))
+
+
+def relative(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_averaged_gradients_are_those_of_one_process(ranks, name, exchange):
+    world, found = ranks
+    expected = run(name, *problem(name, world, torch.float64)[:4])
+    leaves = len(expected) - 1 - len(options_of(name, Maker()))
+    mean = torch.stack([rank[name, exchange, "full"][0] for rank in found]).double().mean()
+    assert relative(mean, expected[0]) < 1e-5
+    for index in range(leaves):  # a leaf's rows lie on one rank; averaging divides by the number of ranks
+        gathered = torch.cat([rank[name, exchange, "full"][1 + index] for rank in found]) / world
+        assert relative(gathered, expected[1 + index]) < 1e-5, index
+    for index in range(leaves, len(expected) - 1):
+        assert relative(torch.stack([rank[name, exchange, "full"][1 + index] for rank in found]).double().mean(), expected[1 + index]) < 3e-5
+    for rank in found:
+        for ours, theirs in zip(rank[name, exchange, "full"], rank[name, exchange, "again"], strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_rows_and_accuracy(ranks, name):
+    world, found = ranks
+    leaves, scalars, options, target, _ = problem(name, world, torch.float64)
+    assert relative(torch.cat([rank[name, "none"] for rank in found]).detach(), call(name, leaves, scalars, options, target, reduction="none")) < 1e-5
+    plain = {key: value for key, value in options.items() if key == "present"}
+    expected, accuracy = call(name, leaves, scalars, plain, None, return_accuracy=True)
+    assert relative(torch.stack([rank[name, "default target"][0] for rank in found]).detach().double().mean(), expected) < 1e-5
+    for rank in found:
+        assert rank[name, "default target"][1][0].item() == pytest.approx(accuracy[0].item())
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "siglip_loss"])
+def test_local_gradients_leave_out_what_was_gathered(ranks, name, exchange):
+    """Rows get the gradient of their own direction, candidates of theirs."""
+    world, found = ranks
+    leaves, scalars, options, target, _ = problem(name, world, torch.float64)
+    half = [run(name, leaves, scalars, options | {"direction": direction}, target) for direction in ("rows", "columns")]
+    assert relative(torch.stack([rank[name, exchange, "local"][0] for rank in found]).double().mean(), (half[0][0] + half[1][0]) / 2) < 1e-5
+    anchors = torch.cat([rank[name, exchange, "local"][1] for rank in found]) / world
+    assert relative(anchors, half[0][1] / 2) < 1e-5
+    for index in range(1, len(leaves)):
+        candidates = torch.cat([rank[name, exchange, "local"][1 + index] for rank in found]) / world
+        assert relative(candidates, half[1][1 + index] / 2) < 1e-5
+
+
+def test_process_groups_are_checked():
+    a = torch.eye(3)
+    for call in (lambda **more: ops.gram_contrastive_loss(a, [a], **more), lambda **more: ops.clip_loss(a, a, logit_scale=1.0, **more)):
+        with pytest.raises(ValueError, match="process_group must be None where torch.distributed is not initialised, got str"):
+            call(process_group="world")
+        with pytest.raises(ValueError, match='gather_grad must be "full" or "local", got str'):
+            call(gather_grad="none")
+        with pytest.raises(ValueError, match='exchange must be "gather" or "ring", got str'):
+            call(exchange="tree")
