@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "python" / "modalign"
-VOLUME_KERNELS = 72  # instances of csrc/cuda/gram_volume.cuh: 18 for each of four dtypes
+VOLUME_KERNELS = 72  # instances of csrc/cuda/gram_volume.cuh with the shared ones of pair_gradient.cuh: 18 for each of four dtypes
+LOSS_KERNELS = 67  # instances of csrc/cuda/contrastive_loss.cuh: 14 for each of four dtypes, 4 for float and double, 2 for half types, 1 for all
 REGISTERS = 65536  # of a multiprocessor
 CUDA_MACHINE = 190  # e_machine of a cubin
 
@@ -15,12 +16,16 @@ CUDA_MACHINE = 190  # e_machine of a cubin
 OPCODES = {0x223: "FFMA", 0x22B: "DFMA", 0x23C: "HMMA", 0x83B: "LDSM", 0xFAE: "LDGSTS", 0x387: "STL", 0x983: "LDL", 0xB1D: "BAR"}
 
 
+THREAD_KERNELS = ("CountClasses", "FoldColumns", "FoldRows", "NarrowRows", "SumLogits")  # of the losses: 256 threads, one item each
+
+
 class Kernel:
     def __init__(self, name, code, registers, frame):
         self.name, self.registers, self.frame = name, registers, frame
         self.opcodes = [OPCODES.get(word & 0xFFF) for (word,) in struct.iter_unpack("<Q8x", code)]
         self.is_tile = "TileWalk" in name
-        self.threads = 256 if self.is_tile else 128
+        self.is_warp = not self.is_tile and not any(one in name for one in THREAD_KERNELS)   # a warp per item, in registers
+        self.threads = 128 if self.is_warp else 256
 
     def count(self, opcode):
         return self.opcodes.count(opcode)
@@ -80,9 +85,14 @@ def cubins(path):
 
 @pytest.fixture(scope="module")
 def compiled():
+    """[(sm, {name: Kernel})], the cubins of all .cu files of a target as one."""
     if json.loads((PACKAGE / "_build.json").read_text())["cuda"] is None:
         pytest.skip("this build was made without nvcc")
-    return cubins(PACKAGE / "_C.so")
+    targets = {}
+    for sm, kernels in cubins(PACKAGE / "_C.so"):
+        assert not targets.setdefault(sm, {}).keys() & kernels.keys(), "an instance was compiled twice"
+        targets[sm].update(kernels)
+    return list(targets.items())
 
 
 def test_every_target_holds_every_instance(compiled):
@@ -90,13 +100,14 @@ def test_every_target_holds_every_instance(compiled):
     assert len(compiled) == len([target for target in targets if not target.endswith("-virtual")])
     for sm, kernels in compiled:
         assert 80 <= sm <= 90
-        assert len([name for name in kernels if "modalign_kernel" in name]) == VOLUME_KERNELS
+        assert len([name for name in kernels if "modalign_kernel" in name]) == VOLUME_KERNELS + LOSS_KERNELS
 
 
 def test_registers_allow_the_planned_blocks(compiled):
     for _, kernels in compiled:
         for kernel in kernels.values():
-            blocks = 3 if not kernel.is_tile else 1 if "MmaBackendI13__nv_bfloat16Li2E" in kernel.name else 2
+            alone = "MmaBackendI13__nv_bfloat16Li2E" in kernel.name or ("CoefficientEpilogue" in kernel.name and "LossUpstreamId" in kernel.name)
+            blocks = 3 if kernel.is_warp else 1 if alone else 2
             assert kernel.registers <= 255 and kernel.registers * kernel.threads * blocks <= REGISTERS, (kernel.name, kernel.registers)
 
 

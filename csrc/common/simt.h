@@ -142,6 +142,11 @@ MODALIGN_DEVICE float reciprocal_square_root(float x) { return __frsqrt_rn(x); }
 MODALIGN_DEVICE double reciprocal_square_root(double x) { return 1.0 / __dsqrt_rn(x); }
 MODALIGN_DEVICE float exponential(float x) { return expf(x); }
 MODALIGN_DEVICE double exponential(double x) { return exp(x); }
+MODALIGN_DEVICE float logarithm(float x) { return logf(x); }
+MODALIGN_DEVICE double logarithm(double x) { return log(x); }
+/// log(1 + x), with all digits of a small x.
+MODALIGN_DEVICE float logarithm_1p(float x) { return log1pf(x); }
+MODALIGN_DEVICE double logarithm_1p(double x) { return log1p(x); }
 MODALIGN_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 MODALIGN_DEVICE double fused_multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
 MODALIGN_DEVICE float absolute(float x) { return fabsf(x); }
@@ -151,6 +156,11 @@ MODALIGN_DEVICE double absolute(double x) { return fabs(x); }
 MODALIGN_DEVICE int thread_index() { return int(threadIdx.x); }
 MODALIGN_DEVICE int lane() { return int(threadIdx.x) % kWarpSize; }
 MODALIGN_DEVICE int warp() { return int(threadIdx.x) / kWarpSize; }
+/// x, of which the compiler knows nothing: what follows from it is computed here, and not before a loop and kept in registers through it.
+MODALIGN_DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 MODALIGN_DEVICE unsigned block_index_x() { return blockIdx.x; }
 MODALIGN_DEVICE unsigned block_index_y() { return blockIdx.y; }
 MODALIGN_DEVICE unsigned block_index_z() { return blockIdx.z; }

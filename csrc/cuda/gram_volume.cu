@@ -1,31 +1,18 @@
 // The compiled instances of gram_volume.cuh and their launches; see the head of that file for maths, mapping, memory and order of accumulation.
 #include "cuda/gram_volume.cuh"
 #include "cuda/gram_volume.h"
-
-#include <cuda_runtime.h>
+#include "cuda/stream_launch.cuh"
 
 namespace modalign::cuda {
-namespace {
 
-struct StreamLaunch {
-  cudaStream_t stream;
-  template <class Kernel> int operator()(const Kernel& kernel, const LaunchPlan& plan) const {
-    return static_cast<int>(launch(kernel, plan, stream));
-  }
-};
-
-template <class F> auto with_dtype(Scalar dtype, const F& f) {
-  switch (dtype) {
-    case Scalar::f64:
-      return f(double());
-    case Scalar::f16:
-      return f(f16());
-    case Scalar::bf16:
-      return f(bf16());
-    default:
-      return f(float());
-  }
+template <class Kernel> int launch_shared(const Kernel& kernel, const LaunchPlan& plan, cudaStream_t stream) {
+  return static_cast<int>(launch(kernel, plan, stream));
 }
+#define MODALIGN_LAUNCH_SHARED(key, ...) template int launch_shared(const __VA_ARGS__&, const LaunchPlan&, cudaStream_t);
+MODALIGN_SHARED_KERNELS(MODALIGN_LAUNCH_SHARED)
+#undef MODALIGN_LAUNCH_SHARED
+
+namespace {
 
 template <class Geometry, class Problem> std::int64_t forward_workspace(const Problem& problem) {
   return with_dtype(problem.dtype, [&](auto element) {

@@ -35,6 +35,6 @@ int launch_paired_gram_volume_bwd(const PairedGramVolumeProblem& problem, const 
                                   void* workspace, void* stream);
 
 const char* error_name(int error);   // text for a nonzero result
-const char* kernel_catalogue();      // keys of all compiled kernel instances, one a line
+const char* kernel_catalogue();      // keys of this family's compiled instances, one a line
 
 }   // namespace modalign::cuda

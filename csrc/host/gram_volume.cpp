@@ -7,46 +7,12 @@
 /// which may then have any shape. Backward: anchor, basis, factor, grad, need_anchor, need_others, workspace_bytes.
 #include "cuda/gram_volume.cuh"
 
-#include <utility>
-
-#include "host/registry.h"
+#include "host/pair_arguments.h"
 
 namespace modalign::host {
 namespace {
 
 using namespace modalign::cuda;
-using simt::LaunchPlan;
-
-// Every piece is an array of its own, so that a step over the edge of one is seen.
-class HostArena {
- public:
-  explicit HostArena(Run& run) : run_(run) {}
-  template <class U> U* take(const char* name, std::int64_t count) { return run_.workspace<U>(name, count); }
-
- private:
-  Run& run_;
-};
-
-// The sequences ask for each launch by its key, so that the table and the launches cannot drift apart.
-auto launcher(Run& run) {
-  return [&run](const auto& kernel, const LaunchPlan& plan) {
-    run.launch(kernel, plan);
-    return 0;
-  };
-}
-
-std::int64_t stride(Run& run, const std::string& name, const char* which, std::int64_t contiguous) {
-  const std::string argument = name + "_" + which + "_stride";
-  return run.has(argument.c_str()) ? run.integer(argument.c_str()) : contiguous;
-}
-template <class T> BatchedRows rows(Run& run, const std::string& name, std::int64_t count, std::int64_t D) {
-  return {run.input<T>(name.c_str()), stride(run, name, "batch", count * D), stride(run, name, "row", D), stride(run, name, "element", 1)};
-}
-PresenceMask presence(Run& run, std::int64_t count, int m) {
-  if (!run.has("present")) return {nullptr, 0, 0, 0};
-  return {run.input<bool>("present"), stride(run, "present", "batch", count * m), stride(run, "present", "row", m),
-          stride(run, "present", "element", 1)};
-}
 
 template <class Geometry> PairProblem pair_sizes(Run& run) {
   PairProblem p{};
@@ -120,16 +86,16 @@ template <class G, class T> struct Sequence<PrepareForward<G, T>> {
 template <class G, class T> struct Sequence<PrepareBackward<G, T>> {
   static void run(Run& r) { pair_backward<G, T>(r); }
 };
-template <class B, class G, class T> struct Sequence<TileWalk<B, CoefficientEpilogue<G, T>>> {
+template <class B, class G, class T> struct Sequence<TileWalk<B, CoefficientEpilogue<G, T, MatrixUpstream<T>>>> {
   static void run(Run& r) { pair_backward<G, T>(r); }
 };
 template <class B, class G, class T> struct Sequence<TileWalk<B, PairForwardEpilogue<G, T>>> {
   static void run(Run& r) { pair_forward<G, T>(r); }
 };
-template <class G, class T> struct Sequence<RowTerms<G, T>> {
+template <class G, class T> struct Sequence<RowTerms<G, T, MatrixUpstream<T>>> {
   static void run(Run& r) { pair_backward<G, T>(r); }
 };
-template <class G, class T> struct Sequence<ColumnTerms<G, T>> {
+template <class G, class T> struct Sequence<ColumnTerms<G, T, MatrixUpstream<T>>> {
   static void run(Run& r) { pair_backward<G, T>(r); }
 };
 template <class G, class T> struct Sequence<GradOthers<G, T>> {

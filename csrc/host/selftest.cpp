@@ -391,18 +391,18 @@ void run_convert(Run& run) {
 const Registration kConvertBf16({.key = "selftest_convert_bf16", .family = "selftest", .run = run_convert<bf16>, .threads = 128, .tags = {}});
 const Registration kConvertF16({.key = "selftest_convert_f16", .family = "selftest", .run = run_convert<f16>, .threads = 128, .tags = {}});
 
-/// results[i] = minimum, maximum, square root, its reciprocal, exponential, x y + z and |x| of the i-th triple.
+/// results[i] = minimum, maximum, square root, its reciprocal, exponential, x y + z, |x|, log z and log(1 + z) of the i-th triple.
 template <class T>
 struct MathKernel {
     static constexpr int kThreads = 32;
     const T* x;   // [n, 3]
-    T* results;   // [n, 7]
+    T* results;   // [n, 9]
     int n;
 
     void operator()() const {
         for (int i = thread_index(); i < n; i += kThreads) {
             const Global<const T> in = global(x).at(3 * i);
-            const Global<T> out = global(results).at(7 * i);
+            const Global<T> out = global(results).at(9 * i);
             out[0] = minimum(in[0], in[1]);
             out[1] = maximum(in[0], in[1]);
             out[2] = square_root(in[2]);
@@ -410,6 +410,8 @@ struct MathKernel {
             out[4] = exponential(in[0]);
             out[5] = fused_multiply_add(in[0], in[1], in[2]);
             out[6] = absolute(in[0]);
+            out[7] = logarithm(in[2]);
+            out[8] = logarithm_1p(in[2]);
         }
     }
 };
@@ -417,7 +419,7 @@ struct MathKernel {
 template <class T>
 void run_math(Run& run) {
     const std::int64_t n = run.shape("x")[0];
-    run.launch(MathKernel<T>{run.input<T>("x"), run.output<T>("results", {n, 7}), static_cast<int>(n)}, {{1, 1, 1}, 32, 0, run.key().c_str()});
+    run.launch(MathKernel<T>{run.input<T>("x"), run.output<T>("results", {n, 9}), static_cast<int>(n)}, {{1, 1, 1}, 32, 0, run.key().c_str()});
 }
 const Registration kMathFloat({.key = "selftest_math_f32", .family = "selftest", .run = run_math<float>, .threads = 32, .tags = {}});
 const Registration kMathDouble({.key = "selftest_math_f64", .family = "selftest", .run = run_math<double>, .threads = 32, .tags = {}});

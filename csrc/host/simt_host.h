@@ -104,8 +104,13 @@ inline float reciprocal_square_root(float x) { return static_cast<float>(1.0 / s
 inline double reciprocal_square_root(double x) { return 1.0 / std::sqrt(x); }
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
+inline float logarithm(float x) { return std::log(x); }
+inline double logarithm(double x) { return std::log(x); }
+inline float logarithm_1p(float x) { return std::log1p(x); }
+inline double logarithm_1p(double x) { return std::log1p(x); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+inline int opaque(int x) { return x; }
 inline float absolute(float x) { return std::fabs(x); }
 inline double absolute(double x) { return std::fabs(x); }
 

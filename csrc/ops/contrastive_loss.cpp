@@ -7,6 +7,10 @@
 #include "common/check.h"
 #include "common/stable.h"
 #include "cpu/contrastive_loss.h"
+#ifdef MODALIGN_WITH_CUDA
+#include "cuda/contrastive_loss.h"
+#endif
+#include "ops/cuda_call.h"
 
 namespace modalign {
 namespace {
@@ -88,8 +92,7 @@ ContrastiveProblem check(const Tensor& anchor, const std::vector<Tensor>& others
   }
   MODALIGN_CHECK(row_part >= 0 && column_part >= 0 && row_part + column_part <= 1, L::name, ": row_part and column_part must be at least 0 and add up to 1 at most, got ", row_part, " and ", column_part);
   p.label_smoothing = label_smoothing, p.row_part = row_part, p.column_part = column_part;
-  MODALIGN_CHECK(!anchor.is_cuda(), L::name, ": anchor must be on the CPU, got a CUDA tensor");
-  check_values<L>(p, scale, bias);
+  if (!anchor.is_cuda()) check_values<L>(p, scale, bias);
   return p;
 }
 
@@ -106,14 +109,22 @@ Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& 
   const bool product = L::form == PairForm::product;
   Tensor basis = new_tensor(anchor, {product ? 0 : C, m, D}, real);
   Tensor factor = new_tensor(anchor, {product ? 0 : C, L::form == PairForm::triangle ? 3 : m * m}, real);
-  const std::int64_t size = products_size(p.pairs), keep = size * accumulation_size(p.pairs.dtype) <= workspace_bytes ? size : 0;
+  const std::int64_t size = products_size(p.pairs), keep = !anchor.is_cuda() && size * accumulation_size(p.pairs.dtype) <= workspace_bytes ? size : 0;
   Tensor products = new_tensor(anchor, {keep}, real);
   const ContrastiveForward to{loss.mutable_data_ptr(), row_lse.mutable_data_ptr(), column_lse.mutable_data_ptr(), row_sum.mutable_data_ptr(), column_sum.mutable_data_ptr(),
                               label.mutable_data_ptr(), static_cast<std::int64_t*>(row_best.mutable_data_ptr()), static_cast<std::int64_t*>(column_best.mutable_data_ptr()),
                               classes.mutable_data_ptr(), basis.mutable_data_ptr(), factor.mutable_data_ptr(), keep ? products.mutable_data_ptr() : nullptr};
-  const cpu::ContrastiveKernels& kernels = cpu::contrastive_kernels();
-  const Tensor workspace = new_workspace(anchor, kernels.workspace(p));
-  kernels.forward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  if (anchor.is_cuda()) {
+#ifdef MODALIGN_WITH_CUDA
+    const DeviceGuard device(anchor.get_device_index());
+    const Tensor workspace = new_workspace(anchor, cuda::contrastive_loss_workspace(p));
+    check_launch(L::name, cuda::launch_contrastive_loss(p, to, workspace.mutable_data_ptr(), current_cuda_stream(anchor.get_device_index())));
+#endif
+  } else {
+    const cpu::ContrastiveKernels& kernels = cpu::contrastive_kernels();
+    const Tensor workspace = new_workspace(anchor, kernels.workspace(p));
+    kernels.forward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  }
   return {loss, row_lse, column_lse, row_sum, column_sum, label, row_best, column_best, classes, basis, factor, products};
 }
 
@@ -145,9 +156,18 @@ Backward backward(const Tensor& row_weight, const Tensor& column_weight, const T
                                need_anchor ? grad_anchor.mutable_data_ptr() : nullptr,
                                need_others ? grad_others.mutable_data_ptr() : nullptr,
                                grad_scale.mutable_data_ptr()};
-  const cpu::ContrastiveKernels& kernels = cpu::contrastive_kernels();
-  const Tensor workspace = new_workspace(anchor, kernels.bwd_workspace(p));
-  kernels.backward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  if (anchor.is_cuda()) {
+#ifdef MODALIGN_WITH_CUDA
+    const DeviceGuard device(anchor.get_device_index());
+    const std::int64_t bytes = cuda::contrastive_loss_bwd_workspace(p, kWorkspaceBytes);
+    const Tensor workspace = new_workspace(anchor, bytes);
+    check_launch(L::name, cuda::launch_contrastive_loss_bwd(p, to, workspace.mutable_data_ptr(), bytes, current_cuda_stream(anchor.get_device_index())));
+#endif
+  } else {
+    const cpu::ContrastiveKernels& kernels = cpu::contrastive_kernels();
+    const Tensor workspace = new_workspace(anchor, kernels.bwd_workspace(p));
+    kernels.backward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  }
   return {grad_anchor, grad_others, grad_scale};
 }
 

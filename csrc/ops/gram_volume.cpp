@@ -7,9 +7,7 @@
 #include "common/check.h"
 #include "common/stable.h"
 #include "cpu/gram_volume.h"
-#ifdef MODALIGN_WITH_CUDA
-#include "cuda/gram_volume.h"
-#endif
+#include "ops/cuda_call.h"
 
 namespace modalign {
 namespace {
@@ -87,14 +85,6 @@ PairedGramVolumeProblem check_paired_gram_volume(const std::vector<Tensor>& vect
   }
   return p;
 }
-
-#ifdef MODALIGN_WITH_CUDA
-constexpr std::int64_t kWorkspaceBytes = 64 << 20;   // what a backward pass may take for its row panels beyond what is linear in rows and columns
-
-using torch::stable::accelerator::DeviceGuard;   // tensors of one call may live on another device than the current one
-
-void check_launch(const char* op, int error) { MODALIGN_CHECK(error == 0, op, ": CUDA reports ", cuda::error_name(error)); }
-#endif
 
 // ---- gram_volume and triangle_area: the same steps for both --------------------------------------------------------------------------------------------
 

@@ -1,6 +1,9 @@
 // Facts about this binary, exported as plain C so that they can be read without torch (python/modalign/_load.py does, by ctypes).
 #include "cpu/instruction_set.h"
 #ifdef MODALIGN_WITH_CUDA
+#include <string>
+
+#include "cuda/contrastive_loss.h"
 #include "cuda/gram_volume.h"
 #endif
 
@@ -12,7 +15,8 @@ MODALIGN_EXPORT const char* modalign_instruction_set() { return modalign::cpu::i
 MODALIGN_EXPORT bool modalign_use_instruction_set(const char* name) { return modalign::cpu::use_instruction_set(name); }
 MODALIGN_EXPORT const char* modalign_kernel_catalogue() {
 #ifdef MODALIGN_WITH_CUDA
-  return modalign::cuda::kernel_catalogue();
+  static const std::string all = std::string(modalign::cuda::kernel_catalogue()) + modalign::cuda::contrastive_kernel_catalogue();
+  return all.c_str();
 #else
   return "";
 #endif
