@@ -1,5 +1,6 @@
 """`modalign bench` as its users call it. Times themselves are never asserted here."""
 
+import io
 import json
 import re
 import resource
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich import console
 from typer.testing import CliRunner
 
 from modalign import _load, bench
@@ -625,9 +627,13 @@ def test_noisy_rows_are_marked_in_every_table():
 
 
 def test_names_are_shown_as_they_are():
-    gathered = small(provider="_mine $x^$", flops=1e9, bytes=1e6, flop_per_second=1e9)
+    gathered = small(provider="_mine $x^$ [red]", flops=1e9, bytes=1e6, flop_per_second=1e9)
     legend = report.roofline(gathered, "float32", 1).axes[0].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == [" _mine \\$x^\\$, fwd"]
+    assert [text.get_text() for text in legend.get_texts()] == [" _mine \\$x^\\$ [red], fwd"]
+    for shown in (tables.screen(gathered), comparison.screen(bench.compare(gathered, gathered))):
+        page = console.Console(width=250, record=True, file=io.StringIO())
+        page.print(shown)
+        assert "_mine $x^$ [red]" in page.export_text()
 
 
 def test_roof_is_the_machine_s(mine):

@@ -157,6 +157,7 @@ def percent(text: str) -> float:
 def screen(comparison: Comparison) -> Any:
     """As rich text and a table."""
     from rich.console import Group
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -176,7 +177,7 @@ def screen(comparison: Comparison) -> Any:
             row["dtype"],
             row["pass"],
             str(row["threads"]),
-            row["provider"],
+            escape(row["provider"]),
             UNITS[one.measure](one.before),
             UNITS[one.measure](one.after),
             f"{one.change:+.1%} ({one.low:+.1%} … {one.high:+.1%})",

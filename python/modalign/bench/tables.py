@@ -231,6 +231,7 @@ def reasons(rows: Sequence[Row]) -> list[str]:
 def screen(results: dict[str, Any]) -> Any:
     """The results as rich tables, one per case."""
     from rich.console import Group
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -246,7 +247,7 @@ def screen(results: dict[str, Any]) -> Any:
                 table.add_section()
             previous = group_of(row)
             style = {"ours": "bold green", "floor": "dim"}.get(row["kind"], "")
-            table.add_row(*line(row, columns), style="red" if row["status"] in ("mismatch", "failed") else style)
+            table.add_row(*map(escape, line(row, columns)), style="red" if row["status"] in ("mismatch", "failed") else style)
         parts += [table, *(Text(f"  {reason}") for reason in reasons(rows))]
     if any(row.get("noisy") for row in results["rows"]):
         parts.append(Text(NOISY, style="yellow"))
