@@ -63,7 +63,8 @@ template <class Geometry, class T> void forward(Run& run) {
                                   run.output<std::int64_t>("column_best", {C}),
                                   run.output<Real>("classes", {4}),
                                   run.output<Real>("basis", {product ? 0 : C, m, p.pairs.D}),
-                                  run.output<Real>("factor", {product ? 0 : C, Geometry::kTriangle ? 3 : m * m})};
+                                  run.output<Real>("factor", {product ? 0 : C, Geometry::kTriangle ? 3 : m * m}),
+                                  nullptr};
   HostArena arena(run);
   run_contrastive_forward<Geometry, T>(p, output, LossForwardBuffers<Geometry, T>(p, arena), launcher(run));
 }
@@ -78,6 +79,7 @@ template <class Geometry, class T> void backward(Run& run) {
                                     run.input<Real>("classes"),
                                     run.input<Real>("basis"),
                                     run.input<Real>("factor"),
+                                    nullptr,
                                     run.flag("need_anchor") ? run.output<T>("grad_anchor", {p.pairs.B, p.pairs.D}) : nullptr,
                                     run.flag("need_others") ? run.output<T>("grad_others", {p.pairs.C, p.pairs.m, p.pairs.D}) : nullptr,
                                     run.output<Real>("grad_scale", {2})};

@@ -142,6 +142,7 @@ Backward backward(const Tensor& row_weight, const Tensor& column_weight, const T
     MODALIGN_CHECK(t.is_contiguous(), L::name, ": ", argument, " must be contiguous, got a strided one");
     return t.const_data_ptr();
   };
+  MODALIGN_CHECK(!anchor.is_cuda() || products.numel() == 0, L::name, ": products must be empty on a GPU, got ", shape_of(products));
   Tensor grad_anchor = need_anchor ? new_tensor(anchor, {B, D}, anchor.scalar_type()) : new_tensor(anchor, {0}, anchor.scalar_type());
   Tensor grad_others = need_others ? new_tensor(anchor, {C, m, D}, anchor.scalar_type()) : new_tensor(anchor, {0}, anchor.scalar_type());
   Tensor grad_scale = new_tensor(anchor, {2}, real);

@@ -67,7 +67,7 @@ struct ContrastiveForward {
   void* classes;                   // [4] real: columns and rows that take part, rows with a label, center
   void* basis;                     // as in PairForward; form product: empty
   void* factor;
-  void* products;                  // products_size elements of real: the products of all pairs, for a backward that does not make them again; or nullptr
+  void* products;                  // products_size elements of real: the products of all pairs, for a backward that does not make them again; or nullptr (CUDA: always)
 };
 
 struct ContrastiveBackward {
