@@ -46,6 +46,15 @@ def test_benchmark_tables_are_what_their_json_says(page, monkeypatch):
     assert tables.render(page.read_text()) == page.read_text(), f"run: python -m modalign.bench.tables {name_of(page)}"
 
 
+def test_table_of_losses_is_what_the_runs_gave():
+    spec = importlib.util.spec_from_file_location("loss_table", DOCS / "loss_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main(check=True) == 0, "run: python docs/loss_table.py"
+    mix, pairs = module.scores("gram", "volume"), module.scores("clip", "sum of cosines")
+    assert all(ours > theirs for ours, theirs in zip(mix, pairs, strict=True))  # what the page says under the table
+
+
 # ------------------------------------------------------------------------------------------------------------------------------------------ ops have pages
 
 

@@ -661,10 +661,6 @@ def test_triangle_bad_values_stay_in_their_row_and_column():
             assert torch.isfinite(value).all()
 
 
-def test_public_names():
-    assert ops.__all__ == ["gram_volume", "paired_gram_volume", "triangle_area"]
-
-
 @on_each_device
 @pytest.mark.parametrize("dtype, huge", [(torch.float32, 1e20), (torch.bfloat16, 1e20), (torch.float64, 1e160)])
 def test_an_overflow_is_never_a_perfect_match(dtype, huge, device):
