@@ -21,9 +21,14 @@ TEMPERATURE, SCALE, BIAS = 0.07, 1 / 0.07, -10.0
 # ------------------------------------------------------------------------------------------------------------------------------------------- formulas
 
 
+def real(values):
+    """Half types in float32."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
 def two_entropies(logits):
-    at = torch.arange(logits.shape[0], device=logits.device)
-    return (F.cross_entropy(logits.float(), at, label_smoothing=0.1) + F.cross_entropy(logits.T.float(), at, label_smoothing=0.1)) / 2
+    at, logits = torch.arange(logits.shape[0], device=logits.device), real(logits)
+    return (F.cross_entropy(logits, at, label_smoothing=0.1) + F.cross_entropy(logits.T, at, label_smoothing=0.1)) / 2
 
 
 def volume_determinant(anchor, others):
@@ -39,13 +44,13 @@ def volume_determinant(anchor, others):
                 entry = (vectors[p] * vectors[q]).sum(-1).expand(shape)
             entries[p][q] = entries[q][p] = entry
     gram = torch.stack([torch.stack(row, -1) for row in entries], -2)
-    return torch.det(gram if gram.dtype in (torch.float32, torch.float64) else gram.float()).abs().sqrt()
+    return torch.det(real(gram)).abs().sqrt()
 
 
 def volume_whitened(anchor, others):
     """From one product with orthonormalised candidates; what a careful user would write in torch."""
     stacked = torch.stack(others, -1)
-    q, upper = torch.linalg.qr(stacked if stacked.dtype in (torch.float32, torch.float64) else stacked.float())
+    q, upper = torch.linalg.qr(real(stacked))
     scale = upper.diagonal(dim1=-2, dim2=-1).prod(-1).abs()
     coefficients = anchor @ q.to(anchor.dtype).mT.reshape(-1, anchor.shape[-1]).mT
     residual = (anchor * anchor).sum(-1, keepdim=True) - coefficients.unflatten(-1, (-1, len(others))).square().sum(-1)
@@ -77,7 +82,7 @@ def siglip_formula(x, y):
     """The signs as a matrix, as the published code has it."""
     logits = SCALE * x @ y.mT + BIAS
     signs = 2 * torch.eye(logits.shape[0], dtype=logits.dtype, device=logits.device) - 1
-    return -F.logsigmoid(signs * logits).float().sum() / logits.shape[0]
+    return -real(F.logsigmoid(signs * logits)).sum() / logits.shape[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------- cases
