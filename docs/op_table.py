@@ -56,7 +56,7 @@ def table(link: str) -> str:
 
     from modalign import _host, info, ops
 
-    declared = {case.name: case for case in vars(cases).values() if isinstance(case, cases.OpCase)}
+    declared = {case.name: case for case in reversed(cases.CASES)}  # the first entry of an op; later ones are samples of other sizes
     covered, families = info.ops(), {kernel["family"] for kernel in _host.kernels().values()}
     yes = {True: "yes", False: "no"}
     lines = ["| op | CPU | CUDA | dtypes | backward | double backward | deterministic | paper |", "|---|---|---|---|---|---|---|---|"]
