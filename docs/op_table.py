@@ -35,8 +35,16 @@ def devices_that_ran(op: str) -> list[str]:
     return sorted(found)
 
 
+FAMILIES = {  # of kernels that are not named after their op
+    "gram_contrastive_loss": "contrastive_volume",
+    "triangle_contrastive_loss": "contrastive_triangle",
+    "clip_loss": "contrastive_product",
+    "siglip_loss": "contrastive_product",
+}
+
+
 def cuda(op: str, families: set[str]) -> str:
-    if op not in families:
+    if FAMILIES.get(op, op) not in families:
         return "no"
     ran = devices_that_ran(op)
     state = f"run on {', '.join(ran)}" if ran else "compiled and proved in the emulator; not yet run on a GPU"

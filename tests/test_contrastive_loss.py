@@ -209,6 +209,10 @@ def test_what_takes_no_part_is_never_read():
         b[3] = w[1] = w[4] = x[4] = bad
         for ours, theirs in zip(run(b, w, x), expected, strict=True):
             assert torch.equal(ours, theirs)
+        unit_rows = gradients(lambda *given: gram_contrastive_loss(given[0], list(given[1:]), present=present, target=target, normalize=True), [b, w, x])
+        assert all(torch.isfinite(value).all() for value in unit_rows) and (unit_rows[1][3] == 0).all()
+        pair = gradients(lambda *given: clip_loss(*given, logit_scale=3.0, target=target, normalize=True), [b, v])
+        assert all(torch.isfinite(value).all() for value in pair) and (pair[1][3] == 0).all()
     assert (expected[1][3] == 0).all() and (expected[2][[1, 4]] == 0).all() and (expected[3][4] == 0).all()
     rest = [0, 1, 2, 5]  # row 4 has no label and stays among the rows that columns are compared with
     alone = gram_contrastive_loss(a[[0, 1, 2, 4, 5]], [u[[0, 1, 2, 5]], v[[0, 1, 2, 5]]], present=present[rest], target=torch.tensor([0, 1, 2, -100, 3]))

@@ -1,4 +1,4 @@
-"""The contrastive losses over 2 and 3 gloo processes on this machine against one process: values and gradients, unequal batches, local gradients."""
+"""The contrastive losses over 1, 2 and 3 gloo processes on this machine against one process: values and gradients, unequal batches, local gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 LOSSES = {case.name: case for case in CONTRASTIVE}
 FORMS = {"gram_contrastive_loss": "gram", "triangle_contrastive_loss": "triangle", "clip_loss": "product", "siglip_loss": "product"}
-SIZES = {2: [7, 7], 3: [5, 8, 3]}
+SIZES = {1: [6], 2: [7, 7], 3: [5, 8, 3]}
 
 
 def problem(name, world, dtype=torch.float32):
@@ -43,6 +43,21 @@ def run(name, leaves, scalars, options, target, **more):
     return [loss.detach(), *torch.autograd.grad(loss, [*leaves, *scalars.values()])]
 
 
+def refused(name, leaves, scalars, options, target, exchange):
+    """A second derivative, and targets out of range, on every rank alike."""
+    import torch.distributed as dist
+
+    more = {"exchange": exchange, "process_group": dist.group.WORLD}
+    for position in range(len(leaves)):
+        fresh = [leaf.clone().requires_grad_(index == position) for index, leaf in enumerate(leaves)]
+        (first,) = torch.autograd.grad(call(name, fresh, scalars, options, target, **more), fresh[position], create_graph=True)
+        with pytest.raises(RuntimeError, match=f"{name}: double backward is not supported"):
+            first.sum().backward()
+    for wrong in (99, -5):
+        with pytest.raises(RuntimeError, match=f"{name}: target must hold indices from 0 to .* got {wrong} at row 0"):
+            call(name, leaves, scalars, options, torch.full_like(target, wrong), **more)
+
+
 def worker(rank, world):
     """One rank: every loss, gathered and round the ring."""
     import torch.distributed as dist
@@ -56,8 +71,12 @@ def worker(rank, world):
         mine = [leaf[here] for leaf in leaves]
         for exchange in ("gather", "ring"):
             for how in ("full", "local", "again"):
+                if how == "local" and name == "siglip_loss":
+                    continue
                 more = {"exchange": exchange, "gather_grad": "full" if how == "again" else how, "process_group": dist.group.WORLD}
                 found[name, exchange, how] = run(name, mine, scalars, options, target[here], **more)
+            found[name, exchange, "sum"] = run(name, mine, scalars, options, target[here], reduction="sum", exchange=exchange, process_group=dist.group.WORLD)
+            refused(name, mine, scalars, options, target[here], exchange)
         plain = {key: value for key, value in options.items() if key == "present"}
         found[name, "default target"] = call(name, mine, scalars, plain, None, process_group=dist.group.WORLD, return_accuracy=True)
         found[name, "none"] = call(name, mine, scalars, options, target[here], process_group=dist.group.WORLD, reduction="none")
@@ -86,6 +105,9 @@ def test_averaged_gradients_are_those_of_one_process(ranks, name, exchange):
         assert relative(gathered, expected[1 + index]) < 1e-5, index
     for index in range(leaves, len(expected) - 1):
         assert relative(torch.stack([rank[name, exchange, "full"][1 + index] for rank in found]).double().mean(), expected[1 + index]) < 3e-5
+    summed = run(name, *problem(name, world, torch.float64)[:4], reduction="sum")
+    assert relative(torch.stack([rank[name, exchange, "sum"][0] for rank in found]).double().mean(), summed[0]) < 1e-5
+    assert relative(torch.cat([rank[name, exchange, "sum"][1] for rank in found]) / world, summed[1]) < 1e-5
     for rank in found:
         for ours, theirs in zip(rank[name, exchange, "full"], rank[name, exchange, "again"], strict=True):
             assert torch.equal(ours, theirs)
@@ -125,5 +147,7 @@ def test_process_groups_are_checked():
             call(process_group="world")
         with pytest.raises(ValueError, match='gather_grad must be "full" or "local", got str'):
             call(gather_grad="none")
+        with pytest.raises(ValueError, match='gather_grad must be "full" .a pair has no direction here., got'):
+            ops.siglip_loss(a, a, logit_scale=1.0, logit_bias=0.0, gather_grad="local")
         with pytest.raises(ValueError, match='exchange must be "gather" or "ring", got str'):
             call(exchange="tree")

@@ -162,6 +162,11 @@ def accuracy(row_best: Tensor, column_best: Tensor, target: Tensor | None) -> Te
     return torch.stack([(right & (best >= 0)).sum() / count.clamp(min=1) for right, best, count in zip((right_row, right_column), (row_best, column_best), labelled, strict=True)])
 
 
+def without_ignored(rows: Tensor, target: Tensor | None) -> Tensor:
+    """Zeros in place of ignored rows: a NaN there would come back through the gradient of a division."""
+    return rows if target is None else torch.where((target != IGNORED)[:, None], rows, 0)
+
+
 def column_weights(row_weight: Tensor, target: Tensor | None, columns: int) -> Tensor:
     """h_j: the weights of the rows whose target is j, added in the order of the rows on every device."""
     if target is None:

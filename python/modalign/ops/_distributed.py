@@ -4,7 +4,7 @@ The rows stay where they are. "gather": all candidates come to every rank, which
 (C numbers), and in the backward each rank's share of the candidates' gradients goes back to their owner. "ring": the candidates' blocks travel from rank
 to rank instead, with their column statistics and gradients, so that no rank ever holds more than two blocks.
 
-Convention: each rank returns its part of the global loss times the number of ranks. Averaging the ranks' gradients, as data parallel training does, then
+Convention: each rank returns its part of the global loss (mean or sum) times the number of ranks. Averaging the ranks' gradients, as data parallel training does, then
 gives exactly the gradient of the global loss, also where batches differ in size; for equal ones a rank returns the mean over its own rows.
 """
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _contrastive as contrastive
+from ._registration import tie_to
 
 def evaluate(
     name: str,
@@ -38,8 +39,13 @@ def evaluate(
     options = (label_smoothing, *contrastive.parts_of(direction), eps)
     function = _Gathered if exchange == "gather" else _Ring
     loss, weight, right = function.apply(name, group, gather_grad, options, target, present, scale, bias, anchor, *others)
-    result = loss if reduction == "none" else loss.sum() if reduction == "sum" else (loss * weight).sum()
+    result = loss if reduction == "none" else dist.get_world_size(group) * loss.sum() if reduction == "sum" else (loss * weight).sum()
     return (result, right) if return_accuracy else result
+
+
+def tied(anchor: Tensor, sources: list[Tensor]) -> Tensor:
+    """Where a second derivative may be asked for: the raw backward refuses it by name, for which its arguments must be known to depend on all inputs."""
+    return tie_to(anchor, sources) if torch.is_grad_enabled() else anchor
 
 
 def gather_sizes(size: int, like: Tensor, group: Any) -> list[int]:
@@ -148,21 +154,21 @@ class _Gathered(torch.autograd.Function):
         ctx.name, ctx.group, ctx.gather_grad, ctx.options, ctx.sizes, ctx.m = name, group, gather_grad, options, sizes, len(others)
         ctx.has_bias, ctx.has_present = bias is not None, present is not None
         optional = [tensor for tensor in (bias, everyones_present) if tensor is not None]
-        ctx.save_for_backward(row_lse, column_lse_everywhere, classes, basis, factor, labelled, target, scale, anchor, *everyone, *optional)
+        ctx.save_for_backward(row_lse, column_lse_everywhere, classes, basis, factor, labelled, target, scale, anchor, *everyone, *optional, *others)
         right = _accuracy(row_best, column_best, column_lse, target, group)
         ctx.mark_non_differentiable(weight, right)
         return loss, weight, right
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         row_lse, column_lse, classes, basis, factor, labelled, target, scale, anchor, *rest = ctx.saved_tensors
         everyone, optional = rest[: ctx.m], iter(rest[ctx.m :])
+        anchor = tied(anchor, [*rest[-ctx.m :], scale.reshape(1)])
         bias = next(optional) if ctx.has_bias else None
         present = next(optional) if ctx.has_present else None
         row_weight = grad.contiguous() if ctx.name == "siglip_loss" else torch.where(labelled, grad, 0)
         column_weight = contrastive.column_weights(row_weight, target, everyone[0].shape[0])
-        dist.all_reduce(column_weight, group=ctx.group)
+        dist.all_reduce(column_weight.detach(), group=ctx.group)
         need_scale, need_bias, need_anchor, *need_others = ctx.needs_input_grad[6:]
 
         def run(row_part: float, column_part: float, anchors: bool, candidates: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,16 +179,16 @@ class _Gathered(torch.autograd.Function):
             )  # fmt: skip
 
         _, row_part, column_part, _ = ctx.options
-        if ctx.gather_grad == "full" or ctx.name == "siglip_loss":
+        if ctx.gather_grad == "full":
             grad_anchor, grad_others, grad_scale = run(row_part, column_part, need_anchor, any(need_others))
             if any(need_others):
-                grad_others = reduce_scatter(grad_others, ctx.sizes, ctx.group)
+                grad_others = tie_to(reduce_scatter(grad_others.detach(), ctx.sizes, ctx.group), [grad_others.flatten()])
         else:  # each direction sends gradient to the side that was not gathered alone
             grad_anchor, _, from_rows = run(row_part, 0.0, need_anchor, False)
             _, grad_others, from_columns = run(0.0, column_part, False, any(need_others))
             grad_scale = from_rows + from_columns
             if any(need_others):
-                grad_others = reduce_scatter(grad_others, ctx.sizes, ctx.group)
+                grad_others = tie_to(reduce_scatter(grad_others.detach(), ctx.sizes, ctx.group), [grad_others.flatten()])
         return (
             *[None] * 6,
             grad_scale[0] if need_scale else None,
@@ -212,7 +218,9 @@ class _Block:
         self.owner = self.rank
 
     def receive_next(self) -> tuple[list[Tensor], list[Any]]:
-        """Send this block to the next rank and begin to receive the one before; both may go on during computation."""
+        """Begin to send this block to the next rank and to receive the one before."""
+        if self.world == 1:
+            return self.tensors, []
         before, after = (self.rank - 1) % self.world, (self.rank + 1) % self.world
         size = self.sizes[(self.owner - 1) % self.world]
         incoming = [tensor.new_empty(size, *tensor.shape[1:]) for tensor in self.tensors]
@@ -225,6 +233,15 @@ class _Block:
         for request in requests:
             request.wait()
         self.owner = (self.owner - 1) % self.world
+
+
+def checked_target(name: str, target: Tensor, total: int) -> Tensor:
+    """As the raw op checks it for a single process: values on the CPU alone."""
+    wrong = (target >= total) | ((target < -1) & (target != contrastive.IGNORED))
+    if target.device.type == "cpu" and wrong.any():
+        row = int(wrong.nonzero()[0, 0])
+        raise RuntimeError(f"{name}: target must hold indices from 0 to C - 1 = {total - 1}, -1 or -100, got {int(target[row])} at row {row}")
+    return target
 
 
 def _within(target: Tensor, start: int, size: int) -> Tensor:
@@ -268,6 +285,7 @@ class _Ring(torch.autograd.Function):
         starts = [sum(sizes[:owner]) for owner in range(world)]
         if target is None:
             target = torch.arange(anchor.shape[0], device=anchor.device) + starts[rank]
+        target = checked_target(name, target, sum(sizes))
         smoothing, row_part, column_part, _ = options
         sigmoid = name == "siglip_loss"
         statistics = scale.new_zeros(sizes[rank], 2)  # of the block's columns: log-sum-exp, sum
@@ -311,18 +329,18 @@ class _Ring(torch.autograd.Function):
         return loss, weight, right
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         row_lse, column_lse, classes, labelled, target, scale, anchor, *rest = ctx.saved_tensors
         others, optional = rest[: ctx.m], iter(rest[ctx.m :])
+        anchor = tied(anchor, [*others, scale.reshape(1)])
         bias = next(optional) if ctx.has_bias else None
         present = next(optional) if ctx.has_present else None
         row_weight = grad.contiguous() if ctx.name == "siglip_loss" else torch.where(labelled, grad, 0)
         column_weight = contrastive.column_weights(row_weight, target, column_lse.shape[0])
-        dist.all_reduce(column_weight, group=ctx.group)
+        dist.all_reduce(column_weight.detach(), group=ctx.group)
         need_scale, need_bias, need_anchor, *need_others = ctx.needs_input_grad[6:]
         smoothing, row_part, column_part, eps = ctx.options
-        local = ctx.gather_grad == "local" and ctx.name != "siglip_loss"
+        local = ctx.gather_grad == "local"
         passes = [(row_part, 0.0, need_anchor, False), (0.0, column_part, False, any(need_others))] if local else [(row_part, column_part, need_anchor, any(need_others))]
         real = contrastive.accumulation_dtype(anchor.dtype)
         grad_anchor = anchor.new_zeros(anchor.shape, dtype=real)
@@ -341,11 +359,11 @@ class _Ring(torch.autograd.Function):
                 )  # fmt: skip
                 grad_scale = grad_scale + from_scale
                 if anchors:
-                    grad_anchor += from_anchor
+                    grad_anchor = grad_anchor + from_anchor
                 if others_too:
-                    block.tensors[ctx.m] += from_others
+                    block.tensors[ctx.m] = block.tensors[ctx.m] + from_others.detach()
             block.step(block.receive_next())
-        grad_others = block.tensors[ctx.m].to(anchor.dtype)  # home again
+        grad_others = tie_to(block.tensors[ctx.m].to(anchor.dtype), [grad_scale])  # home again
         return (
             *[None] * 6,
             grad_scale[0] if need_scale else None,

@@ -59,7 +59,7 @@ def clip_loss(
     target : Tensor int64 [B], optional
         The candidate of each row; -1: none; -100: the row takes no part. Default: row i belongs to candidate i, and B must equal C.
     negatives : Tensor [K, D], optional
-        More candidates that belong to no row, such as a queue.
+        More candidates, such as a queue, behind those of y; they belong to no row unless ``target`` says so.
     label_smoothing, direction, reduction, return_accuracy
         See `gram_contrastive_loss`.
     normalize : bool
@@ -87,7 +87,7 @@ def clip_loss(
 
     Complexity
     ----------
-    2 B C D FLOP, the backward 6 B C D; memory beyond inputs and gradients about 3 (B + C) D.
+    2 B C D FLOP, the backward 6 B C D; memory beyond inputs and gradients about 4 (B + C) D, and the workspace.
 
     Paper: Radford et al., "Learning transferable visual models from natural language supervision", ICML 2021, figure 3.
     """
@@ -137,7 +137,7 @@ def pair_loss(
                 target = torch.arange(x.shape[0], device=x.device)
             y = torch.cat([y, negatives])
         if normalize:
-            x, y = unit(x), unit(y)
+            x, y = unit(contrastive.without_ignored(x, target)), unit(y)
         return contrastive.evaluate(op, x, [y], scale, bias, target, None, label_smoothing, direction, 0.0, reduction, return_accuracy, workspace, process_group, gather_grad, exchange)
 
 

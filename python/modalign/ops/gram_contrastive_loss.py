@@ -84,12 +84,13 @@ def gram_contrastive_loss(
         Default 64 MiB: 2896 rows and candidates of k = 3 in float32.
     process_group : torch.distributed.ProcessGroup, optional
         Rows and candidates of all ranks form one batch (pass ``dist.group.WORLD``); ``target`` then counts candidates over all ranks, by default from
-        this rank's first one. Ranks may differ in size. Each returns its part of the global loss times the number of ranks, so that averaging the
-        ranks' gradients gives exactly the gradient of the global loss. The accuracy of columns is NaN here. Not for torch.compile.
+        this rank's first one. Ranks may differ in size. Each returns its part of the global mean or sum times the number of ranks, so that averaging
+        the ranks' gradients gives exactly the gradient of the global loss. The accuracy of columns is NaN here, round a ring that of rows too. Not for
+        torch.compile.
     gather_grad : "full" or "local"
-        "local": candidates of other ranks count as constants for the rows, and rows of other ranks for the candidates, as the released code has it.
+        "local": all candidates count as constants for the rows, and all rows for the candidates, a rank's own included, as the released code has it.
     exchange : "gather" or "ring"
-        How ranks meet: all candidates on every rank, or one rank's block of candidates at a time, which travels on while the next is computed.
+        How ranks meet: all candidates on every rank, or the block of one rank at a time.
 
     Returns
     -------
@@ -102,7 +103,7 @@ def gram_contrastive_loss(
 
     Edges
     -----
-    B = 1: 0 without smoothing. No labelled row: 0 with gradient 0. A NaN that takes part makes the loss NaN.
+    B = C = 1: 0. No labelled row: 0 with gradient 0. A NaN that takes part makes the loss NaN.
 
     Raises
     ------
@@ -112,7 +113,7 @@ def gram_contrastive_loss(
 
     Complexity
     ----------
-    2 B C m D FLOP, the backward 6 B C m D. Memory beyond inputs and gradients: about 2 (B + m C) D, and the workspace.
+    2 B C m D FLOP, the backward 6 B C m D. Memory beyond inputs and gradients: about 4 (B + m C) D, and the workspace.
 
     Paper: Cicchetti et al., "Gramian Multimodal Representation Learning and Alignment", ICLR 2025, section 3.3; the released code smooths labels by 0.1,
     which the paper leaves out.
@@ -142,7 +143,7 @@ def gram_contrastive_loss(
         if normalize:
             if present is not None:  # an absent NaN would come back through the gradient of the division
                 vectors = [torch.where(present[:, p, None], vector, 0) for p, vector in enumerate(vectors)]
-            anchor, vectors = unit(anchor), [unit(vector) for vector in vectors]
+            anchor, vectors = unit(contrastive.without_ignored(anchor, target)), [unit(vector) for vector in vectors]
         if wide:
             rows = None if target is None else target != contrastive.IGNORED
             here = anchor if rows is None else torch.where(rows[:, None], anchor, 0)

@@ -52,7 +52,7 @@ def siglip_loss(
     target : Tensor int64 [B], optional
         The candidate of each row; -1: none; -100: the row takes no part. Default: row i belongs to candidate i, and B must equal C.
     negatives : Tensor [K, D], optional
-        More candidates that belong to no row.
+        More candidates, behind those of y; they belong to no row unless ``target`` says so.
     normalize, reduction, return_accuracy
         See `clip_loss`; "none" gives the sum over the candidates of each row.
     process_group, gather_grad, exchange, implementation, workspace_bytes
@@ -77,7 +77,7 @@ def siglip_loss(
 
     Complexity
     ----------
-    2 B C D FLOP, the backward 6 B C D; memory beyond inputs and gradients about 3 (B + C) D.
+    2 B C D FLOP, the backward 6 B C D; memory beyond inputs and gradients about 4 (B + C) D, and the workspace.
 
     Paper: Zhai et al., "Sigmoid loss for language image pre-training", ICCV 2023, algorithm 1.
     """
@@ -89,6 +89,8 @@ def siglip_loss(
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
     workspace = contrastive.check_workspace(op, implementation, workspace_bytes)
     contrastive.check_group(op, process_group, gather_grad, exchange)
+    if gather_grad != "full":
+        raise ValueError(f'{op}: gather_grad must be "full" (a pair has no direction here), got {gather_grad!r}')
     return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, 0.0, "both", normalize, reduction, return_accuracy, workspace, process_group, gather_grad, exchange)
 
 

@@ -94,7 +94,7 @@ def triangle_contrastive_loss(
     eps = arguments.check_eps(op, eps, anchor.dtype)
     with torch.autocast(anchor.device.type, enabled=False):
         if normalize:
-            anchor, u, v = unit(anchor), unit(u), unit(v)
+            anchor, u, v = unit(contrastive.without_ignored(anchor, target)), unit(u), unit(v)
         return contrastive.evaluate(op, anchor, [u, v], scale, None, target, None, smoothing, direction, eps, reduction, return_accuracy, workspace, process_group, gather_grad, exchange)
 
 
