@@ -3,6 +3,7 @@ pictures."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,16 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import miniature
 from modalign import data, metrics, models
 from modalign.cli import app
+from modalign.cli.align import tables
 from modalign.cli.experiment import RunStore, run_experiment
 from modalign.cli.report import joint_table
 from modalign.cli.search import find
@@ -508,6 +512,34 @@ def test_two_modalities_are_ranked_by_volume(emoji_run):
     expected = torch.linalg.det(vectors @ vectors.mT).clamp_min(0).sqrt()
     assert scores == sorted(scores) and torch.allclose(torch.tensor(scores).double(), expected, atol=1e-3)
     assert items[0] == 10 and scores[0] < 1e-3
+
+
+def test_what_a_search_is_for_where_no_modality_is_called_picture(emoji_run):
+    """Another encoder's pictures are shown too, also for words and a picture together."""
+    emoji, model = data.load("emoji-mini"), models.GramAligner.from_pretrained(emoji_run / "model")
+    renamed = models.GramAligner(replace(model.config, modalities={"text": 256, "picture_vit": 256}, anchor="text"), seed=0).eval()
+    dataset = replace(emoji, modalities={"text": emoji.modalities["text"], "picture_vit": emoji.modalities["picture"]}, default=())
+    query = {name: dataset.modalities[name][10:11] for name in ("text", "picture_vit")}
+    assert find(renamed, dataset, query, 5) == find(renamed, dataset, query, 5, "picture_vit")
+    alone = {"picture_vit": query["picture_vit"]}
+    assert find(renamed, dataset, alone, 5) == find(renamed, dataset, alone, 5, "text")
+    words = models.GramAligner(models.GramAlignerConfig({"text": 256, "text_fr": 256}, width=8), seed=0).eval()
+    both = {name: query["text"] for name in ("text", "text_fr")}
+    with pytest.raises(ValueError, match="find: target must be given where the query has all modalities, got a query of"):
+        find(words, dataset, both, 5)
+
+
+def test_the_table_of_pairs_fits_into_80_columns(emoji_run):
+    results = json.loads((emoji_run / "results.json").read_text())
+    (point,) = results["curve"]
+    for row in point["rows"].values():  # deviations with two digits before the point
+        row["mean_r10_by_seed"] = [0.1, 0.6, 0.9]
+    results["curve"] = [point, point]
+    console = Console(width=80, record=True, file=io.StringIO())
+    for table in tables(results):
+        console.print(table)
+    shown = console.export_text()
+    assert shown.count("mean R@10 by number of training pairs") == 2 and "trained − CCA" in " ".join(shown.split()) and "…" not in shown
 
 
 def test_search_passes_over_items_without_the_target():

@@ -103,11 +103,16 @@ def find(model: GramAligner, dataset: PairedDataset, query: Mapping[str, Tensor]
 
     query : features [1, D] by modality. Of one modality, items are ranked by the cosine with their `target` vector, scores falling; of several, by the
         volume that the query's vectors span with it, scores rising.
-    target : modality of the items; default "picture", unless the query is a picture alone: then the first other one
+    target : modality of the items; default "picture" or another encoder's, unless the query is that picture alone: then the first other one
     """
     names = list(model.config.modalities)
     if not target:
-        target = "picture" if "picture" in names and list(query) != ["picture"] else next(name for name in names if name not in query)
+        pictures = [name for name in names if name == "picture" or name.startswith("picture_")]
+        shown = "picture" if "picture" in pictures else next(iter(pictures), "")
+        others = [name for name in names if name not in query]
+        target = shown if shown and list(query) != [shown] else next(iter(others), "")
+        if not target:
+            raise ValueError(f"find: target must be given where the query has all modalities, got a query of {list(query)}")
     unknown = [name for name in (target, *query) if name not in names or name not in dataset.modalities]
     if unknown or not query:
         raise ValueError(f"find: query and target must be modalities of model and data set out of {names}, got {unknown or 'no query'}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -109,7 +108,6 @@ def prepare(
         settings={"files": file_identity(root, files)},
     )
     if not force and encoding.finished():
-        shutil.rmtree(encoding.folder / ".cache", ignore_errors=True)
         return Prepared(encoding.folder, len(items), left_out, {}, new=False)
     if limit is not None and not force and not encoding.cache.exists() and prepared(encoding.folder):
         there = len(json.loads((encoding.folder / "items.json").read_text(encoding="utf-8"))["items"])
