@@ -19,6 +19,7 @@ from torch import Tensor
 from . import _contrastive as contrastive
 from ._registration import tie_to
 
+
 def evaluate(
     name: str,
     anchor: Tensor,
@@ -108,6 +109,20 @@ def whole_classes(classes: Tensor, counts: Tensor, column_lse: Tensor, scale: Te
     return torch.cat([classes[:1], counts, torch.where(center.isfinite(), center, 0).to(classes.dtype)[None]])
 
 
+def loss_of_statistics(
+    options: tuple[float, ...], target: Tensor, labelled: Tensor, label: Tensor, row_lse: Tensor, row_sum: Tensor, column_lse: Tensor, column_sum: Tensor, classes: Tensor
+) -> Tensor:
+    """The softmax loss of each row from the statistics of the whole problem, as csrc/ops/contrastive_loss.h has it; 0 without a label."""
+    smoothing, row_part, column_part, _ = options
+    if not len(column_lse):
+        return torch.zeros_like(label)
+    at, kept = torch.where(labelled, target, 0), (1 - smoothing) * label
+    row_loss, column_loss = row_lse - kept, column_lse[at] - kept
+    if smoothing:
+        row_loss, column_loss = row_loss - smoothing * row_sum / classes[0], column_loss - smoothing * column_sum[at] / classes[1]
+    return torch.where(labelled, row_part * row_loss + column_part * column_loss, 0)
+
+
 class _Gathered(torch.autograd.Function):
     """-> (loss per local row, weight of each row in the mean, accuracy)."""
 
@@ -144,12 +159,7 @@ class _Gathered(torch.autograd.Function):
             column_lse_everywhere = log_sum_exp(column_lse, group)
             classes = whole_classes(classes, counts, column_lse_everywhere, scale, bias)
             dist.all_reduce(column_sum, group=group)
-            smoothing, row_part, column_part, _ = options
-            at = torch.where(labelled, target, 0)
-            kept = (1 - smoothing) * label
-            row_loss = row_lse - kept - (smoothing * row_sum / classes[0] if smoothing else 0)
-            column_loss = column_lse_everywhere[at] - kept - (smoothing * column_sum[at] / counts[0] if smoothing else 0) if len(column_lse) else row_loss
-            loss = torch.where(labelled, row_part * row_loss + column_part * column_loss, 0)
+            loss = loss_of_statistics(options, target, labelled, label, row_lse, row_sum, column_lse_everywhere, column_sum, classes)
             weight = world / counts[1].clamp(min=1)
         ctx.name, ctx.group, ctx.gather_grad, ctx.options, ctx.sizes, ctx.m = name, group, gather_grad, options, sizes, len(others)
         ctx.has_bias, ctx.has_present = bias is not None, present is not None
@@ -286,12 +296,10 @@ class _Ring(torch.autograd.Function):
         if target is None:
             target = torch.arange(anchor.shape[0], device=anchor.device) + starts[rank]
         target = checked_target(name, target, sum(sizes))
-        smoothing, row_part, column_part, _ = options
         sigmoid = name == "siglip_loss"
         statistics = scale.new_zeros(sizes[rank], 2)  # of the block's columns: log-sum-exp, sum
         statistics[:, 0] = -torch.inf
         block = _Block([*others, statistics] + ([] if present is None else [present.to(torch.uint8)]), sizes, group)
-        loss = row_lse = row_sum = label = labelled = classes = right = None
         for hop in range(world):
             candidates, mask = block.tensors[:m], block.tensors[m + 1].bool() if present is not None else None
             local = _within(target, starts[block.owner], sizes[block.owner])
@@ -314,11 +322,7 @@ class _Ring(torch.autograd.Function):
         dist.all_reduce(counts, group=group)
         classes = torch.cat([classes[:1], counts, classes[3:]]) if sigmoid else whole_classes(classes, counts, column_lse, scale, bias)
         if not sigmoid:
-            at = torch.where(labelled, target, 0)
-            kept = (1 - smoothing) * label
-            row_loss = row_lse - kept - (smoothing * row_sum / classes[0] if smoothing else 0)
-            column_loss = column_lse[at] - kept - (smoothing * column_sum[at] / counts[0] if smoothing else 0) if len(column_lse) else row_loss
-            loss = torch.where(labelled, row_part * row_loss + column_part * column_loss, 0)
+            loss = loss_of_statistics(options, target, labelled, label, row_lse, row_sum, column_lse, column_sum, classes)
         weight = world / counts[0 if sigmoid else 1].clamp(min=1)
         right = counts.new_full((2,), torch.nan, dtype=torch.float32)
         ctx.name, ctx.group, ctx.gather_grad, ctx.options, ctx.sizes, ctx.starts, ctx.m = name, group, gather_grad, options, sizes, starts, m
