@@ -56,6 +56,9 @@ def refused(name, leaves, scalars, options, target, exchange):
     for wrong in (99, -5):
         with pytest.raises(RuntimeError, match=f"{name}: target must hold indices from 0 to .* got {wrong} at row 0"):
             call(name, leaves, scalars, options, torch.full_like(target, wrong), **more)
+    for kept in ({"implementation": "dense"}, {"workspace_bytes": 1 << 20}):
+        with pytest.raises(ValueError, match='implementation must not be "dense", nor workspace_bytes given, together with process_group'):
+            call(name, leaves, scalars, options, target, **more, **kept)
 
 
 def worker(rank, world):

@@ -79,7 +79,7 @@ def check_direction(op: str, value: object) -> str:
 IMPLEMENTATIONS = ("auto", "streaming", "dense")
 
 
-def check_workspace(op: str, implementation: object, workspace_bytes: object) -> int:
+def check_workspace(op: str, implementation: object, workspace_bytes: object, process_group: object) -> int:
     """Bytes that the forward may leave for the backward: "streaming" none, "dense" as many as there are, "auto" the given number or 64 MiB."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f'{op}: implementation must be "auto", "streaming" or "dense", got {arguments.describe(implementation)}')
@@ -87,6 +87,8 @@ def check_workspace(op: str, implementation: object, workspace_bytes: object) ->
         raise TypeError(f"{op}: workspace_bytes must be None or a whole number, got {arguments.describe(workspace_bytes)}")
     if workspace_bytes is not None and (workspace_bytes < 0 or implementation != "auto"):
         raise ValueError(f'{op}: workspace_bytes must be at least 0 and go with implementation="auto", got {workspace_bytes} and {implementation!r}')
+    if process_group is not None and (implementation == "dense" or workspace_bytes):
+        raise ValueError(f'{op}: implementation must not be "dense", nor workspace_bytes given, together with process_group: nothing is kept there')
     if implementation == "auto":
         return 64 << 20 if workspace_bytes is None else workspace_bytes
     return (1 << 62) if implementation == "dense" else 0

@@ -99,7 +99,7 @@ def clip_loss(
     direction = contrastive.check_direction(op, direction)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
-    workspace = contrastive.check_workspace(op, implementation, workspace_bytes)
+    workspace = contrastive.check_workspace(op, implementation, workspace_bytes, process_group)
     contrastive.check_group(op, process_group, gather_grad, exchange)
     return pair_loss(op, x, y, negatives, logit_scale, logit_bias, target, smoothing, direction, normalize, reduction, return_accuracy, workspace, process_group, gather_grad, exchange)
 

@@ -127,7 +127,7 @@ def gram_contrastive_loss(
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
     contrastive.check_group(op, process_group, gather_grad, exchange)
-    workspace = contrastive.check_workspace(op, implementation, workspace_bytes)
+    workspace = contrastive.check_workspace(op, implementation, workspace_bytes, process_group)
     wide = len(vectors) >= MAX_KERNEL_MODALITIES
     if wide and (implementation == "streaming" or return_accuracy or process_group is not None):
         what = "return_accuracy must be False" if return_accuracy else "process_group must be None" if process_group is not None else None

@@ -87,7 +87,7 @@ def siglip_loss(
     normalize = arguments.check_flag(op, "normalize", normalize)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
-    workspace = contrastive.check_workspace(op, implementation, workspace_bytes)
+    workspace = contrastive.check_workspace(op, implementation, workspace_bytes, process_group)
     contrastive.check_group(op, process_group, gather_grad, exchange)
     if gather_grad != "full":
         raise ValueError(f'{op}: gather_grad must be "full" (a pair has no direction here), got {gather_grad!r}')

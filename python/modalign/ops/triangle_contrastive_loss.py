@@ -85,7 +85,7 @@ def triangle_contrastive_loss(
     direction = contrastive.check_direction(op, direction)
     reduction = contrastive.check_reduction(op, reduction)
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
-    workspace = contrastive.check_workspace(op, implementation, workspace_bytes)
+    workspace = contrastive.check_workspace(op, implementation, workspace_bytes, process_group)
     contrastive.check_group(op, process_group, gather_grad, exchange)
     refuse_forward_mode(op, [anchor, u, v] + [value for value in (temperature,) if isinstance(value, Tensor)])
     if autocast_is_on(anchor.device.type):
