@@ -142,7 +142,7 @@ def raw(name: str, form: str, make: Maker) -> list[tuple[object, tuple[object, .
     wanting = (given[0].clone().requires_grad_(), [vector.clone().requires_grad_() for vector in vectors], scale.clone().requires_grad_(), *given[3:], budget)
     found: list[tuple[object, tuple[object, ...]]] = [(forward, wanting)]
     for need in ((True, True), (True, False), (False, True), (False, False)):
-        found.append((backward, (torch.ones_like(loss), torch.ones_like(column_lse), row_lse, column_lse, classes, basis, factor, products, *given, *need)))
+        found.append((backward, (torch.ones_like(loss), loss.new_ones(C), row_lse, column_lse, classes, basis, factor, products, *given, *need)))
     return found
 
 

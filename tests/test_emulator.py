@@ -414,7 +414,7 @@ def test_mathematics(key, dtype):
     nan = np.array([[np.nan, 1, 4], [1, np.nan, 4]], dtype)
     results = _host.run(key, {"x": np.concatenate([x, nan])}).outputs["results"]
     assert np.isnan(results[200:, :2]).all()
-    low, high, root, inverse_root, power, fused, magnitude, log, log_1p = results[:200].T
+    low, high, root, inverse_root, power, fused, magnitude, log, log_1p, power_minus_1 = results[:200].T
     np.testing.assert_array_equal(low, np.minimum(x[:, 0], x[:, 1]))
     np.testing.assert_array_equal(high, np.maximum(x[:, 0], x[:, 1]))
     np.testing.assert_array_equal(root, np.sqrt(x[:, 2]))
@@ -424,6 +424,7 @@ def test_mathematics(key, dtype):
     np.testing.assert_allclose(power, np.exp(x[:, 0].astype(np.longdouble)), rtol=epsilon)
     np.testing.assert_allclose(log, np.log(x[:, 2].astype(np.longdouble)), rtol=epsilon)
     np.testing.assert_allclose(log_1p, np.log1p(x[:, 2].astype(np.longdouble)), rtol=epsilon)
+    np.testing.assert_allclose(power_minus_1, np.expm1(x[:, 0].astype(np.longdouble)), rtol=2 * epsilon)
     exact = x[:, 0].astype(np.longdouble) * x[:, 1] + x[:, 2]
     np.testing.assert_allclose(fused, exact.astype(dtype), rtol=epsilon)
 

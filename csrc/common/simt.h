@@ -142,6 +142,8 @@ MODALIGN_DEVICE float reciprocal_square_root(float x) { return __frsqrt_rn(x); }
 MODALIGN_DEVICE double reciprocal_square_root(double x) { return 1.0 / __dsqrt_rn(x); }
 MODALIGN_DEVICE float exponential(float x) { return expf(x); }
 MODALIGN_DEVICE double exponential(double x) { return exp(x); }
+MODALIGN_DEVICE float exponential_minus_1(float x) { return expm1f(x); }
+MODALIGN_DEVICE double exponential_minus_1(double x) { return expm1(x); }
 MODALIGN_DEVICE float logarithm(float x) { return logf(x); }
 MODALIGN_DEVICE double logarithm(double x) { return log(x); }
 /// log(1 + x), with all digits of a small x.

@@ -3,7 +3,8 @@
 // Maths      ops/contrastive_loss.h. The values of a tile become logits in place; engine form (c) folds them into log-sum-exps of rows and columns at once, beside them
 //            sums and the largest are kept. Backward makes each tile again, forms dL/dz from the saved log-sum-exps and goes on as pair_gradient.h does.
 //            (GRAM, ICLR 2025; CLIP 2021; SigLIP 2023; TRIANGLE, NeurIPS 2025; recomputation as in FlashAttention and Inf-CL.)
-// Label      the labelled pair of a row is always computed from its vectors, and stands in its tile with the same bits: a loss is never below 0 by rounding.
+// Label      the labelled pair of a row is always computed from its vectors. Sums of exponentials begin with it, in double, and its dL/dz is a single expm1: losses
+//            and gradients of nearly solved batches keep their digits, and no loss is below 0 by rounding.
 // FLOPs      forward 2 B C m D, backward 6 B C m D (4 where the forward could keep its products); two exponentials per pair each (sigmoid: one).
 // Memory     beyond in- and outputs: the packed operands; backward the operands and gradients of pair_gradient.h. Row statistics take at most 32 slots.
 // Precision  tiles in float (double for double), all sums over tiles in double.
@@ -182,6 +183,7 @@ struct Logits {
           sum += counted;
           store(lane_sum + l, load(lane_sum + l) + counted);
         }
+        if (label / W == group && label >= 0) out[label % W] = -std::numeric_limits<T>::infinity();   // the sums of exponentials begin with it
       }
       double total = 0;
       T& row_top = buffers.row_top[slot * B + row];
@@ -225,10 +227,17 @@ void forward(const ContrastiveProblem& p, const ContrastiveForward& to, const Fo
   const auto make_logits = [&] {
     return Logits<T, Values>{p, buffers, columns.groups, Values(sizes, geometry, buffers.operands, basis, false), Scratch<T>(columns.tile)};
   };
-  T *row_lse = static_cast<T*>(to.row_lse), *column_lse = static_cast<T*>(to.column_lse), *row_sum = static_cast<T*>(to.row_sum), *label = static_cast<T*>(to.label);
-  T *column_sum = static_cast<T*>(to.column_sum), *loss = static_cast<T*>(to.loss), *classes = static_cast<T*>(to.classes);
+  double *row_lse = to.row_lse, *column_lse = to.column_lse;
+  T *row_sum = static_cast<T*>(to.row_sum), *label = static_cast<T*>(to.label), *column_sum = static_cast<T*>(to.column_sum), *loss = static_cast<T*>(to.loss), *classes = static_cast<T*>(to.classes);
   if (p.loss == PairLoss::softmax) {
-    log_sum_exp<T>(pair, C, slots, buffers.statistics, row_lse, column_lse, parallel, make_logits);
+    log_sum_exp<T>(pair, C, slots, buffers.statistics, row_lse, column_lse, parallel, make_logits, [&](const OnlineSum<T>& row, const OnlineSum<T>& column) {
+      for (std::int64_t i = 0; i < B; ++i) {
+        const std::int64_t t = sides.label[i];
+        if (t < 0) continue;
+        merge(row.maximum[i], row.sum[i], buffers.row_label[i], 1);
+        merge(column.maximum[t], column.sum[t], buffers.row_label[i], 1);
+      }
+    });
   } else {
     for_each_slot_tile<T>(pair, slots, parallel, [&] { return [logits = make_logits()](const Tile<T>& tile, std::int64_t slot) mutable { logits(tile, slot); }; });
     for (std::int64_t i = 0; i < B; ++i) row_lse[i] = sides.label[i] == kNoPart ? -infinity : 0;
@@ -295,13 +304,14 @@ template <class T>
 struct LossBuffers {
   Sides<T> sides;
   T* columns = nullptr;    // form product: [C][D]
-  T* column_lse;           // [lane groups] +infinity where the column takes no part
+  T *column_high, *column_low;   // [lane groups] its log-sum-exp, +infinity where the column takes no part
   T* column_weight;        // [lane groups]
   double* slot_scale;      // [slots][2]
   LossBuffers(const ContrastiveProblem& p, Arena& arena) : sides(p.pairs.B, p.pairs.C, arena) {
     const std::int64_t padded = round_up(p.pairs.C, kLanes<T>);
     if (p.form == PairForm::product) columns = arena.take<T>(p.pairs.C * p.pairs.D);
-    column_lse = arena.take<T>(padded);
+    column_high = arena.take<T>(padded);
+    column_low = arena.take<T>(padded);
     column_weight = arena.take<T>(padded);
     slot_scale = arena.take<double>(kMaxSlots * 2);
   }
@@ -312,19 +322,20 @@ template <class T>
 struct LossUpstream {
   const ContrastiveProblem& p;
   const LossBuffers<T>& buffers;
-  const T *row_weight, *row_lse;
+  const T* row_weight;
+  const double* row_lse;
   T row_share, column_share;   // lambda / columns, lambda / rows
-  T row_part, column_part, label_part;
-  T center;
+  T row_part, column_part, smoothing, center;
   std::int64_t label = kNone;
-  T g = 0, lse = 0;
+  T g = 0;
+  LogSum<T> lse{0};
   Vector<T> dscale{}, dbias{};
   alignas(64) T out[kLanes<T>] = {};
 
   std::int64_t begin_row(std::int64_t row, std::int64_t, std::int64_t) {
     label = buffers.sides.label[row];
     g = label == kNoPart ? T(0) : row_weight[row];
-    lse = row_lse[row];
+    lse = LogSum<T>(row_lse[row]);
     dscale = dbias = Vector<T>{};
     return label;
   }
@@ -339,16 +350,25 @@ struct LossUpstream {
         dz = broadcast(g) * sigmoid<T>(z);
       } else {
         const Vector<T> h = load(buffers.column_weight + at);
-        dz = broadcast(row_part * g) * (exponential<T>(z - broadcast(lse)) - broadcast(row_share)) +
-             broadcast(column_part) * h * (exponential<T>(z - load(buffers.column_lse + at)) - broadcast(column_share));
+        dz = broadcast(row_part * g) * (exponential<T>(z - broadcast(lse.high) - broadcast(lse.low)) - broadcast(row_share)) +
+             broadcast(column_part) * h * (exponential<T>(z - load(buffers.column_high + at) - load(buffers.column_low + at)) - broadcast(column_share));
       }
-      if (label >= at && label < at + L) dz[label - at] -= label_part * g;
+      if (label >= at && label < at + L) {
+        const int lane = static_cast<int>(label - at);
+        if (p.loss == PairLoss::sigmoid) dz[lane] -= g;
+        else dz[lane] = of_label(z[lane], at + lane);
+      }
       dz = here > Vector<T>{} ? dz : Vector<T>{};
       dscale += here > Vector<T>{} ? dz * (v - broadcast(center)) : Vector<T>{};
       dbias += dz;
       store(out + l, broadcast(sides.scale) * dz);
     }
     return out;
+  }
+  // The labelled pair's, with exp(z - lse) - 1 in one piece: in a nearly solved batch little is left of their difference.
+  T of_label(T z, std::int64_t j) const {
+    const T h = buffers.column_weight[j], along_row = std::expm1(z - lse.high - lse.low), along_column = std::expm1(z - buffers.column_high[j] - buffers.column_low[j]);
+    return row_part * g * (along_row + (smoothing - row_share)) + column_part * (h * along_column + (h - g) + (smoothing * g - h * column_share));
   }
   void end_row(std::int64_t slot) const {
     double scale = 0, bias = 0;
@@ -401,13 +421,15 @@ void backward_of(const ContrastiveProblem& p, const ContrastiveBackward& to, voi
   const Sizes sizes = sizes_of(p.pairs);
   const std::int64_t D = sizes.D;
   constexpr T infinity = std::numeric_limits<T>::infinity();
-  const T *row_lse = static_cast<const T*>(to.row_lse), *column_lse = static_cast<const T*>(to.column_lse), *classes = static_cast<const T*>(to.classes);
+  const double *row_lse = to.row_lse, *column_lse = to.column_lse;
+  const T* classes = static_cast<const T*>(to.classes);
   LossBuffers<T>& loss = buffers.loss;
   loss.sides.scale = read_scalar<T>(p.scale);
   loss.sides.bias = read_scalar<T>(p.bias);
   fill_sides(p, loss.sides, [&](std::int64_t i) { return row_lse[i] != -infinity; }, [&](std::int64_t j) { return column_lse[j] != -infinity; });
   for (std::int64_t j = 0; j < round_up(sizes.C, kLanes<T>); ++j) {
-    loss.column_lse[j] = loss.sides.active[j] != 0 ? column_lse[j] : infinity;
+    const LogSum<T> lse(loss.sides.active[j] != 0 ? column_lse[j] : infinity);
+    loss.column_high[j] = lse.high, loss.column_low[j] = lse.low;
     loss.column_weight[j] = loss.sides.active[j] != 0 ? static_cast<const T*>(to.column_weight)[j] : 0;
   }
   for (std::int64_t s = 0; s < 2 * kMaxSlots; ++s) loss.slot_scale[s] = 0;
@@ -417,9 +439,8 @@ void backward_of(const ContrastiveProblem& p, const ContrastiveBackward& to, voi
 
   const auto make_upstream = [&] {
     const T lambda = static_cast<T>(p.label_smoothing);
-    const double label_part = p.loss == PairLoss::sigmoid ? 1 : (p.row_part + p.column_part) * (1 - p.label_smoothing);
     return LossUpstream<T>{p, loss, static_cast<const T*>(to.row_weight), row_lse, lambda == 0 ? 0 : lambda / classes[0], lambda == 0 ? 0 : lambda / classes[1],
-                           static_cast<T>(p.row_part), static_cast<T>(p.column_part), static_cast<T>(label_part), classes[3]};
+                           static_cast<T>(p.row_part), static_cast<T>(p.column_part), lambda, classes[3]};
   };
   with_geometry<T>(p, to.factor, [&](const auto& geometry) {
     using Geometry = std::decay_t<decltype(geometry)>;

@@ -108,13 +108,22 @@ inline void for_each_slot_tile(const PackedPair<T>& pair, const Slots& slots, co
   });
 }
 
+// A log-sum-exp as two numbers of T, so that exp(z - lse) = exp((z - high) - low) is as exact near 1 as T is: z - high has no rounding there.
+template <class T>
+struct LogSum {
+  T high, low;
+  explicit LogSum(double lse) : high(static_cast<T>(lse)), low(std::isfinite(high) ? static_cast<T>(lse - high) : T(0)) {}
+};
+
 // Row and column log-sum-exp of logits, written to row_result [rows] and column_result [columns].
 // make_logits() -> logits(tile, slot): turns products into logits in place and returns the tile of logits, its columns counted in logits.
-template <class T, class MakeLogits>
-inline void log_sum_exp(const PackedPair<T>& pair, std::int64_t columns, const Slots& slots, const StatisticsBuffers<T>& buffers, T* row_result, T* column_result,
-                        const Parallel& parallel, const MakeLogits& make_logits) {
+// begin(row, column): what the sums begin with, beside nothing.
+template <class T, class Result, class MakeLogits, class Begin>
+inline void log_sum_exp(const PackedPair<T>& pair, std::int64_t columns, const Slots& slots, const StatisticsBuffers<T>& buffers, Result* row_result, Result* column_result,
+                        const Parallel& parallel, const MakeLogits& make_logits, const Begin& begin) {
   clear(buffers.row, slots.count * pair.rows);
   clear(buffers.column, buffers.columns);
+  begin(buffers.row, buffers.column);
   for_each_slot_tile(pair, slots, parallel, [&] {
     return [&, logits = make_logits()](const Tile<T>& tile, std::int64_t slot) mutable {
       const Tile<T> z = logits(tile, slot);
@@ -126,9 +135,9 @@ inline void log_sum_exp(const PackedPair<T>& pair, std::int64_t columns, const S
     T maximum = -std::numeric_limits<T>::infinity();
     double sum = 0;
     for (std::int64_t slot = 0; slot < slots.count; ++slot) merge(maximum, sum, buffers.row.maximum[slot * pair.rows + i], buffers.row.sum[slot * pair.rows + i]);
-    row_result[i] = static_cast<T>(maximum + std::log(sum));
+    row_result[i] = static_cast<Result>(maximum + std::log(sum));
   }
-  for (std::int64_t j = 0; j < columns; ++j) column_result[j] = static_cast<T>(buffers.column.maximum[j] + std::log(buffers.column.sum[j]));
+  for (std::int64_t j = 0; j < columns; ++j) column_result[j] = static_cast<Result>(buffers.column.maximum[j] + std::log(buffers.column.sum[j]));
 }
 
 }  // inline namespace

@@ -90,7 +90,7 @@ void log_sum_exp_form(const T* A, const T* B, std::int64_t rows, std::int64_t co
                        }
                      return tile;
                    };
-                 });
+                 }, [](const auto&, const auto&) {});
 }
 
 template <class T>

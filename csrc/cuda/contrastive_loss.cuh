@@ -8,9 +8,10 @@
 ///            Inf-CL.)
 ///
 /// Forward    prepare        of the volume family: basis, factor, scale_j, |a_i|^2 (form product: nothing to prepare)
-///            labels         one warp per row: its label, and the logit of the labelled pair from the vectors. In its tile the pair stands with the
-///                           same bits: a loss is never below 0 by rounding
-///            column_labels  one warp per 32 columns: whether they take part and whether they are a row's label; walks all labels
+///            labels         one warp per row: its label, and the logit of the labelled pair from the vectors. Sums of exponentials leave it out in
+///                           their tiles and take it in at the end, in double: a nearly solved batch keeps its digits, no loss is below 0 by rounding
+///            column_labels  one warp per 32 columns: whether they take part, whether they are a row's label, and the sum of exponentials of those
+///                           rows' logits; walks all labels
 ///            forward        tile product; a thread owns a candidate of the tile and its rows in turn: values, then logits and the statistics of the
 ///                           column; then a thread owns a part of a row: statistics of the row in shared memory along the walk. The largest are
 ///                           found before the label takes its exact value, so that equal vectors have equal logits and the lowest index wins
@@ -30,7 +31,7 @@
 ///            statistics in fp32 (fp64 for f64). exp, log and log1p of the CUDA library, no fast variants.
 /// FLOPs      forward 2 B C m D, backward 6 B C m D; two exponentials per pair each (sigmoid: one). Bytes forward: operands once per tile of the
 ///            other side, 20 per row and column walk and per column and row walk (f64: 36); backward as pair_gradient.cuh.
-/// Memory     workspace: 20 (B + C) bytes times at most kLossWalks = 32 statistics slots (f64: 36); half inputs C m D halves; backward: the copy of
+/// Memory     workspace: 20 (B + C) bytes times at most kLossWalks = 32 statistics slots (f64: 36), 16 C; half inputs C m D halves; backward: the copy of
 ///            the anchors (B D), what pair_gradient.cuh takes (product: the panel of T; half inputs dY [C, D] in fp32, f16 2 (B + C) D bf16), and 8 bytes
 ///            per row tile and column walk.
 /// Order      every sum has one order fixed by the sizes: rows of a tile by thread and phase, tiles of a walk in turn, slots ascending; no atomics.
@@ -140,8 +141,8 @@ template <class Geometry, class T> struct RowLabels {
   }
 };
 
-// One warp per 32 columns: each lane looks whether any row's label is its own.
-struct ColumnLabels {
+// One warp per 32 columns: each lane looks for the rows whose label is its own, and sums them in their order.
+template <class Real> struct ColumnLabels {
   static constexpr int kThreads = kWarpKernelThreads;
   static constexpr int kMinBlocks = kWarpKernelBlocks;
   static constexpr int kAhead = 8;   // pieces of 32 labels on their way at once
@@ -150,7 +151,9 @@ struct ColumnLabels {
   bool diagonal;   // row i can have label i alone
   PresenceMask present;
   const std::int64_t* label;
+  const Real* logit;      // [B] of the labelled pairs
   std::uint32_t* flags;   // [C] kTakesPart, kIsLabel
+  double* sum;            // [C][2] (max, sum of exp(z - max)) over the labelled pairs of the column
 
   LaunchPlan plan(std::int64_t batches, const char* key) const { return plan_warps(ceil_divide<std::int64_t>(C, kWarpSize), batches, key); }
 
@@ -158,7 +161,7 @@ struct ColumnLabels {
     const std::int64_t first = warp_item() * kWarpSize, j = first + lane();
     if (first >= C) return;
     const std::int64_t begin = diagonal ? first : 0, stop = diagonal ? minimum(first + kWarpSize, B) : B;
-    bool labelled = false;
+    MaxSum<double> labelled{0, 0};
     for (std::int64_t ahead = begin; ahead < stop; ahead += kAhead * kWarpSize) {
       int owner[kAhead];   // the lane that owns the label's column, or -1
       MODALIGN_UNROLL
@@ -171,11 +174,15 @@ struct ColumnLabels {
       for (int a = 0; a < kAhead; ++a) {
         std::uint32_t found = warp_ballot(owner[a] >= 0);
         for (int other = 0; found != 0; ++other, found >>= 1)
-          if ((found & 1) != 0) labelled = shuffle(owner[a], other) == lane() || labelled;
+          if ((found & 1) != 0 && shuffle(owner[a], other) == lane()) labelled = join(labelled, {double(global(logit)[ahead + a * kWarpSize + other]), 1});
       }
     }
     if (j >= (MODALIGN_MUTATION("column labels: one column too many") ? C + 1 : C)) return;
-    global(flags)[j] = (any_present(present, j, m) ? kTakesPart : 0u) | (labelled ? kIsLabel : 0u);
+    global(flags)[j] = (any_present(present, j, m) ? kTakesPart : 0u) | (labelled.sum > 0 ? kIsLabel : 0u);
+    Pack<double, 2> pair;
+    pair[0] = labelled.max;
+    pair[1] = labelled.sum;
+    store_pack(global(sum), 2 * j, pair);
   }
 };
 
@@ -189,7 +196,7 @@ template <class Real> struct CountClasses {
   LogitScalars<Real> scalars;
   const std::int64_t* label;
   const std::uint32_t* flags;
-  const Real* column_lse;
+  const double* column_lse;
   Real* classes;   // [4]
 
   LaunchPlan plan(std::int64_t, const char* key) const {
@@ -410,8 +417,8 @@ template <class Geometry, class T> struct LogitsEpilogue {
       mine_of_rows[row * Backend::kPitch] = z;
       if (!counts) continue;
       mine.see(z, row_begin + row);
-      if (j == target && !MODALIGN_MUTATION("logits: the label as the product has it")) z = marks[row];
-      largest = maximum(largest, z);
+      if (j == target) z = marks[row];
+      else largest = maximum(largest, z);
       mine.total += sigmoid ? softplus(z) : z;
     }
     if (!sigmoid && largest != -kInfinity<Real>) {
@@ -419,9 +426,8 @@ template <class Geometry, class T> struct LogitsEpilogue {
       MODALIGN_NO_UNROLL
       for (int row = begin; row < range.rows; row += step) {
         const int target = labels[row];
-        if (target == kNoPart) continue;
-        const Real z = j == target ? marks[row] : mine_of_rows[row * Backend::kPitch];
-        mine.lse.sum += exponential(z - largest);
+        if (target == kNoPart || (j == target && !MODALIGN_MUTATION("logits: the label twice in its column"))) continue;
+        mine.lse.sum += exponential(mine_of_rows[row * Backend::kPitch] - largest);
       }
     }
     return mine;
@@ -453,12 +459,14 @@ template <class Geometry, class T> struct LogitsEpilogue {
     each([&](int slot, Real z) {
       mine.see(z, first + slot);
       if (slot == label_slot) z = mark;
-      largest = maximum(largest, z);
+      else largest = maximum(largest, z);
       if (z != -kInfinity<Real>) mine.total += sigmoid ? softplus(z) : z;   // columns that take no part stand as -infinity
     });
     if (!sigmoid && largest != -kInfinity<Real>) {
       mine.lse.max = largest;
-      each([&](int slot, Real z) { mine.lse.sum += exponential((slot == label_slot ? mark : z) - largest); });
+      each([&](int slot, Real z) {
+        if (slot != label_slot || MODALIGN_MUTATION("logits: the label twice in its row")) mine.lse.sum += exponential(z - largest);
+      });
     }
     write_statistics(row_statistics, thread, join(read_statistics(row_statistics, thread), mine));
   }
@@ -492,7 +500,18 @@ MODALIGN_DEVICE Statistics<Real> fold_slots(const StatisticsArray<Real>& slots, 
   for (std::int64_t slot = 0; slot < slot_count; ++slot) all = join(all, read_statistics(global_statistics(slots, slot * count), i));
   return all;
 }
-template <class Real> MODALIGN_DEVICE Real log_sum_exp(const MaxSum<Real>& x) { return x.sum == 0 ? -kInfinity<Real> : x.max + logarithm(x.sum); }
+// of all that was summed in the tiles and of the labelled pairs
+template <class Real> MODALIGN_DEVICE double log_sum(const MaxSum<Real>& others, const MaxSum<double>& labelled) {
+  const MaxSum<double> all = join(MaxSum<double>{double(others.max), double(others.sum)}, labelled);
+  return all.sum == 0 ? -kInfinity<double> : all.max + logarithm(all.sum);
+}
+
+// A log-sum-exp as two numbers, so that exp(z - lse) = exp((z - high) - low) is as exact near 1 as Real is: z - high has no rounding there.
+template <class Real> struct LogSum {
+  Real high = 0, low = 0;
+  LogSum() = default;
+  MODALIGN_DEVICE explicit LogSum(double lse) : high(Real(lse)), low(is_finite(high) ? Real(lse - double(high)) : Real(0)) {}
+};
 
 template <class Real> struct FoldColumns {
   static constexpr int kThreads = kThreadKernelThreads;
@@ -501,7 +520,9 @@ template <class Real> struct FoldColumns {
   StatisticsArray<Real> slots;   // [slot][C]
   std::int64_t slot_count;
   const std::uint32_t* flags;
-  Real *lse, *sum;
+  const double* label_sum;
+  double* lse;
+  Real* sum;
   std::int64_t* best;
 
   LaunchPlan plan(std::int64_t, const char* key) const { return plan_threads(C, key); }
@@ -511,7 +532,8 @@ template <class Real> struct FoldColumns {
     if (j >= (MODALIGN_MUTATION("fold columns: one column too many") ? C + 1 : C)) return;
     const Statistics<Real> all = fold_slots(slots, slot_count, C, j);
     const std::uint32_t here = global(flags)[j];
-    global(lse)[j] = !sigmoid ? log_sum_exp(all.lse) : (here & kTakesPart) != 0 ? Real(0) : -kInfinity<Real>;
+    const Pack<double, 2> labelled = load_pack<2>(global(label_sum), 2 * j);
+    global(lse)[j] = !sigmoid ? log_sum(all.lse, {labelled[0], labelled[1]}) : (here & kTakesPart) != 0 ? 0.0 : -kInfinity<double>;
     global(sum)[j] = all.total;
     global(best)[j] = (here & kIsLabel) == 0 ? -1 : all.best < 0 ? B : all.best;
   }
@@ -526,8 +548,10 @@ template <class Real> struct FoldRows {
   std::int64_t slot_count;
   const std::int64_t* label;
   const Real* logit;
-  const Real *column_lse, *column_sum, *classes;
-  Real *loss, *lse, *sum, *label_logit;
+  const double* column_lse;
+  const Real *column_sum, *classes;
+  double* lse;
+  Real *loss, *sum, *label_logit;
   std::int64_t* best;
 
   LaunchPlan plan(std::int64_t, const char* key) const { return plan_threads(B, key); }
@@ -537,13 +561,15 @@ template <class Real> struct FoldRows {
     if (i >= (MODALIGN_MUTATION("fold rows: one row too many") ? B + 1 : B)) return;
     const Statistics<Real> all = fold_slots(slots, slot_count, B, i);
     const std::int64_t t = global(label)[i];
-    const Real z = global(logit)[i], row_lse = !sigmoid ? log_sum_exp(all.lse) : t == kNoPart ? -kInfinity<Real> : Real(0);
+    const Real z = global(logit)[i];
+    const double row_lse = !sigmoid ? log_sum(all.lse, {double(z), t >= 0 ? 1.0 : 0.0}) : t == kNoPart ? -kInfinity<double> : 0.0;
     Real result = 0;
     if (sigmoid) {
       result = all.total - z;
     } else if (t >= 0) {
       const Real row_mean = all.total / global(classes)[0], column_mean = global(column_sum)[t] / global(classes)[1];
-      result = row_part * (row_lse - z + smoothing * (z - row_mean)) + column_part * (global(column_lse)[t] - z + smoothing * (z - column_mean));
+      const Real from_row = Real(row_lse - z), from_column = Real(global(column_lse)[t] - z);
+      result = row_part * (from_row + smoothing * (z - row_mean)) + column_part * (from_column + smoothing * (z - column_mean));
     }
     global(loss)[i] = result;
     global(lse)[i] = row_lse;
@@ -559,29 +585,32 @@ template <class Real> struct LossUpstream {
   static constexpr bool kLogits = true;
   struct Row {
     std::int64_t label;
-    Real weight, lse;
+    Real weight;
+    LogSum<Real> lse;
   };
   struct Column {
     bool part;
-    Real weight, lse;
+    Real weight;
+    LogSum<Real> lse;
     Logit<Real> logit;
     Real row_share, column_share;   // lambda / columns, lambda / rows
     Real center;
   };
   bool sigmoid;
-  Real smoothing, row_part, column_part, label_part;
+  Real smoothing, row_part, column_part;
   LogitScalars<Real> scalars;
   const std::int64_t* label;
-  const Real *row_weight, *row_lse, *column_weight, *column_lse, *classes;
+  const Real *row_weight, *column_weight, *classes;
+  const double *row_lse, *column_lse;
   Pack<Real, 2>* tile_sums;   // of dz (v - center) and dz: [row tile][column walk]
   Pack<Real, 2>* row_sums;    // [rows], of the near pairs
 
   MODALIGN_DEVICE Row row(std::int64_t, std::int64_t i) const {
-    return {global(label)[i], global(row_weight)[i], global(row_lse)[i]};
+    return {global(label)[i], global(row_weight)[i], LogSum<Real>(global(row_lse)[i])};
   }
   MODALIGN_DEVICE Column column(std::int64_t, std::int64_t j) const {
-    const Real lse = global(column_lse)[j];
-    Column here{lse != -kInfinity<Real>, global(column_weight)[j], lse, scalars.load(), 0, 0, global(classes)[3]};
+    const double lse = global(column_lse)[j];
+    Column here{lse != -kInfinity<double>, global(column_weight)[j], LogSum<Real>(lse), scalars.load(), 0, 0, global(classes)[3]};
     if (smoothing != 0) {
       here.row_share = smoothing / global(classes)[0];
       here.column_share = smoothing / global(classes)[1];
@@ -590,17 +619,25 @@ template <class Real> struct LossUpstream {
   }
   MODALIGN_DEVICE bool counts(const Row& line, const Column& here) const { return line.label != kNoPart && here.part; }
   MODALIGN_DEVICE bool labelled(const Row& line, std::int64_t j) const { return line.label == j; }
+  // The labelled pair's, with exp(z - lse) - 1 in one piece: in a nearly solved batch little is left of their difference.
+  MODALIGN_DEVICE Real of_label(const Row& line, const Column& here, Real z) const {
+    const Real along_row = exponential_minus_1(z - line.lse.high - line.lse.low), along_column = exponential_minus_1(z - here.lse.high - here.lse.low);
+    return row_part * line.weight * (along_row + (smoothing - here.row_share)) +
+           column_part * (here.weight * along_column + (here.weight - line.weight) + (smoothing * line.weight - here.weight * here.column_share));
+  }
   MODALIGN_DEVICE PairUpstream<Real> at(const Row& line, const Column& here, std::int64_t, std::int64_t, std::int64_t j, Real value) const {
     if (!counts(line, here)) return {0, 0, 0};
     const Real z = here.logit(value);
     Real dz;
     if (sigmoid) {
       dz = line.weight * cuda::sigmoid(z);
+    } else if (line.label == j) {
+      dz = of_label(line, here, z);
     } else {
-      const Real along_row = row_part * line.weight * (exponential(z - line.lse) - here.row_share);
-      dz = along_row + column_part * here.weight * (exponential(z - here.lse) - here.column_share);
+      const Real along_row = row_part * line.weight * (exponential(z - line.lse.high - line.lse.low) - here.row_share);
+      dz = along_row + column_part * here.weight * (exponential(z - here.lse.high - here.lse.low) - here.column_share);
     }
-    if (line.label == j) dz -= label_part * line.weight;
+    if (sigmoid && line.label == j) dz -= line.weight;
     return {here.logit.scale * dz, dz, dz * (value - here.center)};
   }
 };
@@ -613,7 +650,7 @@ template <class T> struct LossRows {
   std::int64_t B, C, D;
   BatchedRows anchor, columns;   // columns: form product alone, else null
   Targets targets;
-  const Real *row_lse, *column_lse;
+  const double *row_lse, *column_lse;
   std::int64_t* label;
   Real* label_value;   // form product: [B]
   T* clean;            // [B, pitch]
@@ -637,9 +674,9 @@ template <class T> struct LossRows {
     }
     const std::int64_t i = item, t = targets.of(i);
     std::int64_t mine = kNoPart;
-    if (t != kIgnoredTarget && global(row_lse)[i] != -kInfinity<Real>) {
+    if (t != kIgnoredTarget && global(row_lse)[i] != -kInfinity<double>) {
       mine = kNoLabel;
-      if (t >= 0 && t < C && global(column_lse)[t] != -kInfinity<Real>) mine = t;
+      if (t >= 0 && t < C && global(column_lse)[t] != -kInfinity<double>) mine = t;
     }
     const Global<const T> a = row_of<T>(anchor, i);
     for (std::int64_t d = lane(); d < D; d += kWarpSize) {
@@ -788,6 +825,7 @@ template <class Real> struct SumLogits {
   X("contrastive_product.coefficients." dtype, ProductCoefficientKernel<T>)         \
   X("contrastive_loss.rows." dtype, LossRows<T>)
 #define MODALIGN_LOSS_STATISTICS_KERNELS(X, dtype, Real)         \
+  X("contrastive_loss.column_labels." dtype, ColumnLabels<Real>) \
   X("contrastive_loss.classes." dtype, CountClasses<Real>)       \
   X("contrastive_loss.fold_columns." dtype, FoldColumns<Real>)   \
   X("contrastive_loss.fold_rows." dtype, FoldRows<Real>)         \
@@ -799,7 +837,6 @@ template <class Real> struct SumLogits {
   MODALIGN_LOSS_KERNELS_OF(X, "bf16", bf16)            \
   MODALIGN_LOSS_STATISTICS_KERNELS(X, "f32", float)    \
   MODALIGN_LOSS_STATISTICS_KERNELS(X, "f64", double)   \
-  X("contrastive_loss.column_labels.any", ColumnLabels) \
   X("contrastive_loss.narrow.f16", NarrowRows<f16>)    \
   X("contrastive_loss.narrow.bf16", NarrowRows<bf16>)
 
@@ -815,6 +852,7 @@ template <class Geometry, class T> struct LossForwardBuffers {
   std::int64_t* label;
   Real* logit;
   std::uint32_t* flags;
+  double* label_sum;
   StatisticsArray<Real> row_slots, column_slots;
 
   static TileGrid grid(const PairProblem& p) {
@@ -830,6 +868,7 @@ template <class Geometry, class T> struct LossForwardBuffers {
     label = arena.template take<std::int64_t>("label", p.B);
     logit = arena.template take<Real>("logit", p.B);
     flags = arena.template take<std::uint32_t>("flags", p.C);
+    label_sum = arena.template take<double>("label_sum", 2 * p.C);
     row_slots = StatisticsArray<Real>::take(arena, "row_slots", "row_best_slots", grid(p).column_walks * p.B);
     column_slots = StatisticsArray<Real>::take(arena, "column_slots", "column_best_slots", grid(p).row_walks * p.C);
   }
@@ -866,7 +905,7 @@ int run_contrastive_forward(const ContrastiveProblem& problem, const Contrastive
   }
   const RowLabels<Geometry, T> labels{p.B, view, p.others[0], p.present, targets, scalars, buffers.label, buffers.logit};
   if (const int error = launch_kernel(launch, labels, 1)) return error;
-  const ColumnLabels columns{p.B, p.C, p.m, problem.target == nullptr, p.present, buffers.label, buffers.flags};
+  const ColumnLabels<Real> columns{p.B, p.C, p.m, problem.target == nullptr, p.present, buffers.label, buffers.logit, buffers.flags, buffers.label_sum};
   if (const int error = launch_kernel(launch, columns, 1)) return error;
 
   const TileGrid grid = LossForwardBuffers<Geometry, T>::grid(p);
@@ -878,9 +917,10 @@ int run_contrastive_forward(const ContrastiveProblem& problem, const Contrastive
                                           view.lanes == 128 ? 7 : view.lanes == 64 ? 6 : 5}};
   if (const int error = launch_kernel(launch, logits, 1)) return error;
 
-  Real *column_lse = static_cast<Real*>(output.column_lse), *column_sum = static_cast<Real*>(output.column_sum);
+  double* column_lse = output.column_lse;
+  Real* column_sum = static_cast<Real*>(output.column_sum);
   const FoldColumns<Real> fold_columns{p.B,           p.C,        sigmoid,    buffers.column_slots, grid.row_walks,
-                                       buffers.flags, column_lse, column_sum, output.column_best};
+                                       buffers.flags, buffers.label_sum, column_lse, column_sum, output.column_best};
   if (const int error = launch_kernel(launch, fold_columns, 1)) return error;
   const CountClasses<Real> classes{p.B, p.C, sigmoid, scalars, buffers.label, buffers.flags, column_lse, static_cast<Real*>(output.classes)};
   if (const int error = launch_kernel(launch, classes, 1)) return error;
@@ -897,8 +937,8 @@ int run_contrastive_forward(const ContrastiveProblem& problem, const Contrastive
                                  column_lse,
                                  column_sum,
                                  static_cast<const Real*>(output.classes),
+                                 output.row_lse,
                                  static_cast<Real*>(output.loss),
-                                 static_cast<Real*>(output.row_lse),
                                  static_cast<Real*>(output.row_sum),
                                  static_cast<Real*>(output.label),
                                  output.row_best};
@@ -1030,8 +1070,8 @@ int run_contrastive_backward(const ContrastiveProblem& problem, const Contrastiv
                    p.anchor,
                    {},
                    {problem.target, problem.target_stride},
-                   static_cast<const Real*>(request.row_lse),
-                   static_cast<const Real*>(request.column_lse),
+                   request.row_lse,
+                   request.column_lse,
                    buffers.label,
                    nullptr,
                    buffers.clean,
@@ -1052,14 +1092,13 @@ int run_contrastive_backward(const ContrastiveProblem& problem, const Contrastiv
                                     Real(problem.label_smoothing),
                                     Real(problem.row_part),
                                     Real(problem.column_part),
-                                    Real(sigmoid ? 1 : (problem.row_part + problem.column_part) * (1 - problem.label_smoothing)),
                                     logit_scalars<Real>(problem),
                                     buffers.label,
                                     static_cast<const Real*>(request.row_weight),
-                                    static_cast<const Real*>(request.row_lse),
                                     static_cast<const Real*>(request.column_weight),
-                                    static_cast<const Real*>(request.column_lse),
                                     static_cast<const Real*>(request.classes),
+                                    request.row_lse,
+                                    request.column_lse,
                                     buffers.tile_sums,
                                     buffers.row_sums};
   const std::int64_t column_walks = LossBackwardBuffers<Geometry, T>::grid(p).column_walks;

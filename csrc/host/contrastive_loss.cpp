@@ -54,8 +54,8 @@ template <class Geometry, class T> void forward(Run& run) {
   const std::int64_t B = p.pairs.B, C = p.pairs.C, m = p.pairs.m;
   const bool product = kIsProduct<Geometry>;
   const ContrastiveForward output{run.output<Real>("loss", {B}),
-                                  run.output<Real>("row_lse", {B}),
-                                  run.output<Real>("column_lse", {C}),
+                                  run.output<double>("row_lse", {B}),
+                                  run.output<double>("column_lse", {C}),
                                   run.output<Real>("row_sum", {B}),
                                   run.output<Real>("column_sum", {C}),
                                   run.output<Real>("label", {B}),
@@ -74,8 +74,8 @@ template <class Geometry, class T> void backward(Run& run) {
   const ContrastiveProblem p = problem_of<Geometry, T>(run);
   const ContrastiveBackward request{run.input<Real>("row_weight"),
                                     run.input<Real>("column_weight"),
-                                    run.input<Real>("row_lse"),
-                                    run.input<Real>("column_lse"),
+                                    run.input<double>("row_lse"),
+                                    run.input<double>("column_lse"),
                                     run.input<Real>("classes"),
                                     run.input<Real>("basis"),
                                     run.input<Real>("factor"),
@@ -125,9 +125,7 @@ template <class G, class T, class U> struct Sequence<ColumnTerms<G, T, U>> : Bac
 template <class B, class T> struct Sequence<TileWalk<B, ProductCoefficientEpilogue<T>>> : BackwardOf<ProductGeometry, T> {};
 template <class T> struct Sequence<NarrowRows<T>> : BackwardOf<ProductGeometry, T> {};
 template <class T> struct Sequence<LossRows<T>> : AnyForm<BackwardOf, T> {};
-template <> struct Sequence<ColumnLabels> {
-  static void run(Run& r) { r.text("dtype") == "f64" ? AnyForm<ForwardOf, double>::run(r) : AnyDtype<ForwardOf, float>::run(r); }
-};
+template <class Real> struct Sequence<ColumnLabels<Real>> : AnyDtype<ForwardOf, Real> {};
 template <class Real> struct Sequence<CountClasses<Real>> : AnyDtype<ForwardOf, Real> {};
 template <class Real> struct Sequence<FoldColumns<Real>> : AnyDtype<ForwardOf, Real> {};
 template <class Real> struct Sequence<FoldRows<Real>> : AnyDtype<ForwardOf, Real> {};

@@ -402,7 +402,7 @@ struct MathKernel {
     void operator()() const {
         for (int i = thread_index(); i < n; i += kThreads) {
             const Global<const T> in = global(x).at(3 * i);
-            const Global<T> out = global(results).at(9 * i);
+            const Global<T> out = global(results).at(10 * i);
             out[0] = minimum(in[0], in[1]);
             out[1] = maximum(in[0], in[1]);
             out[2] = square_root(in[2]);
@@ -412,6 +412,7 @@ struct MathKernel {
             out[6] = absolute(in[0]);
             out[7] = logarithm(in[2]);
             out[8] = logarithm_1p(in[2]);
+            out[9] = exponential_minus_1(in[0]);
         }
     }
 };
@@ -419,7 +420,7 @@ struct MathKernel {
 template <class T>
 void run_math(Run& run) {
     const std::int64_t n = run.shape("x")[0];
-    run.launch(MathKernel<T>{run.input<T>("x"), run.output<T>("results", {n, 9}), static_cast<int>(n)}, {{1, 1, 1}, 32, 0, run.key().c_str()});
+    run.launch(MathKernel<T>{run.input<T>("x"), run.output<T>("results", {n, 10}), static_cast<int>(n)}, {{1, 1, 1}, 32, 0, run.key().c_str()});
 }
 const Registration kMathFloat({.key = "selftest_math_f32", .family = "selftest", .run = run_math<float>, .threads = 32, .tags = {}});
 const Registration kMathDouble({.key = "selftest_math_f64", .family = "selftest", .run = run_math<double>, .threads = 32, .tags = {}});

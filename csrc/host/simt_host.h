@@ -104,6 +104,8 @@ inline float reciprocal_square_root(float x) { return static_cast<float>(1.0 / s
 inline double reciprocal_square_root(double x) { return 1.0 / std::sqrt(x); }
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
+inline float exponential_minus_1(float x) { return std::expm1(x); }
+inline double exponential_minus_1(double x) { return std::expm1(x); }
 inline float logarithm(float x) { return std::log(x); }
 inline double logarithm(double x) { return std::log(x); }
 inline float logarithm_1p(float x) { return std::log1p(x); }

@@ -104,14 +104,14 @@ Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& 
   const ScalarType real = accumulation_type(anchor.scalar_type()), whole = ScalarType::Long;
   const auto rows = [&](ScalarType type) { return new_tensor(anchor, {B}, type); };
   const auto columns = [&](ScalarType type) { return new_tensor(anchor, {C}, type); };
-  Tensor loss = rows(real), row_lse = rows(real), row_sum = rows(real), label = rows(real), row_best = rows(whole);
-  Tensor column_lse = columns(real), column_sum = columns(real), column_best = columns(whole), classes = new_tensor(anchor, {4}, real);
+  Tensor loss = rows(real), row_lse = rows(ScalarType::Double), row_sum = rows(real), label = rows(real), row_best = rows(whole);
+  Tensor column_lse = columns(ScalarType::Double), column_sum = columns(real), column_best = columns(whole), classes = new_tensor(anchor, {4}, real);
   const bool product = L::form == PairForm::product;
   Tensor basis = new_tensor(anchor, {product ? 0 : C, m, D}, real);
   Tensor factor = new_tensor(anchor, {product ? 0 : C, L::form == PairForm::triangle ? 3 : m * m}, real);
   const std::int64_t size = products_size(p.pairs), keep = !anchor.is_cuda() && size * accumulation_size(p.pairs.dtype) <= workspace_bytes ? size : 0;
   Tensor products = new_tensor(anchor, {keep}, real);
-  const ContrastiveForward to{loss.mutable_data_ptr(), row_lse.mutable_data_ptr(), column_lse.mutable_data_ptr(), row_sum.mutable_data_ptr(), column_sum.mutable_data_ptr(),
+  const ContrastiveForward to{loss.mutable_data_ptr(), static_cast<double*>(row_lse.mutable_data_ptr()), static_cast<double*>(column_lse.mutable_data_ptr()), row_sum.mutable_data_ptr(), column_sum.mutable_data_ptr(),
                               label.mutable_data_ptr(), static_cast<std::int64_t*>(row_best.mutable_data_ptr()), static_cast<std::int64_t*>(column_best.mutable_data_ptr()),
                               classes.mutable_data_ptr(), basis.mutable_data_ptr(), factor.mutable_data_ptr(), keep ? products.mutable_data_ptr() : nullptr};
   if (anchor.is_cuda()) {
@@ -136,20 +136,21 @@ Backward backward(const Tensor& row_weight, const Tensor& column_weight, const T
   const std::int64_t B = p.pairs.B, C = p.pairs.C, D = p.pairs.D, m = p.pairs.m;
   const ScalarType real = accumulation_type(anchor.scalar_type());
   const bool product = L::form == PairForm::product;
-  const auto data = [&](const char* argument, const Tensor& t, std::initializer_list<std::int64_t> shape) {
-    check_like(L::name, argument, t, anchor, real);
+  const auto typed = [&](const char* argument, const Tensor& t, std::initializer_list<std::int64_t> shape, ScalarType type) {
+    check_like(L::name, argument, t, anchor, type);
     check_shape(L::name, argument, t, shape);
     MODALIGN_CHECK(t.is_contiguous(), L::name, ": ", argument, " must be contiguous, got a strided one");
     return t.const_data_ptr();
   };
+  const auto data = [&](const char* argument, const Tensor& t, std::initializer_list<std::int64_t> shape) { return typed(argument, t, shape, real); };
   MODALIGN_CHECK(!anchor.is_cuda() || products.numel() == 0, L::name, ": products must be empty on a GPU, got ", shape_of(products));
   Tensor grad_anchor = need_anchor ? new_tensor(anchor, {B, D}, anchor.scalar_type()) : new_tensor(anchor, {0}, anchor.scalar_type());
   Tensor grad_others = need_others ? new_tensor(anchor, {C, m, D}, anchor.scalar_type()) : new_tensor(anchor, {0}, anchor.scalar_type());
   Tensor grad_scale = new_tensor(anchor, {2}, real);
   const ContrastiveBackward to{data("row_weight", row_weight, {B}),
                                data("column_weight", column_weight, {C}),
-                               data("row_lse", row_lse, {B}),
-                               data("column_lse", column_lse, {C}),
+                               static_cast<const double*>(typed("row_lse", row_lse, {B}, ScalarType::Double)),
+                               static_cast<const double*>(typed("column_lse", column_lse, {C}, ScalarType::Double)),
                                data("classes", classes, {4}),
                                data("basis", basis, {product ? 0 : C, m, D}),
                                data("factor", factor, {product ? 0 : C, L::form == PairForm::triangle ? 3 : m * m}),

@@ -57,8 +57,8 @@ inline std::int64_t products_size(const GramVolumeProblem& p) {
 // Contiguous. "real" is float, or double for f64.
 struct ContrastiveForward {
   void* loss;                      // [B] real
-  void* row_lse;                   // [B] real; -inf where the row takes no part
-  void* column_lse;                // [C] real
+  double* row_lse;                 // [B], in double so that backward sees how far a nearly solved row is from its label; -inf where the row takes no part
+  double* column_lse;              // [C]
   void* row_sum;                   // [B] real
   void* column_sum;                // [C] real
   void* label;                     // [B] real; 0 where the row has none
@@ -73,8 +73,8 @@ struct ContrastiveForward {
 struct ContrastiveBackward {
   const void* row_weight;          // g [B] real; softmax: 0 where a row has no label in the whole problem
   const void* column_weight;       // h [C] real
-  const void* row_lse;             // of this forward, or of a larger problem that this one is a part of
-  const void* column_lse;
+  const double* row_lse;           // of this forward, or of a larger problem that this one is a part of
+  const double* column_lse;
   const void* classes;
   const void* basis;
   const void* factor;

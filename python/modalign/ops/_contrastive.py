@@ -198,7 +198,8 @@ def _fake(anchor: Tensor, others: list[Tensor], scale: Tensor, bias: Tensor | No
     lanes = 64 // real.itemsize
     size = B * ((-(-C // lanes) + 7) // 8 * 8) * m * lanes  # products_size in csrc/ops/contrastive_loss.h
     keep = size if anchor.device.type != "cuda" and size * real.itemsize <= rest[-1] else 0
-    return new(B), new(B), new(C), new(B), new(C), new(B), *best, new(4), new(C, m, D), new(C, m * m), new(keep)
+    double = torch.float64
+    return new(B), new(B, dtype=double), new(C, dtype=double), new(B), new(C), new(B), *best, new(4), new(C, m, D), new(C, m * m), new(keep)
 
 
 def _fake_triangle(anchor: Tensor, others: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:

@@ -96,16 +96,16 @@ def log_sum_exp(partial: Tensor, group: Any) -> Tensor:
     top = partial.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
     offset = torch.where(top == -torch.inf, 0, top)
-    total = (partial - offset).exp().double()
+    total = (partial - offset).exp()
     dist.all_reduce(total, group=group)
-    return (offset + total.log()).to(partial.dtype)
+    return offset + total.log()
 
 
 def whole_classes(classes: Tensor, counts: Tensor, column_lse: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """The classes of the whole problem; the center as csrc/ops/contrastive_loss.h has it, the same on every rank."""
     shift = counts[0].log() if bias is None else counts[0].log() + bias
     there = column_lse != -torch.inf
-    center = torch.where(there, (column_lse - shift) / scale, 0).double().sum() / classes[0]
+    center = torch.where(there, (column_lse - shift) / scale, 0).sum() / classes[0]
     return torch.cat([classes[:1], counts, torch.where(center.isfinite(), center, 0).to(classes.dtype)[None]])
 
 
@@ -120,7 +120,7 @@ def loss_of_statistics(
     row_loss, column_loss = row_lse - kept, column_lse[at] - kept
     if smoothing:
         row_loss, column_loss = row_loss - smoothing * row_sum / classes[0], column_loss - smoothing * column_sum[at] / classes[1]
-    return torch.where(labelled, row_part * row_loss + column_part * column_loss, 0)
+    return torch.where(labelled, row_part * row_loss + column_part * column_loss, 0).to(label.dtype)
 
 
 class _Gathered(torch.autograd.Function):
@@ -297,7 +297,7 @@ class _Ring(torch.autograd.Function):
             target = torch.arange(anchor.shape[0], device=anchor.device) + starts[rank]
         target = checked_target(name, target, sum(sizes))
         sigmoid = name == "siglip_loss"
-        statistics = scale.new_zeros(sizes[rank], 2)  # of the block's columns: log-sum-exp, sum
+        statistics = scale.new_zeros(sizes[rank], 2, dtype=torch.float64)  # of the block's columns: log-sum-exp, sum
         statistics[:, 0] = -torch.inf
         block = _Block([*others, statistics] + ([] if present is None else [present.to(torch.uint8)]), sizes, group)
         for hop in range(world):
