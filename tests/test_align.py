@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,8 +19,8 @@ from modalign import data, metrics, models
 from modalign.cli import app
 from modalign.cli.experiment import ROWS, run_experiment
 from modalign.cli.report import markdown_table
-from modalign.cli.settings import AlignSettings
 from modalign.cli.search import find
+from modalign.cli.settings import AlignSettings
 from modalign.data import encoders
 
 REPOSITORY = Path(__file__).parent.parent
@@ -368,9 +366,10 @@ def test_search_command(run, tmp_path):
     ("arguments", "message"),
     [
         (["align", "photos"], "name must be one of emoji_mini, furniture_mini or a folder of .npy or .safetensors files, got 'photos'"),
-        (["align", "emoji-mini", "--temperature", "0"], "temperature must be positive and pairwise_weight not negative, got 0.0"),
+        (["align", "emoji-mini", "--temperature", "0"], "modalign align: temperature must be positive and pairwise_weight not negative, got 0.0"),
         (["align", "emoji-mini", "--width", "999"], "width must not exceed the narrowest modality, got 999"),
-        (["align", "emoji-mini", "--out", __file__], "--out must be a folder, got the file"),
+        (["align", "emoji-mini", "--out", __file__], "modalign align: --out must be a folder, got"),
+        (["align", "emoji-mini", "--out", f"{__file__}/run"], "modalign align: --out must be a place to write to, got"),
         (["search", "nowhere", "cat"], "expected a saved model's configuration, got no such file"),
     ],
 )

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -562,6 +563,24 @@ def test_search_refuses(emoji_run, arguments, message):
     assert result.exit_code == 1 and message in result.output.replace("\n", "") and "Traceback" not in result.output
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_encoders_run(emoji_run, tmp_path, monkeypatch):
+    def encoded(*arguments):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(data.PairedDataset, "encode", encoded)
+    shutil.copytree(emoji_run / "model", tmp_path / "model")
+    (tmp_path / "model/search.png").mkdir()
+    for arguments, message in (
+        ([emoji_run, "--out", f"{__file__}/sheet.png"], f"--out must be a place to write to, got {__file__}/sheet.png: Not a directory"),
+        ([tmp_path / "model"], f"--out must be a file, got {tmp_path / 'model/search.png'}"),
+    ):
+        result = runner.invoke(app, ["search", *map(str, arguments), "cat"])
+        assert result.exit_code == 1 and f"modalign search: {message}" in result.output
+    with pytest.raises(AssertionError, match="encoded"):
+        runner.invoke(app, ["search", str(emoji_run), "cat", "--out", str(tmp_path / "new/sheet.png")], catch_exceptions=False)
+    assert not (tmp_path / "new").exists()
+
+
 def described_folder(folder: Path, encoder: str = "miniature:ToyTextEncoder") -> Path:
     """A feature folder whose texts come from a known encoder."""
     names = [f"a {colour} {thing}" for thing in ("card", "bead", "leaf", "kite") for colour in ("red", "green", "blue", "gold", "black", "navy")]
@@ -599,7 +618,9 @@ def test_search_finds_the_data_from_elsewhere(tmp_path, monkeypatch):
         for file in ("results.json", "report.html", "config.toml"):
             assert str(tmp_path) not in (run / file).read_text(encoding="utf-8")
     (tmp_path / "sets").rename(tmp_path / "moved")
-    assert searched(by_path).exit_code == searched(by_name).exit_code == 1
+    for run, lost in ((by_path, f"'{tmp_path / 'sets' / 'cards'}'"), (by_name, f"'cards' below {tmp_path / 'sets'}")):
+        refused, expected = searched(run), f"the data of MODEL must be where they were, got no {lost}; say where they are now with --data"
+        assert refused.exit_code == 1 and expected in refused.output
     assert searched(by_path, "--data", str(tmp_path / "moved" / "cards")).exit_code == 0
     assert searched(by_name, "--data-root", str(tmp_path / "moved")).exit_code == 0
 
@@ -614,10 +635,18 @@ def test_search_compares_the_data_with_those_that_the_model_was_trained_on(tmp_p
     assert "have changed" not in searched(model, "--data", str(folder)).output  # asked for by name
     np.save(folder / "sound.npy", sound)
     described_folder(folder, "miniature:OtherTextEncoder")
-    for options in ([], ["--data", str(folder)]):
+    for whose, options in (("the data of MODEL", []), ("--data", ["--data", str(folder)])):
         other = searched(model, *options)
         expected = "text features of encoder 'miniature:ToyTextEncoder', as MODEL was trained on, got those of 'miniature:OtherTextEncoder' in cards"
-        assert other.exit_code == 1 and expected in other.output
+        assert other.exit_code == 1 and f"modalign search: {whose} must have {expected}" in other.output
+
+
+def test_captions_with_brackets_are_shown_as_they_are(tmp_path):
+    folder = described_folder(tmp_path / "cards [2]")
+    (folder / "items.json").write_text((folder / "items.json").read_text().replace("a red", "a [red]"))
+    model = trained_on(folder, tmp_path / "run [1]")
+    result = searched(model)
+    assert result.exit_code == 0 and "a [red] card" in result.output and "24 items of cards [2]" in result.output
 
 
 def test_example_with_your_own_features(tmp_path):

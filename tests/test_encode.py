@@ -16,7 +16,7 @@ import miniature
 from modalign import data
 from modalign.cli import app
 from modalign.data import encode, encoders, shards
-from modalign.data.storage import read_tensors
+from modalign.data.storage import read_tensors, sha256
 
 runner = CliRunner()
 REPOSITORY = Path(__file__).parent.parent
@@ -120,7 +120,8 @@ def test_a_folder_of_pictures_becomes_a_data_set(pictures, tmp_path):
     assert torch.equal(read_tensors(tmp_path / "out/picture.safetensors")["features"], direct)
     assert len(read_tensors(tmp_path / "out/picture.tokens.safetensors")["tokens"]) == 14 * 8
     about = json.loads((tmp_path / "out/items.json").read_text())
-    assert about["modalities"]["picture"] == {"encoder": "miniature:ToyPictureEncoder", "width": 24, "tokens_encoder": "miniature:ToyPictureEncoder"}
+    toy, code = "miniature:ToyPictureEncoder", sha256(miniature.__file__)
+    assert about["modalities"]["picture"] == {"encoder": toy, "encoder_code": code, "width": 24, "tokens_encoder": toy}
     assert [item["group"] for item in about["items"][:3]] == ["g0", "g0", "g1"]
     assert "already encoded" in run(tmp_path, "--tokens").output
     Image.new("RGB", (30, 20), "white").save(pictures / "0.png")
@@ -402,6 +403,29 @@ def test_names_of_encoders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     miniature.write(tmp_path / "beside_me.py", "import torch\ndef flat(inputs):\n    return torch.zeros(len(inputs), 2)\n")
     assert encoders.make("beside_me:flat")(["a"]).shape == (1, 2)
+
+
+def test_an_own_encoder_that_was_edited_since_is_told_of(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "captions.csv").write_text("file,caption\n" + "".join(f"{number}.png,a {colour} card\n" for number, colour in enumerate(COLOURS)))
+    own = miniature.write(tmp_path / "own_words.py", "import miniature\nclass Words(miniature.ToyTextEncoder):\n    pass\n")
+    assert run(tmp_path, "--text-encoder", "own_words:Words").exit_code == 0
+    trained = runner.invoke(app, ["align", str(tmp_path / "out"), "--seeds", "1", "--steps", "2", "--out", str(tmp_path / "run")])
+    assert trained.exit_code == 0, trained.output
+
+    def searched():
+        result = runner.invoke(app, ["search", str(tmp_path / "run"), "a", "red", "card"], env={"COLUMNS": "300"})
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    told = "encoder 'own_words:Words' is in a file that differs from the one that made the features of 'text'"
+    assert "own_words" not in searched()
+    own.write_text(own.read_text() + "# no longer the same\n")
+    assert searched().count(told) == 1
+    with pytest.warns(UserWarning, match=f"PairedDataset.encode: {told}; encode them anew"):
+        data.load(tmp_path / "out").encode("text", ["a red card"])
+    assert run(tmp_path, "--text-encoder", "own_words:Words").exit_code == 0  # encoded anew
+    assert "own_words" not in searched()
 
 
 def test_the_example_runs(tmp_path):

@@ -117,6 +117,8 @@ def break_(folder, what):
             items(folder, items=[{"name": "a", "group": 3}] * N)
         case "other width":
             items(folder, modalities={"sound": {"width": 9}})
+        case "code as number":
+            items(folder, modalities={"sound": {"encoder": "mine:Ear", "encoder_code": 5}})
         case "pickled npy":
             np.save(folder / "sound.npy", np.array([{}] * N, dtype=object), allow_pickle=True)
         case "pickle under another name":
@@ -200,6 +202,7 @@ def break_(folder, what):
         ("default as text", "items.json: expected 'default' to be a list of modality names, got 'sound'"),
         ("group as number", "items.json: expected 'group' of item 0 to be text, got 3"),
         ("other width", "items.json: expected 'width' of 'sound' to be 6 as in its file, got 9"),
+        ("code as number", "items.json: expected 'encoder_code' of 'sound' to be text, got 5"),
         ("pickled npy", "sound.npy: expected a .npy file of numbers, got one that does not read"),
         ("pickle under another name", "sound.npy: expected a .npy file of numbers, got one that does not read"),
         ("truncated npy", "sound.npy: expected a .npy file of numbers, got one that does not read"),

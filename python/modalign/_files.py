@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["atomic_path", "read_tensors", "write_bytes", "write_json", "write_tensors"]
+__all__ = ["atomic_path", "demand_writable", "read_tensors", "write_bytes", "write_json", "write_tensors"]
 
 
 @contextlib.contextmanager
@@ -36,6 +36,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def demand_writable(path: Path | None, flag: str, suffix: str = "") -> None:
+    """ValueError, before any work is done, where a file of this suffix, or without one a folder, cannot come into being there."""
+    if path is None:
+        return
+    if suffix and path.suffix.lower() != suffix:
+        raise ValueError(f"{flag} must end in {suffix}, got {path}")
+    if path.exists() and path.is_dir() == bool(suffix):
+        raise ValueError(f"{flag} must be a {'file' if suffix else 'folder'}, got {path}")
+    whole = path.absolute()
+    there = next(parent for parent in (whole.parents if suffix else (whole, *whole.parents)) if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there) as room:
+            (Path(room) / path.name).touch()
+    except OSError as error:
+        raise ValueError(f"{flag} must be a place to write to, got {path}: {error.strerror} ({there.name or there})") from error
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

@@ -5,42 +5,42 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
 import typer
 from rich.console import Console
 
+from ..data import EncoderUnavailable
 from . import environment, machine, measure, registry
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def plainly(command: Callable[P, R]) -> Callable[P, R]:
+def plainly(command: Callable[P, R], program: str = "modalign bench") -> Callable[P, R]:
     """Errors that a user can act on become one line and exit code 1, Ctrl-C exit code 130; everything else keeps its traceback."""
-    name = command.__name__.strip("_")
+    name = f"{program} {command.__name__.strip('_')}"
+    told = f"{name.removeprefix('modalign ')}: "  # what errors begin with
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
         except ModuleNotFoundError as error:
-            _say(f"modalign bench {name}: {error}. If it belongs to the commands: pip install 'modalign[cli]'", "bold red")
+            _say(f"{name}: {error}. If it belongs to the commands: pip install 'modalign[cli]'", "bold red")
             raise typer.Exit(1) from error
-        except (ValueError, OSError) as error:
-            _say(f"modalign bench {name}: {str(error).removeprefix(f'bench {name}: ').removeprefix('bench: ')}", "bold red")
+        except (ValueError, OSError, EncoderUnavailable) as error:
+            _say(f"{name}: {str(error).removeprefix(told).removeprefix('bench: ')}", "bold red")
             raise typer.Exit(1) from error
         except (RuntimeError, MemoryError) as error:
             if not measure.is_out_of_memory(error):
                 raise
-            _say(f"modalign bench {name}: the sizes must fit into memory, got {registry.one_line(error)}", "bold red")
+            _say(f"{name}: the sizes must fit into memory, got {registry.one_line(error)}", "bold red")
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
-            _say(f"modalign bench {name}: interrupted, no file is half-written", "yellow")
+            _say(f"{name}: interrupted, no file is half-written", "yellow")
             raise typer.Exit(130) from None
 
     return run
@@ -102,23 +102,6 @@ def dtypes(text: str) -> tuple[torch.dtype, ...]:
             raise ValueError(f"bench: --dtype must be out of {sorted(known)}, got {word!r}")
         found.append(known[word])
     return tuple(found)
-
-
-def writable(path: Path | None, flag: str, suffix: str = "") -> None:
-    """ValueError, before anything is measured, where a file of this suffix, or without one a folder, cannot come into being there."""
-    if path is None:
-        return
-    if suffix and path.suffix != suffix:
-        raise ValueError(f"bench: {flag} must end in {suffix}, got {path}")
-    if path.exists() and path.is_dir() == bool(suffix):
-        raise ValueError(f"bench: {flag} must be a {'file' if suffix else 'folder'}, got {path}")
-    whole = path.absolute()
-    there = next(parent for parent in (whole.parents if suffix else (whole, *whole.parents)) if parent.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=there) as room:
-            (Path(room) / path.name).touch()
-    except OSError as error:
-        raise ValueError(f"bench: {flag} must be a place to write to, got {path}: {error.strerror} ({there.name})") from error
 
 
 def device(text: str) -> torch.device:

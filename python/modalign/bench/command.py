@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .._files import write_bytes
+from .._files import demand_writable, write_bytes
 from . import arguments, comparison, environment, files, kernel, machine, registry, results, sizes, sweep, tables
 from .run import Options, new_results, run_cases
 
@@ -95,7 +95,7 @@ def machine_(
 ) -> None:
     """Rates of matrix products per dtype and thread count, bandwidth of a copy, cost of a call: what every floor is made of."""
     options = Options(threads=arguments.threads(threads), device=arguments.device(device), quick=quick)
-    arguments.writable(out, "--out", ".json")
+    demand_writable(out, "--out", ".json")
     with arguments.progress() as listen:
         figures = machine.measure_machine(arguments.dtypes(dtype), options.threads, options.device, quick=quick, listen=listen)
     gathered = new_results(options, environment.command_of_this_process(), figures, [])
@@ -148,8 +148,8 @@ def run(
         profile=profile,
         machine=machine_file,
     )
-    arguments.writable(out, "--out", ".json")
-    arguments.writable(profile, "--profile")
+    demand_writable(out, "--out", ".json")
+    demand_writable(profile, "--profile")
     with arguments.progress() as listen:
         gathered = run_cases(chosen, options, environment.command_of_this_process(), listen)
     arguments.console().print(tables.screen(gathered))
@@ -197,7 +197,7 @@ def sweep_(
         note=note,
     )
     out = out or Path(f"sweep_{chosen[0].name}.json")
-    arguments.writable(out, "--out", ".json")
+    demand_writable(out, "--out", ".json")
     with arguments.progress() as listen:
         gathered = sweep.sweep(
             chosen[0],
@@ -239,7 +239,7 @@ def kernel_(
     out: OutOption = None,
 ) -> None:
     """One compiled kernel without torch around it beside the public op, on one thread: the difference is the overhead."""
-    arguments.writable(out, "--out", ".json")
+    demand_writable(out, "--out", ".json")
     entries: list[dict[str, Any]] = []
     with arguments.progress() as listen:
         for one in dict.fromkeys(name):
@@ -286,7 +286,7 @@ def report_(
     """One HTML page with everything inside: environment, targets, tables, roofline, who is missing and what was noisy."""
     from . import report
 
-    arguments.writable(out, "--out", ".html")
+    demand_writable(out, "--out", ".html")
     pages = [(environment.public_path(path), results.read_results(path)) for path in dict.fromkeys(source)]
     write_bytes(out, report.html_report(pages).encode())
     arguments.console().print(f"written to {out}", highlight=False, markup=False)

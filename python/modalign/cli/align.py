@@ -11,14 +11,16 @@ import torch
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
 from .. import __version__
-from .._files import write_bytes, write_json
+from .._files import demand_writable, write_bytes, write_json
 from ..data import load
 from ..data.dataset import ROOT, locate
 from .experiment import Experiment, RunStore, check_parts, run_experiment
+from .prepare import COLUMNS
 from .settings import AlignSettings, read_settings
 from .summary import summary
 
@@ -76,14 +78,14 @@ def align(
         raise ValueError("DATA must be given, as an argument or in the configuration file, got none")
     source = str(beside["data"])
     folder = Path(beside.get("out") or Path("runs") / Path(source).name.replace("_", "-"))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out must be a folder, got the file {folder}")
+    demand_writable(folder, "--out")
     torch.set_num_threads(beside.get("threads", threads))
     dataset = load(source, beside.get("data_root"))
     chosen = check_parts(dataset, settings)
     held_out = min(len(chosen.splits(settings.first_seed, None if p == "all" else int(p)).validation) for p in settings.pairs)
     lacking = "".join(f"; {name} of {int(mask.sum())}" for name, mask in chosen.present.items())
-    console.print(f"[bold]{dataset.name}[/bold]: {len(dataset)} items, {', '.join(chosen.modalities)}{lacking}; licence {dataset.licence or 'not stated'}")
+    licence = escape(dataset.licence or "not stated")
+    console.print(f"[bold]{escape(dataset.name)}[/bold]: {len(dataset)} items, {', '.join(chosen.modalities)}{lacking}; licence {licence}")
 
     versions = {"modalign": __version__, "torch": torch.__version__}
     identity = {"settings": settings.as_dict(), "data": chosen.digest(), "threads": torch.get_num_threads(), **versions}
@@ -91,9 +93,8 @@ def align(
         console.print(f"only {held_out} validation items, so what is chosen on them (steps, ridge, power) is chosen by little", style="yellow")
     store = RunStore(folder / PROGRESS_FOLDER, identity, resume=resume, restart=restart)
     if resume and not store.resumed:
-        console.print(f"no unfinished run in {store.folder}: starting", highlight=False, soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+        console.print(f"no unfinished run in {store.folder}: starting", markup=False, highlight=False, soft_wrap=True)
+    with Progress(*COLUMNS, console=console) as bar:
         task = bar.add_task("preparing", total=None)
 
         def advance(what: str, done: int, total: int) -> None:
@@ -102,7 +103,7 @@ def align(
         try:
             experiment = run_experiment(dataset, settings, progress=advance, store=store)
         except KeyboardInterrupt:
-            console.print(f"kept what is done in {store.folder}; the same command with --resume goes on", highlight=False, soft_wrap=True)
+            console.print(f"kept what is done in {store.folder}; the same command with --resume goes on", markup=False, highlight=False, soft_wrap=True)
             raise
 
     results = summary(experiment, _command(source, settings))
@@ -115,7 +116,7 @@ def align(
     if "basis" in results["dataset"]:
         console.print(f"Fewer pairs: {results['dataset']['basis']}.")
     for path in write_run(folder, experiment, results, beside, config):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
     store.remove()
 
 

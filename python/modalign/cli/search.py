@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,12 +11,14 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from .. import ops
-from .._files import write_bytes
+from .._files import demand_writable, write_bytes
 from ..data import PairedDataset, load
+from ..data.dataset import locate
 from ..data.encoders import open_picture
 from ..models import GramAligner
 from ..models.gram_aligner import CONFIG_FILE, read_config
@@ -39,27 +42,41 @@ def search(
     One query is ranked by cosine; two at once by the volume that they span with an item, small means near.
     """
     console = Console()
+
+    def warn(message: object) -> None:
+        console.print(str(message), style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     folder = model / MODEL_FOLDER if (model / MODEL_FOLDER / CONFIG_FILE).is_file() else model
     extra = read_config(folder)["extra"]
     source = data or extra.get("source", extra.get("dataset"))
     if source is None:
         raise ValueError(f"MODEL must have been trained on a named data set, got none in {folder / CONFIG_FILE}; name one with --data")
     sheet = out or model / "search.png"
-    if sheet.suffix.lower() != ".png":
-        raise ValueError(f"--out must end in .png, got {sheet}")
+    demand_writable(out, "--out", ".png")
     query = " ".join(words or []).strip()
     if not query and picture is None:
         raise ValueError("WORDS or --picture must be given, got neither")
     kept = extra.get("data_root", "")
-    aligner, dataset = GramAligner.from_pretrained(folder), load(source, data_root or (kept if os.path.isdir(kept) else None))
-    if _changed(dataset, list(aligner.config.modalities), extra) and data is None:
-        console.print(f"the data of {dataset.name} are not those that the model was trained on: they have changed", style="yellow", highlight=False)
-    inputs: dict[str, Any] = ({"text": query} if query else {}) | ({"picture": open_picture(picture)} if picture is not None else {})
+    root = data_root or (kept if os.path.isdir(kept) else None)
+    if not data:
+        try:
+            locate(source, root)
+        except ValueError as error:
+            below = f" below {root or kept}" if root or kept else ""
+            raise ValueError(f"the data of MODEL must be where they were, got no '{source}'{below}; say where they are now with --data") from error
+    aligner, dataset = GramAligner.from_pretrained(folder), load(source, root)
+    if dataset.pictures is not None:
+        demand_writable(sheet, "--out", ".png")
+    changed = _changed(dataset, list(aligner.config.modalities), extra, "--data" if data else "the data of MODEL")
+    if changed and not data:
+        warn(f"the data of {dataset.name} are not those that the model was trained on: they have changed")
+    inputs: dict[str, Any] = {_modality_of("text", aligner): query} if query else {}
+    if picture is not None:
+        inputs[_modality_of("picture", aligner)] = open_picture(picture)
     shown = " and ".join([f'"{query}"'] * bool(query) + [str(picture)] * (picture is not None))
-    features = {}
-    for name, value in inputs.items():
-        modality = _modality_of(name, aligner)
-        features[modality] = dataset.encode(modality, [value])
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *rest: warn(message)
+        features = {modality: dataset.encode(modality, [value]) for modality, value in inputs.items()}
     items, scores = find(aligner, dataset, features, top, target)
     kind = "cosine" if len(features) == 1 else "volume"
 
@@ -68,23 +85,23 @@ def search(
     for heading, side in (("", "right"), ("name", "left"), (kind, "right")):
         table.add_column(heading, justify=side)
     for place, (item, score) in enumerate(zip(items, scores, strict=True), 1):
-        table.add_row(str(place), dataset.names[item], f"{score:.3f}")
+        table.add_row(str(place), escape(dataset.names[item]), f"{score:.3f}")
     console.print(table)
     if dataset.pictures is None:
-        console.print(f"{dataset.name} has no pictures to show, so no contact sheet was written")
+        console.print(f"{dataset.name} has no pictures to show, so no contact sheet was written", markup=False, highlight=False)
         return
     from .report import contact_sheet, png
 
     write_bytes(sheet, png(contact_sheet(dataset, items, scores, f"{shown} ({kind})")))
-    console.print(f"wrote {sheet}", highlight=False, soft_wrap=True)
+    console.print(f"wrote {sheet}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _changed(dataset: PairedDataset, names: list[str], trained_on: Mapping[str, Any]) -> bool:
+def _changed(dataset: PairedDataset, names: list[str], trained_on: Mapping[str, Any], whose: str) -> bool:
     """Whether the data differ from those that a model was trained on, as far as it knows them. Features of another encoder raise."""
     for name, encoder in trained_on.get("encoders", {}).items():
         if (found := dataset.encoders.get(name, encoder)) != encoder:
             wanted = f"{name} features of encoder '{encoder}', as MODEL was trained on"
-            raise ValueError(f"--data must have {wanted}, got those of '{found}' in {dataset.name}")
+            raise ValueError(f"{whose} must have {wanted}, got those of '{found}' in {dataset.name}")
     known = [name for name in names if name in dataset.modalities]
     return "sha256" in trained_on and (known != names or dataset.select(names).digest() != trained_on["sha256"])
 

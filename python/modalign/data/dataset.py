@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,6 +87,7 @@ class PairedDataset:
     default : the modalities that `modalign align` takes unless told otherwise; all of them where empty
     bases : dict of str to FeatureBasis, for the modalities whose stored features were reduced
     encoders : dict of str to the name of the frozen encoder
+    encoder_code : dict of str to the SHA-256 of its file, for encoders of one's own
     salt : what splits depend on beside captions and seed; the name where empty
     items : what is known of each item beyond its name: captions in other languages, author, licence
     """
@@ -101,6 +103,7 @@ class PairedDataset:
     default: tuple[str, ...] = ()
     bases: dict[str, FeatureBasis] = field(default_factory=dict)
     encoders: dict[str, str] = field(default_factory=dict)
+    encoder_code: dict[str, str] = field(default_factory=dict)
     items: list[dict[str, Any]] = field(default_factory=list)
     licence: str = ""
     source: str = ""
@@ -231,16 +234,23 @@ class PairedDataset:
         return self.folder
 
     def encode(self, name: str, inputs: Sequence[Any]) -> Tensor:
-        """New texts, pictures or recordings in the space of a modality's stored features, by its frozen encoder: [len(inputs), D_name]."""
+        """New texts, pictures or recordings in the space of a modality's stored features, by its frozen encoder: [len(inputs), D_name].
+
+        Warns where the encoder is one of your own and the file it is in differs from the one that made the stored features.
+        """
         from . import encoders, shards
 
         if name not in self.encoders:
             raise ValueError(f"PairedDataset.encode: name must be a modality with a known encoder out of {sorted(self.encoders)}, got '{name}'")
         encoder = self.encoders[name]
-        features = shards.run_encoder(encoder, encoders.make(encoder), inputs, tokens=False, layers=False).pooled
+        made = encoders.make(encoder)
+        if (kept := self.encoder_code.get(name)) is not None and kept != shards.encoder_code(made):
+            told = f"encoder '{encoder}' is in a file that differs from the one that made the features of '{name}'"
+            warnings.warn(f"PairedDataset.encode: {told}; encode them anew unless it computes the same", stacklevel=2)
+        features = shards.run_encoder(encoder, made, inputs, tokens=False, layers=False).pooled
         features = self.bases[name].project(features) if name in self.bases else features
         if features.shape[1] != self.modalities[name].shape[1]:
-            raise ValueError(f"{self.encoders[name]}: expected width {self.modalities[name].shape[1]} as '{name}' has, got {features.shape[1]}")
+            raise ValueError(f"{encoder}: expected width {self.modalities[name].shape[1]} as '{name}' has, got {features.shape[1]}")
         return features
 
     def picture(self, item: int) -> Image:
@@ -350,6 +360,7 @@ def from_folder(folder: str | os.PathLike[str]) -> PairedDataset:
         keywords=[item.get("keywords", []) for item in items],
         default=tuple(about.get("default", ())),
         encoders={name: entry["encoder"] for name, entry in described.items() if "encoder" in entry},
+        encoder_code={name: entry["encoder_code"] for name, entry in described.items() if "encoder_code" in entry},
         items=items,
         licence=about.get("licence", ""),
         source=about.get("source", ""),

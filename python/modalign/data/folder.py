@@ -184,7 +184,8 @@ class FeatureFolder:
         described = about.get("modalities", {})
         demand("'modalities'", isinstance(described, dict) and all(isinstance(e, dict) for e in described.values()), "an object of objects", described)
         for name, entry in described.items():
-            demand(f"'encoder' of '{name}'", isinstance(entry.get("encoder", ""), str), "text", entry.get("encoder"))
+            for key in ("encoder", "encoder_code"):
+                demand(f"'{key}' of '{name}'", isinstance(entry.get(key, ""), str), "text", entry.get(key))
             if name in self.modalities and "width" in entry:
                 demand(f"'width' of '{name}'", entry["width"] == self.modalities[name].shape[1], f"{self.modalities[name].shape[1]} as in its file", entry["width"])
         for number, item in enumerate(items):

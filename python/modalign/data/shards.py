@@ -28,7 +28,7 @@ from .folder import FORMAT_VERSION
 from .sources import Item, Modality
 from .storage import CHECKSUMS, read_checksums, sha256, verify_checksums
 
-__all__ = ["Encoding", "encoder_identity", "file_identity", "prepared"]
+__all__ = ["Encoding", "encoder_code", "encoder_identity", "file_identity", "prepared"]
 
 CACHE = ".cache"
 OWN = "own.json"  # in the cache: names of files that a killed run may have written
@@ -42,15 +42,23 @@ BYTES_PER_ITEM = 2 * 250_000
 Progress = Callable[[int, int], None]
 
 
+def encoder_class(encoder: Any) -> Any:
+    return encoder if inspect.isroutine(encoder) or isinstance(encoder, type) else type(encoder)
+
+
+def encoder_code(encoder: Any) -> str:
+    """SHA-256 of the file that an encoder's class (or function) is in."""
+    try:
+        return sha256(inspect.getfile(encoder_class(encoder)))
+    except (TypeError, OSError):  # built in, or typed at a prompt
+        return "unknown"
+
+
 def encoder_identity(encoder: Any) -> dict[str, str]:
     """What the output of an encoder depends on: its code and the versions of its packages."""
-    kind = encoder if inspect.isroutine(encoder) or isinstance(encoder, type) else type(encoder)
+    kind = encoder_class(encoder)
     versions = {package: importlib.metadata.version(package) for package in getattr(encoder, "packages", ())}
-    try:
-        code = sha256(inspect.getfile(kind))
-    except (TypeError, OSError):  # built in, or typed at a prompt
-        code = "unknown"
-    return {"class": f"{kind.__module__}:{kind.__qualname__}", "code": code} | versions
+    return {"class": f"{kind.__module__}:{kind.__qualname__}", "code": encoder_code(encoder)} | versions
 
 
 def file_identity(root: Path, paths: Sequence[Path]) -> str:
@@ -79,10 +87,12 @@ def prepared(folder: Path, fingerprint: str | None = None) -> bool:
     """Whether the folder is a finished one (made by these very settings, where a fingerprint is given), with every file as it was written."""
     try:
         about = json.loads((folder / "items.json").read_text(encoding="utf-8"))
+        if fingerprint is not None and about.get("fingerprint") != fingerprint:
+            return False
         verify_checksums(folder)
     except (OSError, ValueError):
         return False
-    return fingerprint is None or about.get("fingerprint") == fingerprint
+    return True
 
 
 @dataclass
@@ -302,6 +312,8 @@ class Encoding:
     def _write_modality(self, name: str, modality: Modality, present: Tensor) -> dict[str, Any]:
         features = torch.cat(self._column(f"{name}.features"))
         entry: dict[str, Any] = {"encoder": modality.encoder, "width": features.shape[1]}
+        if modality.encoder not in ENCODERS:
+            entry["encoder_code"] = encoder_code(self.encoders[modality.encoder])
         if bool(present.all()):
             write_tensors(self.folder / f"{name}.safetensors", {"features": features})
         else:
