@@ -72,6 +72,7 @@ def test_every_set_is_prepared_and_read_back(name, tmp_path):
     files = {path.name for path in (root / name).iterdir()}
     assert ".cache" not in files
     for modality, entry in about["modalities"].items():
+        assert "encoder_code" not in entry  # for encoders of one's own
         tensors = read_tensors(root / name / f"{modality}.safetensors")
         assert tensors["features"].shape == (count, entry["width"]) and tensors["features"].dtype == torch.float32
         present = tensors.get("present", torch.ones(count, dtype=torch.bool))
@@ -179,11 +180,43 @@ def test_a_trial_does_not_replace_the_whole_set(tmp_path):
     command = ["prepare", "footprints", "--data-root", str(root), "--no-tokens"]
     assert runner.invoke(app, command).exit_code == 0
     refused = runner.invoke(app, [*command, "--limit", "16"], env={"COLUMNS": "300"})
-    expected = f"prepare: --limit must not make a set smaller than the one in {root / 'footprints'}, got 16 items for 40; --force replaces it"
+    expected = f"prepare: options must not take 24 of 40 items away from the set in {root / 'footprints'}, got --limit 16; --force replaces it"
     assert refused.exit_code == 1 and expected in refused.output and len(data.load("footprints", root)) == 40
     assert "already prepared" in runner.invoke(app, [*command, "--limit", "40"]).output
     assert runner.invoke(app, [*command, "--limit", "16", "--force"]).exit_code == 0 and len(data.load("footprints", root)) == 16
     assert runner.invoke(app, [*command, "--limit", "20"]).exit_code == 0 and len(data.load("footprints", root)) == 20
+
+
+def test_options_do_not_take_languages_tokens_and_layers_away(tmp_path):
+    root, _ = make_root("stamps", tmp_path)
+    command = ["prepare", "stamps", "--data-root", str(root)]
+
+    def call(*options):
+        return runner.invoke(app, [*command, *options])
+
+    def whole():
+        return {path.name: path.read_bytes() for path in (root / "stamps").iterdir() if path.is_file()}
+
+    assert call("--languages", "fr,de").exit_code == 0
+    described, before = json.loads((root / "stamps/items.json").read_text(encoding="utf-8"))["modalities"], whole()
+    kinds = {"tokens": "tokens_encoder", "layers": "layers"}
+    beside = [f"{kind} of {name}" for name, entry in described.items() for kind, key in kinds.items() if key in entry]
+    english = [what for what in beside if not what.endswith("_fr")]
+    others = ["text_fr", "text_de", "speech_fr"]
+    assert "layers of text" in english and "tokens of speech_fr" in beside
+    for options, lost, blamed in (
+        (["--languages", "fr"], ["text_de"], "--languages fr"),
+        (["--languages", "fr,de", "--no-tokens"], beside, "--no-tokens"),
+        (["--limit", "2", "--languages", "", "--no-tokens"], ["1 of 3 items", *others, *english], "--limit 2 --languages '' --no-tokens"),
+    ):
+        refused = call(*options)
+        expected = f"prepare: options must not take {', '.join(lost)} away from the set in {root / 'stamps'}, got {blamed}; --force replaces it"
+        assert refused.exit_code == 1 and expected in refused.output and whole() == before
+    for recording in root.rglob("*_desc_fr.ogg"):  # a newer package may hold less
+        recording.unlink()
+    assert "wrote" in call("--languages", "fr,de").output and not (root / "stamps/speech_fr.safetensors").exists()
+    assert call("--languages", "", "--no-tokens", "--force").exit_code == 0
+    assert not [path for pattern in ("*_fr.*", "*.tokens.*") for path in (root / "stamps").glob(pattern)]
 
 
 def test_force_prepares_anew_and_an_interruption_is_taken_up(tmp_path, monkeypatch):
@@ -496,7 +529,7 @@ def test_what_an_earlier_version_left_goes_and_nothing_else(tmp_path):
     prepare("furniture", root, languages=languages)
     stray = miniature.write(root / "furniture/.text-x1.safetensors", "half of a file, left by a kill")
     notes = miniature.write(root / "furniture/notes.txt", "mine")
-    prepare("furniture", root, languages=[])
+    prepare("furniture", root, languages=[], force=True)
     assert not stray.exists() and not (root / "furniture/text_de.safetensors").exists() and notes.read_text() == "mine"
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -32,7 +33,7 @@ def prepare(
     languages: Annotated[str | None, typer.Option(help="beside English, as fr,de; an empty text for none; default: see the guide")] = None,
     tokens: Annotated[bool, typer.Option("--tokens/--no-tokens", help="keep tokens and layers beside pooled features")] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="the first items only, for a trial")] = None,
-    force: Annotated[bool, typer.Option("--force", help="prepare anew, though nothing has changed, or fewer items than are there")] = False,
+    force: Annotated[bool, typer.Option("--force", help="prepare anew, though nothing has changed, or less than is there")] = False,
     threads: Annotated[int, typer.Option(min=1, help="of torch")] = 1,
 ) -> None:
     """Make data sets from the packages that hold them: read, draw, encode with frozen encoders.
@@ -99,7 +100,7 @@ def tell_foreign(console: Console, names: Sequence[str]) -> None:
 
 
 def overview(root: Path | None) -> Table:
-    table = Table(title=f"data root: {root}" if root else "no --data-root given", title_justify="left")
+    table = Table(title=f"data root: {escape(str(root))}" if root else "no --data-root given", title_justify="left")
     for heading in ("set", "package", "licence", "MB to get", "MB unpacked", "there", "prepared"):
         table.add_column(heading, justify="right" if heading.startswith("MB") else "left", overflow="fold")
     for source in SOURCES.values():

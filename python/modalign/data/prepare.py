@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import tempfile
 from collections import Counter
@@ -64,6 +65,22 @@ def chosen_modalities(source: Source, languages: Sequence[str], tokens: bool) ->
     return modalities if tokens else {name: dataclasses.replace(modality, tokens=None, layers=False) for name, modality in modalities.items()}
 
 
+def demand_nothing_lost(folder: Path, items: int, modalities: dict[str, Modality], languages: Sequence[str], tokens: bool, limit: int | None) -> None:
+    """The finished set in the folder must not lose by the options of a run. What its packages no longer hold is another matter."""
+    about = json.loads((folder / "items.json").read_text(encoding="utf-8"))
+    count, described = len(about["items"]), about["modalities"]
+    kinds = (("tokens", "tokens_encoder"), ("layers", "layers"))
+    beside = [f"{kind} of {name}" for name, entry in described.items() for kind, key in kinds if key in entry and name in modalities]
+    lost = {
+        f"--limit {limit}": [f"{count - items} of {count} items"] if limit is not None and items < count else [],
+        f"--languages {shlex.quote(','.join(languages))}": [key for key, entry in described.items() if "language" in entry and key not in modalities],
+        "--no-tokens": [] if tokens else beside,
+    }
+    if what := ", ".join(one for found in lost.values() for one in found):
+        options = " ".join(option for option, found in lost.items() if found)
+        raise ValueError(f"prepare: options must not take {what} away from the set in {folder}, got {options}; --force replaces it")
+
+
 def prepare(
     name: str,
     root: Path,
@@ -74,7 +91,7 @@ def prepare(
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Prepared:
-    """Prepare a data set in `root / name`, taking up an interrupted run where it stopped (`force`: anew, and a trial may replace a whole set)."""
+    """Prepare a data set in `root / name`, taking up an interrupted run where it stopped (`force`: anew, though a finished set may lose by it)."""
     source = source_of(name)
     missing = missing_packages(source, root)
     if missing:
@@ -109,10 +126,7 @@ def prepare(
     )
     if not force and encoding.finished():
         return Prepared(encoding.folder, len(items), left_out, {}, new=False)
-    if limit is not None and not force and not encoding.cache.exists() and prepared(encoding.folder):
-        there = len(json.loads((encoding.folder / "items.json").read_text(encoding="utf-8"))["items"])
-        if there > len(items):
-            found = f"{len(items)} items for {there}"
-            raise ValueError(f"prepare: --limit must not make a set smaller than the one in {encoding.folder}, got {found}; --force replaces it")
+    if not force and not encoding.cache.exists() and prepared(encoding.folder):
+        demand_nothing_lost(encoding.folder, len(items), modalities, languages, tokens, limit)
     unreadable = encoding.run(progress, anew=force)
     return Prepared(encoding.folder, len(items), left_out, unreadable, True, tuple(encoding.foreign))
