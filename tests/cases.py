@@ -461,3 +461,6 @@ WIDE = [
 ]
 
 CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE]
+
+# Made of the ops above and without a gradient, so not for the battery: what they promise is tested in test_volume_search.py.
+SELECTIONS = ["gram_target_rank", "gram_topk"]

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cases import CASES, GRAM_VOLUME
+from cases import CASES, GRAM_VOLUME, SELECTIONS
 from modalign import ops
 from modalign.ops._arguments import fold_leading
 from modalign.testing import Maker, Sample, parametrize, upstream
@@ -26,7 +26,7 @@ def test_battery(check):
 
 def test_every_op_is_exported_and_has_a_case():
     modules = [name for _, name, _ in pkgutil.iter_modules(ops.__path__) if not name.startswith("_")]
-    assert sorted(modules) == sorted(ops.__all__) == sorted({case.name for case in CASES})
+    assert sorted(modules) == sorted(ops.__all__) == sorted({case.name for case in CASES} | set(SELECTIONS))
     for name in modules:
         assert getattr(ops, name) is getattr(importlib.import_module(f"modalign.ops.{name}"), name)
 

@@ -49,10 +49,14 @@ def hit_ranks(scores: Tensor, *, query_groups: Tensor | None = None, candidate_g
     if query_groups.shape != (queries,) or candidate_groups.shape != (candidates,):
         found = f"{list(query_groups.shape)} and {list(candidate_groups.shape)}"
         raise ValueError(f"hit_ranks: query_groups and candidate_groups must be [{queries}] and [{candidates}], got {found}")
-    order = scores.argsort(dim=1, descending=larger_is_better, stable=True)
+    return first_hits("hit_ranks", scores.argsort(dim=1, descending=larger_is_better, stable=True), query_groups, candidate_groups)
+
+
+def first_hits(metric: str, order: Tensor, query_groups: Tensor, candidate_groups: Tensor) -> Tensor:
+    """Place of the first candidate of the query's group in each row of `order` [Q, C], indices of candidates."""
     hits = candidate_groups[order] == query_groups[:, None]
     if not bool(hits.any(1).all()):
-        raise ValueError(f"hit_ranks: every query must have a candidate of its group, got {int((~hits.any(1)).sum())} queries without")
+        raise ValueError(f"{metric}: every query must have a candidate of its group, got {int((~hits.any(1)).sum())} queries without")
     return hits.int().argmax(1)
 
 
@@ -102,7 +106,11 @@ def retrieval(
     scores: Tensor, *, query_groups: Tensor | None = None, candidate_groups: Tensor | None = None, larger_is_better: bool = True
 ) -> Retrieval:
     """All four figures of one direction; arguments as for `hit_ranks`."""
-    ranks = hit_ranks(scores, query_groups=query_groups, candidate_groups=candidate_groups, larger_is_better=larger_is_better)
+    return figures_of(hit_ranks(scores, query_groups=query_groups, candidate_groups=candidate_groups, larger_is_better=larger_is_better))
+
+
+def figures_of(ranks: Tensor) -> Retrieval:
+    """The four figures of the ranks of `hit_ranks`."""
     return Retrieval(recall_at_k(ranks, 1), recall_at_k(ranks, 5), recall_at_k(ranks, 10), median_rank(ranks))
 
 

@@ -1,0 +1,22 @@
+"""Result tuples of ops. Named tuples are pytrees, so torch.compile, vmap and tree_map see through them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Neighbors(NamedTuple):
+    """The best candidates of every row, best first.
+
+    values : Tensor [B, k]
+    indices : Tensor int64 [B, k]
+    """
+
+    values: Tensor
+    indices: Tensor
+
+    def to(self, device: torch.device | str) -> Neighbors:
+        return Neighbors(self.values.to(device), self.indices.to(device))
