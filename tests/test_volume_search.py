@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from modalign import ops
+from modalign import _load, ops
 from modalign.ops import Neighbors, _volume_panels, gram_target_rank, gram_topk, gram_volume, paired_gram_volume
 from modalign.ops.gram_target_rank import reference_gram_target_rank
 from modalign.ops.gram_topk import reference_gram_topk
@@ -240,6 +240,33 @@ def test_threads_give_the_same_bits():
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(x, y) for x, y in zip(other, found[0], strict=True))
+
+
+@pytest.mark.parametrize("instructions", _load.compiled_instruction_sets())
+def test_a_pair_has_the_same_bits_in_any_panel(instructions):
+    """Half of the pairs are recomputed from their vectors because they lie near zero, beside others that are not; on every path of the kernel."""
+    try:
+        context = _load.use_instruction_set(instructions)
+    except ValueError as error:
+        assert "must be one that this machine can run" in str(error)
+        return
+    make, B, C = Maker(seed=6), 141, 523
+    centre, drawn = make.unit(40, 20), torch.randint(80, (C,), generator=torch.Generator().manual_seed(6))
+
+    def rows(count):
+        near = centre[drawn[:count] % 40] + 0.02 * make.unit(count, 20)
+        return torch.where(drawn[:count, None] < 40, near, make.unit(count, 20))
+
+    anchor, others = centre[torch.arange(B) % 40] + 0.02 * make.unit(B, 20), [rows(C) for _ in range(2)]
+    for other in others:
+        other[300:] = other[: C - 300]
+    target = torch.arange(B)
+    with context:
+        volume = gram_volume(anchor, others)
+        assert 0.2 < (volume < 0.05).double().mean() < 0.8
+        for workspace in (0, 70_001, 333_333, None):
+            same(gram_topk(anchor, others, 50, workspace_bytes=workspace), volume, 50)
+            assert torch.equal(gram_target_rank(anchor, others, target, workspace_bytes=workspace), places(volume, target))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- the rest of torch
