@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from contrastive_cases import CONTRASTIVE
+from contrastive_cases import CONTRASTIVE, DERIVED
 from modalign import ops
 from modalign.ops.gram_volume import formula_gram_volume, reference_gram_volume
 from modalign.ops.paired_gram_volume import formula_paired_gram_volume, reference_paired_gram_volume
@@ -460,7 +460,7 @@ WIDE = [
     ),
 ]
 
-CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE]
+CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED]
 
-# Made of the ops above and without a gradient, so not for the battery: what they promise is tested in test_volume_search.py.
-SELECTIONS = ["gram_target_rank", "gram_topk"]
+# Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py and test_hard_negatives.py.
+SELECTIONS = ["clip_hard_negatives", "gram_hard_negatives", "gram_target_rank", "gram_topk"]

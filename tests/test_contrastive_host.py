@@ -11,12 +11,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from gumbel import pair_noise
 from test_kernels_host import BACKWARD, DTYPES, FORWARD, RAGGED_DEPTH, REFERENCE, SCHEDULES, decode, deviation, encode, nearly_dependent, rounded
 
 from modalign import _host
 
 FORMS = ["volume", "triangle", "product"]
 IGNORED = -100
+SEED = -7_777_777_777_777  # both halves of the key
 
 
 def pair_values(form, anchor, others, present, upstream=None):
@@ -48,11 +50,12 @@ class Loss:
         sigmoid=False,
         bias=False,
         near=True,
+        draws=None,
     ):
         rng = np.random.default_rng([seed, B, C, D, m])
         self.form, self.dtype, self.B, self.C, self.D = form, dtype, B, C, D
         self.m = m = {"triangle": 2, "product": 1}.get(form, m)
-        self.smoothing, self.parts, self.sigmoid = smoothing, parts, sigmoid
+        self.smoothing, self.parts, self.sigmoid, self.draws = smoothing, parts, sigmoid, draws
         self.real = "f64" if dtype == "f64" else "f32"
         anchor, others = rng.standard_normal((B, D)), rng.standard_normal((C, m, D))
         if near and form != "product" and m + 1 < D:
@@ -105,6 +108,8 @@ class Loss:
             arguments["bias"] = encode(self.real, [self.bias])
         if self.target is not None:
             arguments["target"] = self.target.astype(np.int64)
+        if self.draws is not None:
+            arguments["seed"] = np.array([self.draws])
         return arguments
 
     def backward_arguments(self, saved, need_anchor=True, need_others=True, workspace_bytes=1 << 26):
@@ -115,7 +120,8 @@ class Loss:
         return {**self.arguments(), **weights, **needs, **{name: saved[name] for name in ("row_lse", "column_lse", "classes", "basis", "factor")}}
 
     def forward(self, key=None, arguments=None, **options):
-        return _host.run(key or f"contrastive_{self.form}.forward.{self.dtype}", arguments or self.arguments(), **options)
+        kernel = "forward" if self.draws is None else "draw"
+        return _host.run(key or f"contrastive_{self.form}.{kernel}.{self.dtype}", arguments or self.arguments(), **options)
 
     def backward(self, saved, key=None, arguments=None, **options):
         return _host.run(key or f"contrastive_{self.form}.coefficients.{self.dtype}", arguments or self.backward_arguments(saved), **options)
@@ -199,11 +205,13 @@ class Loss:
 
     def best_holds(self, outputs, tolerance):
         z = np.where(self.rows[:, None] & self.columns, self.want["z"], -np.inf)
-        labels = np.unique(self.label[self.label >= 0])
-        for best, lines, labelled in (
-            (outputs["row_best"], z, np.flatnonzero(self.label >= 0)),
-            (outputs["column_best"], z.T, labels),
-        ):
+        lines, labelled = (z, z.T), (np.flatnonzero(self.label >= 0), np.unique(self.label[self.label >= 0]))
+        if self.draws is not None:
+            z[np.flatnonzero(self.label >= 0), self.label[self.label >= 0]] = -np.inf
+            rows, columns = z + pair_noise(self.draws, self.B, self.C)
+            lines = rows, columns.T
+            labelled = [np.flatnonzero((of_side > -np.inf).any(1)) for of_side in lines]
+        for best, lines, labelled in zip((outputs["row_best"], outputs["column_best"]), lines, labelled, strict=True):
             if not np.array_equal(np.flatnonzero(best >= 0), labelled):
                 return False
             if labelled.size and not (lines[labelled, best[labelled]] >= lines[labelled].max(1) - tolerance).all():
@@ -236,9 +244,9 @@ def sizes(form, shape):
 
 
 @functools.cache
-def solved(form, dtype, shape, sigmoid=False):
+def solved(form, dtype, shape, sigmoid=False, draws=None):
     """Forward and backward of one shape, checked against the reference; the keys that were launched."""
-    loss = Loss(form, dtype, **sizes(form, shape) | (dict(smoothing=0.0, sigmoid=True) if sigmoid else {}))
+    loss = Loss(form, dtype, **sizes(form, shape) | (dict(smoothing=0.0, sigmoid=True) if sigmoid else {}), draws=draws)
     forward = loss.forward()
     assert loss.forward_deviation(forward.outputs) <= 1
     backward = loss.backward(forward.outputs)
@@ -253,6 +261,13 @@ def test_losses_match_the_definition(form, dtype, shape):
     solved(form, dtype, shape)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_draws_are_the_largest_with_noise(form, dtype, shape):
+    solved(form, dtype, shape, draws=SEED)
+
+
 @pytest.mark.parametrize("shape", ["one tile", "ragged"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sigmoid_matches_the_definition(dtype, shape):
@@ -265,7 +280,7 @@ OWN = sorted(key for key, kernel in _host.kernels().items() if kernel["family"].
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_instance_has_run(shape):
     """A key of the compiled table that no case above launches fails here."""
-    seen = set().union(*(solved(form, dtype, shape) for form in FORMS for dtype in DTYPES))
+    seen = set().union(*(solved(form, dtype, shape, draws=draws) for form in FORMS for dtype in DTYPES for draws in (None, SEED)))
     assert set(OWN) - seen == set()
 
 
@@ -395,6 +410,16 @@ def test_a_label_counts_once(form, dtype, side):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
+def test_nothing_draws_its_own(form, dtype):
+    loss = Loss(form, dtype, D=37, m=2, near=False, draws=SEED)
+    right = loss.forward().outputs
+    assert right["row_best"][0] == right["column_best"][0] == -1
+    for side in ("row", "column"):
+        assert loss.forward(mutation=f"draws: the own item of a {side}").outputs[f"{side}_best"][0] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
 def test_a_nan_reaches_the_loss(form, dtype):
     loss = Loss(form, dtype, B=6, C=6, D=12, m=2, near=False)
     loss.anchor[2, 3] = np.nan
@@ -436,6 +461,10 @@ def test_many_tiles_share_slots(dtype):
 HARMLESS = {
     ("forward", "tile: drop the barrier after the epilogue"),  # reached by walks of several tiles alone: the test below
     ("forward", "logits: drop the barrier before the next row tile"),  # the same
+    ("draw", "tile: drop the barrier after the epilogue"),
+    ("draw", "logits: drop the barrier before the next row tile"),
+    ("draw", "draws: the own item of a row"),  # which few rows would draw: test_nothing_draws_its_own
+    ("draw", "draws: the own item of a column"),
     ("coefficients", "tile: drop the barrier after the epilogue"),
     ("bf16", "logits: the label twice in its column"),  # of 141 rows: below the rounding of bf16. test_a_label_counts_once
     ("bf16", "logits: the label twice in its row"),
@@ -443,10 +472,10 @@ HARMLESS = {
 
 
 @functools.cache
-def broken_case(form, dtype):
+def broken_case(form, dtype, draws):
     """A case that passes every marked place of a kernel, and what it returns."""
     mixed = dict(labels="mixed", smoothing=0.1)
-    loss = Loss(form, dtype, B=141, C=45, D=RAGGED_DEPTH[dtype], m=3, seed=1, **mixed)
+    loss = Loss(form, dtype, B=141, C=45, D=RAGGED_DEPTH[dtype], m=3, seed=1, draws=draws, **mixed)
     return loss, loss.forward().outputs
 
 
@@ -454,8 +483,8 @@ def broken_case(form, dtype):
 def breakable(key):
     family, kernel, dtype = key.split(".")
     form = family.removeprefix("contrastive_").replace("loss", "product")
-    loss, saved = broken_case(form, dtype)
-    if kernel in ("labels", "column_labels", "classes", "forward", "fold_columns", "fold_rows"):
+    loss, saved = broken_case(form, dtype, SEED if kernel == "draw" else None)
+    if kernel in ("labels", "column_labels", "classes", "forward", "draw", "fold_columns", "fold_rows"):
         return functools.partial(loss.forward, key=key), loss.forward_deviation
     return functools.partial(loss.backward, saved, key=key), loss.backward_deviation
 

@@ -12,6 +12,7 @@
 
 #include "cpu/contrastive_loss.h"
 
+#include "cpu/gumbel.h"
 #include "cpu/pair_gradient.h"
 
 namespace modalign::cpu {
@@ -138,11 +139,13 @@ struct ForwardBuffers {
 
 // Turns a tile of products into logits in place (packed columns [.., m, lanes] become [.., lanes]); sums them (sigmoid: their softplus) and keeps the largest of each row
 // and column. The largest are found before the label takes its exact value, so that equal vectors have equal logits and the lowest index wins.
-template <class T, class Values>
+// draw: the largest of logit + noise, without the label.
+template <class T, class Values, bool draw>
 struct Logits {
   const ContrastiveProblem& p;
   const ForwardBuffers<T>& buffers;
   std::int64_t groups;
+  std::uint64_t seed;
   Values values;
   Scratch<T> column_sum;       // of one tile
 
@@ -170,10 +173,16 @@ struct Logits {
         for (int l = 0; l < W; l += L) {
           const std::int64_t j = group * W + l;
           const Vector<T> logit = broadcast(sides.scale) * load(value + l) + broadcast(sides.bias) + load(sides.absent + j), column_top = load(buffers.column_top + j);
-          best = logit > top ? lane + broadcast(static_cast<Integer<T>>(j)) : best;
-          top = logit > top ? logit : top;
-          store(buffers.column_best + j, logit > column_top ? broadcast(static_cast<Integer<T>>(row)) : load(buffers.column_best + j));
-          store(buffers.column_top + j, logit > column_top ? logit : column_top);
+          Vector<T> row_rank = logit, column_rank = logit;
+          if constexpr (draw) {
+            const PairNoise<T> noise = pair_noise<T>(seed, row, j);
+            row_rank += noise.row, column_rank += noise.column;
+            if (label >= j && label < j + L) row_rank[label - j] = column_rank[label - j] = -std::numeric_limits<T>::infinity();
+          }
+          best = row_rank > top ? lane + broadcast(static_cast<Integer<T>>(j)) : best;
+          top = row_rank > top ? row_rank : top;
+          store(buffers.column_best + j, column_rank > column_top ? broadcast(static_cast<Integer<T>>(row)) : load(buffers.column_best + j));
+          store(buffers.column_top + j, column_rank > column_top ? column_rank : column_top);
           store(out + l, logit);
         }
         if (label / W == group && label >= 0) out[label % W] = buffers.row_label[row];
@@ -224,12 +233,19 @@ void forward(const ContrastiveProblem& p, const ContrastiveForward& to, const Fo
   for (std::int64_t i = 0; i < slots.count * B; ++i) buffers.row_sum[i] = 0, buffers.row_top[i] = -infinity, buffers.row_best[i] = kNone;
 
   const PackedPair<T> pair{buffers.operands.row_panels, B, buffers.operands.column_panels, columns.count, sizes.D, columns.tile, static_cast<T*>(to.products)};
-  const auto make_logits = [&] {
-    return Logits<T, Values>{p, buffers, columns.groups, Values(sizes, geometry, buffers.operands, basis, false), Scratch<T>(columns.tile)};
-  };
   double *row_lse = to.row_lse, *column_lse = to.column_lse;
   T *row_sum = static_cast<T*>(to.row_sum), *label = static_cast<T*>(to.label), *column_sum = static_cast<T*>(to.column_sum), *loss = static_cast<T*>(to.loss), *classes = static_cast<T*>(to.classes);
-  if (p.loss == PairLoss::softmax) {
+  const auto walk = [&](auto draw) {
+    const auto make_logits = [&] {
+      const std::uint64_t seed = p.seed ? static_cast<std::uint64_t>(*p.seed) : 0;
+      return Logits<T, Values, decltype(draw)::value>{p, buffers, columns.groups, seed, Values(sizes, geometry, buffers.operands, basis, false), Scratch<T>(columns.tile)};
+    };
+    if (p.loss == PairLoss::sigmoid) {
+      for_each_slot_tile<T>(pair, slots, parallel, [&] { return [logits = make_logits()](const Tile<T>& tile, std::int64_t slot) mutable { logits(tile, slot); }; });
+      for (std::int64_t i = 0; i < B; ++i) row_lse[i] = sides.label[i] == kNoPart ? -infinity : 0;
+      for (std::int64_t j = 0; j < C; ++j) column_lse[j] = sides.absent[j];
+      return;
+    }
     log_sum_exp<T>(pair, C, slots, buffers.statistics, row_lse, column_lse, parallel, make_logits, [&](const OnlineSum<T>& row, const OnlineSum<T>& column) {
       for (std::int64_t i = 0; i < B; ++i) {
         const std::int64_t t = sides.label[i];
@@ -238,11 +254,9 @@ void forward(const ContrastiveProblem& p, const ContrastiveForward& to, const Fo
         merge(column.maximum[t], column.sum[t], buffers.row_label[i], 1);
       }
     });
-  } else {
-    for_each_slot_tile<T>(pair, slots, parallel, [&] { return [logits = make_logits()](const Tile<T>& tile, std::int64_t slot) mutable { logits(tile, slot); }; });
-    for (std::int64_t i = 0; i < B; ++i) row_lse[i] = sides.label[i] == kNoPart ? -infinity : 0;
-    for (std::int64_t j = 0; j < C; ++j) column_lse[j] = sides.absent[j];
-  }
+  };
+  if (p.seed) walk(std::true_type());
+  else walk(std::false_type());
 
   double rows_here = 0, columns_here = 0, labelled = 0;
   for (std::int64_t j = 0; j < C; ++j) columns_here += sides.active[j];
@@ -255,20 +269,20 @@ void forward(const ContrastiveProblem& p, const ContrastiveForward& to, const Fo
   classes[3] = static_cast<T>(std::abs(center) < infinity ? center : 0);
   for (std::int64_t j = 0; j < C; ++j) {
     column_sum[j] = static_cast<T>(buffers.column_sum[j]);
-    to.column_best[j] = kNone;
+    to.column_best[j] = p.seed && sides.active[j] != 0 ? buffers.column_best[j] : kNone;
   }
   for (std::int64_t i = 0; i < B; ++i) {
     double sum = 0;
     T top = -infinity;
-    std::int64_t best = C;
+    std::int64_t best = p.seed ? kNone : C;
     for (std::int64_t slot = 0; slot < slots.count; ++slot) {
       sum += buffers.row_sum[slot * B + i];
       if (buffers.row_top[slot * B + i] > top) top = buffers.row_top[slot * B + i], best = buffers.row_best[slot * B + i];
     }
     const std::int64_t t = sides.label[i];
     const double z = buffers.row_label[i], lambda = p.label_smoothing;
-    if (t >= 0) to.column_best[t] = buffers.column_best[t] == kNone ? B : buffers.column_best[t];
-    to.row_best[i] = t < 0 ? kNone : best;
+    if (t >= 0 && !p.seed) to.column_best[t] = buffers.column_best[t] == kNone ? B : buffers.column_best[t];
+    to.row_best[i] = t == kNoPart || (t < 0 && !p.seed) ? kNone : best;
     row_sum[i] = static_cast<T>(sum);
     label[i] = static_cast<T>(z);
     if (p.loss == PairLoss::sigmoid) loss[i] = static_cast<T>(sum - z);

@@ -4,6 +4,12 @@
 #include "cuda/stream_launch.cuh"
 
 namespace modalign::cuda {
+
+// Compiled in contrastive_draw.cu: the two files build side by side.
+#define MODALIGN_IS_SHARED(key, ...) template <> inline constexpr bool kIsShared<__VA_ARGS__> = true;
+MODALIGN_DRAW_KERNELS(MODALIGN_IS_SHARED)
+#undef MODALIGN_IS_SHARED
+
 namespace {
 
 // f(geometry, element) for the problem's form and dtype
@@ -60,7 +66,7 @@ int launch_contrastive_loss_bwd(const ContrastiveProblem& problem, const Contras
 
 const char* contrastive_kernel_catalogue() {
 #define MODALIGN_KEY_LINE(key, ...) key "\n"
-  return MODALIGN_LOSS_KERNELS(MODALIGN_KEY_LINE);
+  return MODALIGN_LOSS_KERNELS(MODALIGN_KEY_LINE) MODALIGN_DRAW_KERNELS(MODALIGN_KEY_LINE);
 #undef MODALIGN_KEY_LINE
 }
 

@@ -15,6 +15,7 @@
 ///            forward        tile product; a thread owns a candidate of the tile and its rows in turn: values, then logits and the statistics of the
 ///                           column; then a thread owns a part of a row: statistics of the row in shared memory along the walk. The largest are
 ///                           found before the label takes its exact value, so that equal vectors have equal logits and the lowest index wins
+///            draw           forward, with noise added where the largest are found (ops/contrastive_loss.h)
 ///            fold_columns   one thread per column: the slots in order
 ///            classes        one block: how many rows and columns take part, and the center
 ///            fold_rows      one thread per row: the slots in order, then the loss
@@ -42,6 +43,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/philox.h"
 #include "cuda/pair_gradient.cuh"
 #include "ops/contrastive_loss.h"
 
@@ -52,6 +54,7 @@ constexpr std::int64_t kNoLabel = kNoTarget, kNoPart = -2;   // a row without a 
 constexpr std::uint32_t kTakesPart = 1, kIsLabel = 2;        // of a column
 constexpr int kThreadKernelThreads = 256;               // one thread per item
 template <class Real> inline constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+template <class Real> inline constexpr Real kBelowOne = 1 - std::numeric_limits<Real>::epsilon() / 2;
 
 // The plain product x . y as a third geometry: m = 1, no basis.
 struct ProductGeometry {
@@ -304,7 +307,8 @@ template <class View, class Index, class Real> MODALIGN_DEVICE void write_statis
 }
 
 // Slots: rows [column walk][B], columns [row walk][C].
-template <class Geometry, class T> struct LogitsEpilogue {
+// draw: the largest of logit + noise, without the label.
+template <class Geometry, class T, bool draw> struct LogitsEpilogue {
   using Backend = PairBackend<T>;
   using Real = real_of<T>;
   static constexpr int kParts = kTileThreads / Backend::kRows;   // threads along a row
@@ -321,6 +325,7 @@ template <class Geometry, class T> struct LogitsEpilogue {
   const std::int64_t* label;
   const Real* row_logit;
   const std::uint32_t* flags;
+  const std::int64_t* seed;   // draws alone
   StatisticsArray<Real> row_slots, column_slots;
   std::int64_t row_tiles_per_walk;
   int tile_candidates, lanes_log2;   // of a column tile; threads along them are a power of two
@@ -364,6 +369,14 @@ template <class Geometry, class T> struct LogitsEpilogue {
       write_statistics(slots, std::int64_t(slot), mine);
     }
     fold_row(thread, m, tile, range, first, candidates, marks, labels, row_statistics);
+  }
+
+  // Standard Gumbel noise of a pair for the draw of its row (0) or column (1), as in cpu/gumbel.h.
+  MODALIGN_DEVICE Real noise(int i, int j, int side) const {
+    const std::uint64_t key = std::uint64_t(std::int64_t(global(seed)[0]));
+    const std::uint32_t bits = philox<std::uint32_t>({std::uint32_t(j), std::uint32_t(i), 0, 0}, key, ScalarProduct()).word[side];
+    const Real uniform = (Real(bits >> 1) + Real(0.5)) * Real(0x1p-31);
+    return -logarithm(-logarithm_1p(-minimum(uniform, kBelowOne<Real>)));
   }
 
   // Products become values, each row packed.
@@ -416,7 +429,11 @@ template <class Geometry, class T> struct LogitsEpilogue {
       Real z = counts ? logit(mine_of_rows[row * Backend::kPitch]) : -kInfinity<Real>;
       mine_of_rows[row * Backend::kPitch] = z;
       if (!counts) continue;
-      mine.see(z, row_begin + row);
+      if constexpr (draw) {
+        if (j != target || MODALIGN_MUTATION("draws: the own item of a column")) mine.see(z + noise(row_begin + row, j, 1), row_begin + row);
+      } else {
+        mine.see(z, row_begin + row);
+      }
       if (j == target) z = marks[row];
       else largest = maximum(largest, z);
       mine.total += sigmoid ? softplus(z) : z;
@@ -457,7 +474,11 @@ template <class Geometry, class T> struct LogitsEpilogue {
     Statistics<Real> mine;
     Real largest = -kInfinity<Real>;
     each([&](int slot, Real z) {
-      mine.see(z, first + slot);
+      if constexpr (draw) {
+        if (slot != label_slot || MODALIGN_MUTATION("draws: the own item of a row")) mine.see(z + noise(int(range.row_begin) + row, first + slot, 0), first + slot);
+      } else {
+        mine.see(z, first + slot);
+      }
       if (slot == label_slot) z = mark;
       else largest = maximum(largest, z);
       if (z != -kInfinity<Real>) mine.total += sigmoid ? softplus(z) : z;   // columns that take no part stand as -infinity
@@ -482,7 +503,7 @@ template <class Geometry, class T> struct LogitsEpilogue {
     if (!MODALIGN_MUTATION("logits: drop the barrier before the next row tile")) barrier();
   }
 };
-template <class Geometry, class T> using LogitsKernel = TileWalk<PairBackend<T>, LogitsEpilogue<Geometry, T>>;
+template <class Geometry, class T, bool draw = false> using LogitsKernel = TileWalk<PairBackend<T>, LogitsEpilogue<Geometry, T, draw>>;
 
 inline LaunchPlan plan_threads(std::int64_t items, const char* key) {
   LaunchPlan plan;
@@ -516,7 +537,7 @@ template <class Real> struct LogSum {
 template <class Real> struct FoldColumns {
   static constexpr int kThreads = kThreadKernelThreads;
   std::int64_t B, C;
-  bool sigmoid;
+  bool sigmoid, draw;
   StatisticsArray<Real> slots;   // [slot][C]
   std::int64_t slot_count;
   const std::uint32_t* flags;
@@ -535,14 +556,14 @@ template <class Real> struct FoldColumns {
     const Pack<double, 2> labelled = load_pack<2>(global(label_sum), 2 * j);
     global(lse)[j] = !sigmoid ? log_sum(all.lse, {labelled[0], labelled[1]}) : (here & kTakesPart) != 0 ? 0.0 : -kInfinity<double>;
     global(sum)[j] = all.total;
-    global(best)[j] = (here & kIsLabel) == 0 ? -1 : all.best < 0 ? B : all.best;
+    global(best)[j] = draw ? all.best : (here & kIsLabel) == 0 ? -1 : all.best < 0 ? B : all.best;
   }
 };
 
 template <class Real> struct FoldRows {
   static constexpr int kThreads = kThreadKernelThreads;
   std::int64_t B, C;
-  bool sigmoid;
+  bool sigmoid, draw;
   Real smoothing, row_part, column_part;
   StatisticsArray<Real> slots;   // [slot][B]
   std::int64_t slot_count;
@@ -575,7 +596,7 @@ template <class Real> struct FoldRows {
     global(lse)[i] = row_lse;
     global(sum)[i] = all.total;
     global(label_logit)[i] = z;
-    global(best)[i] = t < 0 ? -1 : all.best < 0 ? C : all.best;
+    global(best)[i] = draw ? all.best : t < 0 ? -1 : all.best < 0 ? C : all.best;
   }
 };
 
@@ -840,7 +861,19 @@ template <class Real> struct SumLogits {
   X("contrastive_loss.narrow.f16", NarrowRows<f16>)    \
   X("contrastive_loss.narrow.bf16", NarrowRows<bf16>)
 
+// With a seed; compiled in contrastive_draw.cu.
+#define MODALIGN_DRAW_KERNELS_OF(X, dtype, T)                                           \
+  X("contrastive_volume.draw." dtype, LogitsKernel<VolumeGeometry, T, true>)             \
+  X("contrastive_triangle.draw." dtype, LogitsKernel<TriangleGeometry, T, true>)         \
+  X("contrastive_product.draw." dtype, LogitsKernel<ProductGeometry, T, true>)
+#define MODALIGN_DRAW_KERNELS(X)           \
+  MODALIGN_DRAW_KERNELS_OF(X, "f32", float)  \
+  MODALIGN_DRAW_KERNELS_OF(X, "f64", double) \
+  MODALIGN_DRAW_KERNELS_OF(X, "f16", f16)    \
+  MODALIGN_DRAW_KERNELS_OF(X, "bf16", bf16)
+
 MODALIGN_LOSS_KERNELS(MODALIGN_KEY_OF)
+MODALIGN_DRAW_KERNELS(MODALIGN_KEY_OF)
 
 // ---------------------------------------------------------------------------------------------------------------------------------- launch sequences
 template <class Geometry, class T> struct LossForwardBuffers {
@@ -890,7 +923,7 @@ int run_contrastive_forward(const ContrastiveProblem& problem, const Contrastive
   const PairProblem p = pair_problem(problem.pairs);
   const Targets targets{problem.target, problem.target_stride};
   const LogitScalars<Real> scalars = logit_scalars<Real>(problem);
-  const bool sigmoid = problem.loss == PairLoss::sigmoid;
+  const bool sigmoid = problem.loss == PairLoss::sigmoid, draw = problem.seed != nullptr;
   Real *basis = static_cast<Real*>(output.basis), *factor = static_cast<Real*>(output.factor);
   const PairView<Geometry, T> view = pair_view<Geometry, T>(p, basis, factor, buffers.scale, buffers.row_square);
   Operand<T> candidates;
@@ -909,17 +942,20 @@ int run_contrastive_forward(const ContrastiveProblem& problem, const Contrastive
   if (const int error = launch_kernel(launch, columns, 1)) return error;
 
   const TileGrid grid = LossForwardBuffers<Geometry, T>::grid(p);
-  const LogitsKernel<Geometry, T> logits{anchor_operand<T>(p),
-                                         candidates,
-                                         grid,
-                                         {view, scalars, sigmoid, p.B, buffers.label, buffers.logit, buffers.flags, buffers.row_slots,
-                                          buffers.column_slots, grid.row_tiles_per_walk, PairBackend<T>::kColumns / p.m,
-                                          view.lanes == 128 ? 7 : view.lanes == 64 ? 6 : 5}};
-  if (const int error = launch_kernel(launch, logits, 1)) return error;
+  const auto launch_logits = [&](auto draws) {
+    const LogitsKernel<Geometry, T, decltype(draws)::value> logits{
+        anchor_operand<T>(p),
+        candidates,
+        grid,
+        {view, scalars, sigmoid, p.B, buffers.label, buffers.logit, buffers.flags, problem.seed, buffers.row_slots, buffers.column_slots,
+         grid.row_tiles_per_walk, PairBackend<T>::kColumns / p.m, view.lanes == 128 ? 7 : view.lanes == 64 ? 6 : 5}};
+    return launch_kernel(launch, logits, 1);
+  };
+  if (const int error = draw ? launch_logits(std::true_type()) : launch_logits(std::false_type())) return error;
 
   double* column_lse = output.column_lse;
   Real* column_sum = static_cast<Real*>(output.column_sum);
-  const FoldColumns<Real> fold_columns{p.B,           p.C,        sigmoid,    buffers.column_slots, grid.row_walks,
+  const FoldColumns<Real> fold_columns{p.B, p.C, sigmoid, draw, buffers.column_slots, grid.row_walks,
                                        buffers.flags, buffers.label_sum, column_lse, column_sum, output.column_best};
   if (const int error = launch_kernel(launch, fold_columns, 1)) return error;
   const CountClasses<Real> classes{p.B, p.C, sigmoid, scalars, buffers.label, buffers.flags, column_lse, static_cast<Real*>(output.classes)};
@@ -927,6 +963,7 @@ int run_contrastive_forward(const ContrastiveProblem& problem, const Contrastive
   const FoldRows<Real> fold_rows{p.B,
                                  p.C,
                                  sigmoid,
+                                 draw,
                                  Real(problem.label_smoothing),
                                  Real(problem.row_part),
                                  Real(problem.column_part),

@@ -45,6 +45,7 @@ template <class Geometry, class T> ContrastiveProblem problem_of(Run& run) {
   p.label_smoothing = run.number("label_smoothing");
   p.row_part = run.number("row_part");
   p.column_part = run.number("column_part");
+  p.seed = run.input<std::int64_t>("seed");
   return p;
 }
 
@@ -118,7 +119,7 @@ template <template <class, class> class Pass, class Real> struct AnyDtype {
 
 template <class Kernel> struct Sequence;
 template <class G, class T> struct Sequence<RowLabels<G, T>> : ForwardOf<G, T> {};
-template <class B, class G, class T> struct Sequence<TileWalk<B, LogitsEpilogue<G, T>>> : ForwardOf<G, T> {};
+template <class B, class G, class T, bool draw> struct Sequence<TileWalk<B, LogitsEpilogue<G, T, draw>>> : ForwardOf<G, T> {};
 template <class B, class G, class T, class U> struct Sequence<TileWalk<B, CoefficientEpilogue<G, T, U>>> : BackwardOf<G, T> {};
 template <class G, class T, class U> struct Sequence<RowTerms<G, T, U>> : BackwardOf<G, T> {};
 template <class G, class T, class U> struct Sequence<ColumnTerms<G, T, U>> : BackwardOf<G, T> {};
@@ -141,6 +142,7 @@ const std::vector<Registration> kRegistrations = [] {
   std::vector<Registration> all;
 #define MODALIGN_REGISTER(key, ...) all.emplace_back(entry<__VA_ARGS__>(key));
   MODALIGN_LOSS_KERNELS(MODALIGN_REGISTER)
+  MODALIGN_DRAW_KERNELS(MODALIGN_REGISTER)
 #undef MODALIGN_REGISTER
   return all;
 }();

@@ -98,8 +98,13 @@ ContrastiveProblem check(const Tensor& anchor, const std::vector<Tensor>& others
 
 template <class L>
 Forward forward(const Tensor& anchor, std::vector<Tensor> others, const Tensor& scale, Optional bias, Optional target, Optional present, double label_smoothing, double row_part, double column_part, double eps,
-                std::int64_t workspace_bytes) {
-  const ContrastiveProblem p = check<L>(anchor, others, scale, bias, target, present, label_smoothing, row_part, column_part, eps);
+                std::int64_t workspace_bytes, Optional seed) {
+  ContrastiveProblem p = check<L>(anchor, others, scale, bias, target, present, label_smoothing, row_part, column_part, eps);
+  if (seed) {
+    check_like(L::name, "seed", *seed, anchor, ScalarType::Long);
+    check_shape(L::name, "seed", *seed, {});
+    p.seed = static_cast<const std::int64_t*>(seed->const_data_ptr());
+  }
   const std::int64_t B = p.pairs.B, C = p.pairs.C, D = p.pairs.D, m = p.pairs.m;
   const ScalarType real = accumulation_type(anchor.scalar_type()), whole = ScalarType::Long;
   const auto rows = [&](ScalarType type) { return new_tensor(anchor, {B}, type); };
@@ -181,7 +186,7 @@ using SigLip = Loss<PairForm::product, PairLoss::sigmoid>;
 template <class L, class Library>
 void define(Library& m) {
   const std::string inputs = "Tensor anchor, Tensor[] others, Tensor scale, Tensor? bias, Tensor? target, Tensor? present, float label_smoothing, float row_part, float column_part, float eps", name = L::name;
-  m.def((name + "(" + inputs + ", int workspace_bytes) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)").c_str());
+  m.def((name + "(" + inputs + ", int workspace_bytes, Tensor? seed=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)").c_str());
   m.def((name + "_bwd(Tensor row_weight, Tensor column_weight, Tensor row_lse, Tensor column_lse, Tensor classes, Tensor basis, Tensor factor, Tensor products, " + inputs +
          ", bool need_anchor, bool need_others) -> (Tensor, Tensor, Tensor)").c_str());
 }

@@ -12,6 +12,8 @@
 //     row_lse_i = log sum_j exp z_ij      row_sum_i = sum_j z_ij      column_lse_j, column_sum_j over rows the same way
 //     label_i = z_{i, t_i}, always recomputed from the vectors; a row is labelled where its target takes part
 //     row_best_i = the candidate with the largest logit of a row, column_best_j = the row with the largest logit of a candidate; ties go to the lowest index
+//     with a seed, both are draws instead: j with probability exp(z_ij) / sum, never the row's label; i likewise, never a row whose label is j. The largest z_ij + G_ij
+//     draws so, with Gumbel noise from a counter (i, j): the same draws on every device up to rounding of z (GRAM's and ALBEF's hard negatives)
 //
 // softmax, per labelled row, t = t_i, alpha and beta the parts of the two directions (1/2 and 1/2, or one of them alone):
 //     loss_i = alpha [row_lse_i - (1 - lambda) label_i - lambda row_sum_i / columns] + beta [column_lse_t - (1 - lambda) label_i - lambda column_sum_t / rows]
@@ -46,6 +48,7 @@ struct ContrastiveProblem {
   std::int64_t target_stride;
   double label_smoothing;          // lambda; sigmoid: 0
   double row_part, column_part;    // alpha, beta
+  const std::int64_t* seed;        // 1, in the memory of the device, or nullptr; forward alone
 };
 
 // How many products a CPU forward leaves for its backward: whole tiles of candidates, the same for every instruction set. `_fake` in _contrastive.py has the same formula.
@@ -62,8 +65,8 @@ struct ContrastiveForward {
   void* row_sum;                   // [B] real
   void* column_sum;                // [C] real
   void* label;                     // [B] real; 0 where the row has none
-  std::int64_t* row_best;          // [B]; -1 where the row has no label, C where all logits are NaN
-  std::int64_t* column_best;       // [C]; -1 where the column is nobody's target, B where all logits are NaN
+  std::int64_t* row_best;          // [B]; -1 where the row has no label, C where all logits are NaN; draws: -1 where there is nothing to draw
+  std::int64_t* column_best;       // [C]; -1 where the column is nobody's target, B where all logits are NaN; draws: as rows
   void* classes;                   // [4] real: columns and rows that take part, rows with a label, center
   void* basis;                     // as in PairForward; form product: empty
   void* factor;

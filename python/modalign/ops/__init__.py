@@ -4,24 +4,32 @@ from .._load import load_library
 
 load_library()  # the files below tell torch about the raw ops, so these have to be there first
 
-from ._results import Neighbors  # noqa: E402, F401
+from ._results import HardNegatives, Neighbors  # noqa: E402, F401
+from .clip_hard_negatives import clip_hard_negatives  # noqa: E402
 from .clip_loss import clip_loss  # noqa: E402
+from .cosine_sum_contrastive_loss import cosine_sum_contrastive_loss  # noqa: E402
 from .gram_contrastive_loss import gram_contrastive_loss  # noqa: E402
+from .gram_hard_negatives import gram_hard_negatives  # noqa: E402
 from .gram_target_rank import gram_target_rank  # noqa: E402
 from .gram_topk import gram_topk  # noqa: E402
 from .gram_volume import gram_volume  # noqa: E402
 from .paired_gram_volume import paired_gram_volume  # noqa: E402
+from .pairwise_logsumexp import pairwise_logsumexp  # noqa: E402
 from .siglip_loss import siglip_loss  # noqa: E402
 from .triangle_area import triangle_area  # noqa: E402
 from .triangle_contrastive_loss import triangle_contrastive_loss  # noqa: E402
 
 __all__ = [
+    "clip_hard_negatives",
     "clip_loss",
+    "cosine_sum_contrastive_loss",
     "gram_contrastive_loss",
+    "gram_hard_negatives",
     "gram_target_rank",
     "gram_topk",
     "gram_volume",
     "paired_gram_volume",
+    "pairwise_logsumexp",
     "siglip_loss",
     "triangle_area",
     "triangle_contrastive_loss",

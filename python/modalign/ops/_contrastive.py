@@ -147,7 +147,7 @@ def evaluate(
             name, anchor, others, scale, bias, target, present, label_smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad, exchange
         )
     loss, _, _, _, _, _, row_best, column_best, classes, *_ = call(
-        name, anchor, others, scale, bias, target, present, label_smoothing, *parts_of(direction), eps, workspace_bytes
+        name, anchor, others, scale, bias, target, present, label_smoothing, *parts_of(direction), eps, workspace_bytes, None
     )
     result = reduce(loss, classes[1] if name == "siglip_loss" else classes[2], reduction)
     return (result, accuracy(row_best, column_best, target)) if return_accuracy else result
@@ -197,7 +197,7 @@ def _fake(anchor: Tensor, others: list[Tensor], scale: Tensor, bias: Tensor | No
     best = new(B, dtype=torch.int64), new(C, dtype=torch.int64)
     lanes = 64 // real.itemsize
     size = B * ((-(-C // lanes) + 7) // 8 * 8) * m * lanes  # products_size in csrc/ops/contrastive_loss.h
-    keep = size if anchor.device.type != "cuda" and size * real.itemsize <= rest[-1] else 0
+    keep = size if anchor.device.type != "cuda" and size * real.itemsize <= rest[4] else 0
     double = torch.float64
     return new(B), new(B, dtype=double), new(C, dtype=double), new(B), new(C), new(B), *best, new(4), new(C, m, D), new(C, m * m), new(keep)
 
@@ -231,7 +231,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    anchor, others, scale, bias, target, present, *ctx.options, _ = inputs
+    anchor, others, scale, bias, target, present, *ctx.options, _, _ = inputs
     _, row_lse, column_lse, _, _, _, row_best, _, classes, basis, factor, products = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -243,7 +243,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward_of(name: str) -> Any:
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad is None:
-            return None, [None] * ctx.m, *[None] * 9
+            return None, [None] * ctx.m, *[None] * 10
         row_lse, column_lse, row_best, classes, basis, factor, products, anchor, scale, *rest = ctx.saved_tensors
         others, optional = rest[: ctx.m], iter(rest[ctx.m :])
         bias, target, present = (next(optional) if has else None for has in ctx.has)
@@ -261,7 +261,7 @@ def _backward_of(name: str) -> Any:
             [grad_others[:, p] if need else None for p, need in enumerate(need_each)],
             grad_scale[0] if need_scale else None,
             grad_scale[1] if need_bias else None,
-            *[None] * 7,
+            *[None] * 8,
         )
 
     return backward

@@ -20,3 +20,17 @@ class Neighbors(NamedTuple):
 
     def to(self, device: torch.device | str) -> Neighbors:
         return Neighbors(self.values.to(device), self.indices.to(device))
+
+
+class HardNegatives(NamedTuple):
+    """One negative for each anchor and for each candidate; -1 where there is none.
+
+    candidates : Tensor int64 [B]
+    anchors : Tensor int64 [C]
+    """
+
+    candidates: Tensor
+    anchors: Tensor
+
+    def to(self, device: torch.device | str) -> HardNegatives:
+        return HardNegatives(self.candidates.to(device), self.anchors.to(device))
