@@ -2,6 +2,7 @@
 
 from .cca import CanonicalCorrelation, CanonicalCorrelationConfig
 from .gram_aligner import AlignerOutput, GramAligner, GramAlignerConfig
+from .linear_alignment import LinearAlignment, LinearAlignmentConfig
 from .reduction import PrincipalComponents
 from .training import Checkpoint, TrainingConfig, TrainingHistory, fit_aligner, select_correlation, validation_score
 
@@ -12,6 +13,8 @@ __all__ = [
     "Checkpoint",
     "GramAligner",
     "GramAlignerConfig",
+    "LinearAlignment",
+    "LinearAlignmentConfig",
     "PrincipalComponents",
     "TrainingConfig",
     "TrainingHistory",

@@ -2,21 +2,29 @@
 
 from . import functional
 from .contrastive_losses import ClipLoss, GramContrastiveLoss, SigLipLoss, TriangleContrastiveLoss
+from .dual_semantic_mapping import DualSemanticMapping
 from .feature_queue import FeatureQueue
 from .identity_classifier import IdentityClassifier
 from .late_fusion_gate import LateFusionGate
 from .masked_cross_modal_reasoner import MaskedCrossModalReasoner
+from .prototype_alignment import PrototypeAlignment
 from .triple_contrast import TripleContrast
+from .universal_projection import UniversalProjection
+from .view_embedding import ViewEmbedding
 
 __all__ = [
     "ClipLoss",
+    "DualSemanticMapping",
     "FeatureQueue",
     "GramContrastiveLoss",
     "IdentityClassifier",
     "LateFusionGate",
     "MaskedCrossModalReasoner",
+    "PrototypeAlignment",
     "SigLipLoss",
     "TriangleContrastiveLoss",
     "TripleContrast",
+    "UniversalProjection",
+    "ViewEmbedding",
     "functional",
 ]

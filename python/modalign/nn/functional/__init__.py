@@ -2,11 +2,21 @@
 
 from .binding_loss import binding_loss
 from .cgvlm_loss import cgvlm_loss
+from .clim_loss import clim_loss
+from .clim_mosaic import Mosaics, clim_mosaic
+from .flops_penalty import flops_penalty
 from .hard_negative_infonce import hard_negative_infonce
 from .id_loss import id_loss
+from .jma_loss import jma_loss
+from .keep_largest import keep_largest
+from .log_sinkhorn import log_sinkhorn
 from .mask_tokens import mask_tokens
+from .mgca_token_loss import mgca_token_loss
 from .notellm2_objective import notellm2_objective
+from .overuse_penalty import overuse_penalty
 from .pmrl_loss import pmrl_loss
+from .pool_cells import pool_cells
+from .prototype_alignment_loss import prototype_alignment_loss
 from .sdm_loss import sdm_loss
 from .superaligned_loss import superaligned_loss
 from .symile_loss import symile_loss, symile_similarity
@@ -14,16 +24,27 @@ from .tcl_loss import cross_modal_alignment, local_mutual_information, pool_patc
 from .vidla_contrastive import vidla_contrastive
 
 __all__ = [
+    "Mosaics",
     "binding_loss",
     "cgvlm_loss",
+    "clim_loss",
+    "clim_mosaic",
     "cross_modal_alignment",
+    "flops_penalty",
     "hard_negative_infonce",
     "id_loss",
+    "jma_loss",
+    "keep_largest",
     "local_mutual_information",
+    "log_sinkhorn",
     "mask_tokens",
+    "mgca_token_loss",
     "notellm2_objective",
+    "overuse_penalty",
     "pmrl_loss",
+    "pool_cells",
     "pool_patches",
+    "prototype_alignment_loss",
     "sdm_loss",
     "superaligned_loss",
     "symile_loss",
