@@ -12,7 +12,7 @@ __all__ = ["MaskedCrossModalReasoner"]
 
 
 class MaskedCrossModalReasoner(nn.Module):
-    """Words attend to patches, go through a small transformer, and those that `functional.mask_tokens` hid are to be guessed: IRRA's implicit relation reasoning.
+    """IRRA's implicit relation reasoning: words attend to patches and go through a small transformer; those that `functional.mask_tokens` hid are guessed.
 
     ::
 

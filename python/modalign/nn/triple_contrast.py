@@ -25,8 +25,8 @@ class TripleContrast(nn.Module):
     >>> loss(eye, eye, eye, eye, eye[:, None], eye[:, None], alpha=0.0).total.requires_grad
     True
 
-    The call takes the tensors of `functional.tcl_loss`, alpha and text_mask, and gives its `TclLoss`; while training, the keys go into the queues afterwards. The
-    momentum encoders (published: 0.995 of the old weights) are the caller's.
+    The call takes the tensors of `functional.tcl_loss`, alpha and text_mask, and gives its `TclLoss`; while training, the keys go into the queues
+    afterwards. The momentum encoders (published: 0.995 of the old weights) are the caller's.
 
     Parameters: width D; queue_size K; temperature (initial) and limits, kept while training; process_group: keys of all its processes go into the queues.
     Raises ValueError, ``TripleContrast: <argument> must ..., got ...``."""

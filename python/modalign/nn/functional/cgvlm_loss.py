@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...ops import _arguments as arguments
 from ...ops import clip_loss
 from ...ops._gram_schmidt import unit
 from . import _features as inputs
@@ -50,7 +49,7 @@ def cgvlm_loss(patches: Tensor, tokens: Tensor, *, logit_scale: float | Tensor, 
     TypeError, ValueError
         ``cgvlm_loss: <argument> must ..., got ...``
 
-    Paper: Liu et al., "Contrastive vision-language alignment makes efficient instruction learner", 2023, section 3. Put together from its abstract.
+    Paper: Liu et al., "Contrastive vision-language alignment makes efficient instruction learner", 2023. Put together from its abstract.
     """
     op = "cgvlm_loss"
     patches, tokens = inputs.check_features(op, patches=(patches, "[B, N, D]"), tokens=(tokens, "[B, L, D]"))

@@ -72,7 +72,7 @@ def hard_negative_infonce(
     TypeError, ValueError
         ``hard_negative_infonce: <argument> must ..., got ...``
 
-    Paper: Chen et al., "mmE5: improving multimodal multilingual embeddings via high-quality synthetic data", ACL Findings 2025, section 3.3.
+    Paper: Chen et al., "mmE5: improving multimodal multilingual embeddings via high-quality synthetic data", ACL Findings 2025.
     """
     op = "hard_negative_infonce"
     queries, targets, negatives = inputs.check_features(op, queries=(queries, "[B, D]"), targets=(targets, "[B, D]"), negatives=(negatives, "[B, H, D]"))
@@ -86,7 +86,9 @@ def hard_negative_infonce(
         negatives = torch.where(present[..., None], negatives, 0)
         if normalize:
             queries, targets, negatives = unit(queries), unit(targets), unit(negatives)
-        in_batch = clip_loss(queries, targets, logit_scale=1 / temperature, direction="rows", reduction="none", process_group=process_group, gather_grad=gather_grad)
+        in_batch = clip_loss(
+            queries, targets, logit_scale=1 / temperature, direction="rows", reduction="none", process_group=process_group, gather_grad=gather_grad
+        )
         apart = torch.einsum("bd,bhd->bh", queries, negatives) - (queries * targets).sum(1, keepdim=True)
         own = torch.where(present, apart / temperature, -torch.inf)
         return inputs.mean_of(torch.logaddexp(in_batch, own.logsumexp(1)), reduction)  # log1p inside: nearly solved rows keep their digits

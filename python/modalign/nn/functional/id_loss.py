@@ -21,7 +21,8 @@ def id_loss(x: Tensor, y: Tensor, ids: Tensor, weight: Tensor, bias: Tensor | No
     Parameters: x, y float [B, D], taken as they are; ids int64 [B], the class of row i of both, -100: the row takes no part; weight float [K, D] and bias
     float [K] of the classifier, see `nn.IdentityClassifier`.
 
-    Returns float32 (float64 for float64); 0 where no row takes part. Differentiable once in x, y, weight and bias. The logits are not stored: memory is linear in B + K.
+    Returns float32 (float64 for float64); 0 where no row takes part. Differentiable once in x, y, weight and bias. The logits are not stored: memory is linear
+    in B + K.
 
     Raises TypeError and ValueError, ``id_loss: <argument> must ..., got ...``; RuntimeError for an identity out of range, on the CPU only.
 

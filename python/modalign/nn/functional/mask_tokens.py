@@ -20,7 +20,9 @@ class MaskedTokens(NamedTuple):
     labels: Tensor
 
 
-def mask_tokens(tokens: Tensor, *, mask_id: int = 49405, rate: float = 0.15, maskable: Tensor | None = None, generator: torch.Generator | None = None) -> MaskedTokens:
+def mask_tokens(
+    tokens: Tensor, *, mask_id: int = 49405, rate: float = 0.15, maskable: Tensor | None = None, generator: torch.Generator | None = None
+) -> MaskedTokens:
     """Hide a share `rate` of the words: 80 % of the hidden ones become `mask_id`, 10 % a word drawn at random, 10 % stay, all are to be guessed.
 
     >>> import torch
@@ -40,7 +42,11 @@ def mask_tokens(tokens: Tensor, *, mask_id: int = 49405, rate: float = 0.15, mas
     if isinstance(mask_id, bool) or not isinstance(mask_id, int) or mask_id < 2:
         raise ValueError(f"{op}: mask_id must be a whole number of at least 2, got {arguments.describe(mask_id)}")
     rate = inputs.check_share(op, "rate", rate)
-    words = (tokens > 0) & (tokens < mask_id) if maskable is None else inputs.check_whole(op, "maskable", maskable, torch.bool, "[B, L]", tuple(tokens.shape), tokens)
+    words = (
+        (tokens > 0) & (tokens < mask_id)
+        if maskable is None
+        else inputs.check_whole(op, "maskable", maskable, torch.bool, "[B, L]", tuple(tokens.shape), tokens)
+    )
     device = tokens.device if generator is None else generator.device
     draw, kind = torch.rand(2, *tokens.shape, generator=generator, device=device).to(tokens.device)
     other = torch.randint(1, mask_id, tuple(tokens.shape), generator=generator, device=device).to(tokens.device)

@@ -14,7 +14,13 @@ __all__ = ["notellm2_objective"]
 
 
 def notellm2_objective(
-    multimodal: tuple[Tensor, Tensor], visual: tuple[Tensor, Tensor], *, logit_scale: float | Tensor, alpha: float, direction: str = "both", normalize: bool = True
+    multimodal: tuple[Tensor, Tensor],
+    visual: tuple[Tensor, Tensor],
+    *,
+    logit_scale: float | Tensor,
+    alpha: float,
+    direction: str = "both",
+    normalize: bool = True,
 ) -> Tensor:
     """``(L_m + alpha L_v) / (1 + alpha)``, each an `ops.clip_loss` of items with their related items.
 
@@ -23,8 +29,8 @@ def notellm2_objective(
     >>> notellm2_objective((item, related), (item, related), logit_scale=1.0, alpha=0.5)
     tensor(0.5514)
 
-    Parameters: multimodal and visual, each two tensors [B, D], row i of the second is related to row i of the first; logit_scale positive, already exponentiated, a
-    tensor gets a gradient; alpha 0 or more, 0: the multimodal loss alone; direction "both" or "rows"; normalize, make all vectors unit length first.
+    Parameters: multimodal and visual, each two tensors [B, D], row i of the second is related to row i of the first; logit_scale positive,
+    already exponentiated, a tensor gets a gradient; alpha 0 or more, 0: the multimodal loss alone; direction "both" or "rows"; normalize, make all vectors unit length first.
     `nn.LateFusionGate` makes the multimodal embedding. Returns float32 (float64), differentiable once.
 
     Raises TypeError and ValueError, ``notellm2_objective: <argument> must ..., got ...``.

@@ -67,7 +67,7 @@ def pmrl_loss(
     ----------
     Eigenvectors of B matrices k x k; the similarities of the u are not stored.
 
-    Paper: Liu et al., "Principled multimodal representation learning", 2025, section 4.
+    Paper: Liu et al., "Principled multimodal representation learning", 2025.
     """
     op = "pmrl_loss"
     vectors = torch.stack(inputs.check_list(op, "modalities", modalities), 1)

@@ -88,12 +88,15 @@ def sdm_loss(
     reduction = contrastive.check_reduction(op, reduction)
     pictures = ids if image_ids is None else image_ids
 
-    def divergences(rows: Tensor, ids_of_rows: Tensor, pictures_of_rows: Tensor, columns: Tensor) -> Tensor:
-        log_p = (rows @ columns.mT / temperature).log_softmax(1)
-        label = factor * (ids_of_rows[:, None] == ids).to(rows.dtype)
-        label = torch.where(pictures_of_rows[:, None] == pictures, 1, label)
-        return (log_p.exp() * (log_p - (label / label.sum(1, keepdim=True) + epsilon).log())).sum(1)
+    def one_way(x: Tensor, y: Tensor) -> Tensor:
+        def divergence(rows: Tensor, ids_of_rows: Tensor, pictures_of_rows: Tensor) -> Tensor:
+            log_p = (rows @ y.mT / temperature).log_softmax(1)
+            label = factor * (ids_of_rows[:, None] == ids).to(rows.dtype)
+            label = torch.where(pictures_of_rows[:, None] == pictures, 1, label)
+            return (log_p.exp() * (log_p - (label / label.sum(1, keepdim=True) + epsilon).log())).sum(1)
+
+        return inputs.by_panels(divergence, len(y), x, ids, pictures)
 
     with torch.autocast(x.device.type, enabled=False):
         x, y = unit(x), unit(y)
-        return inputs.mean_of(sum(inputs.by_panels(lambda *given, there=there: divergences(*given, there), len(x), here, ids, pictures) for here, there in ((x, y), (y, x))), reduction)
+        return inputs.mean_of(one_way(x, y) + one_way(y, x), reduction)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...ops import _arguments as arguments
@@ -44,7 +43,7 @@ def superaligned_loss(x: Tensor, y: Tensor, weight: Tensor, *, logit_scale: floa
     TypeError, ValueError
         ``superaligned_loss: <argument> must ..., got ...``; for a negative weight on the CPU only.
 
-    Paper: "Can sound replace vision in LLaVA with token substitution?", 2025, section 3. Put together from its abstract; no code was released.
+    Paper: "Can sound replace vision in LLaVA with token substitution?", 2025. Put together from its abstract; no code was released.
     """
     op = "superaligned_loss"
     inputs.check_features(op, x=(x, "[B, D]"), y=(y, "[B, D]"))

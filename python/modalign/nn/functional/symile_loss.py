@@ -28,7 +28,7 @@ def symile_loss(
     normalize: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Cross entropy of every modality as anchor against tuples of the others, with logits ``logit_scale * sum_d x[d] y[d] z[d] ...``, averaged over the anchors.
+    r"""Cross entropy of each modality as anchor against tuples of the others, logits ``logit_scale * sum_d x[d] y[d] z[d] ...``, averaged over the anchors.
 
     "n": each other modality is shuffled on its own, and row i sees its true tuple and the shuffled tuples j != i. "n_squared": row i sees all combinations of
     rows of the others, B^(k-1) of them.

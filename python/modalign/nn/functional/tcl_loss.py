@@ -92,7 +92,7 @@ def tcl_loss(
     TypeError, ValueError
         ``tcl_loss: <argument> must ..., got ...``
 
-    Paper: Yang et al., "Vision-language pre-training with triple contrastive learning", CVPR 2022, section 3.2.
+    Paper: Yang et al., "Vision-language pre-training with triple contrastive learning", CVPR 2022, section 3.
     """
     op = "tcl_loss"
     image, text, image_keys, text_keys, image_locals, text_locals, image_queue, text_queue = inputs.check_features(
@@ -133,8 +133,8 @@ def cross_modal_alignment(
     >>> cross_modal_alignment(torch.eye(3), torch.eye(3), torch.eye(3), temperature=0.5, alpha=0.0)
     tensor(0.2395)
 
-    Parameters: x, x_keys, y_keys [B, D]; queue [K, D], unit rows of y's modality; temperature, alpha, normalize as in `tcl_loss`. Gradient in x and temperature, once.
-    Returns a scalar, float32 (float64). Raises TypeError and ValueError, ``cross_modal_alignment: <argument> must ..., got ...``."""
+    Parameters: x, x_keys, y_keys [B, D]; queue [K, D], unit rows of y's modality; temperature, alpha, normalize as in `tcl_loss`. Gradient in x and
+    temperature, once. Returns a scalar, float32 (float64). Raises TypeError and ValueError, ``cross_modal_alignment: <argument> must ..., got ...``."""
     op = "cross_modal_alignment"
     x, x_keys, y_keys, queue = inputs.check_features(op, x=(x, "[B, D]"), x_keys=(x_keys, "[B, D]"), y_keys=(y_keys, "[B, D]"), queue=(queue, "[K, D]"))
     temperature, alpha = inputs.check_scale(op, "temperature", temperature, x), inputs.check_share(op, "alpha", alpha)
