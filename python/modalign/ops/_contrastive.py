@@ -242,8 +242,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward_of(name: str) -> Any:
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        options = [None] * (len(ctx.needs_input_grad) - 4)  # the dispatcher leaves out a seed of None
         if grad is None:
-            return None, [None] * ctx.m, *[None] * 10
+            return None, [None] * ctx.m, None, None, *options
         row_lse, column_lse, row_best, classes, basis, factor, products, anchor, scale, *rest = ctx.saved_tensors
         others, optional = rest[: ctx.m], iter(rest[ctx.m :])
         bias, target, present = (next(optional) if has else None for has in ctx.has)
@@ -261,7 +262,7 @@ def _backward_of(name: str) -> Any:
             [grad_others[:, p] if need else None for p, need in enumerate(need_each)],
             grad_scale[0] if need_scale else None,
             grad_scale[1] if need_bias else None,
-            *[None] * 8,
+            *options,
         )
 
     return backward
