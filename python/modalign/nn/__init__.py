@@ -1,7 +1,7 @@
 """Modules over the ops: losses and heads that have parameters or state. `nn.functional` has the losses that have none."""
 
 from . import functional
-from .contrastive_losses import ClipLoss, GramContrastiveLoss, SigLipLoss, TriangleContrastiveLoss
+from .contrastive_losses import ClipLoss, CosineSumContrastiveLoss, GramContrastiveLoss, SigLipLoss, TriangleContrastiveLoss
 from .dual_semantic_mapping import DualSemanticMapping
 from .feature_queue import FeatureQueue
 from .identity_classifier import IdentityClassifier
@@ -14,6 +14,7 @@ from .view_embedding import ViewEmbedding
 
 __all__ = [
     "ClipLoss",
+    "CosineSumContrastiveLoss",
     "DualSemanticMapping",
     "FeatureQueue",
     "GramContrastiveLoss",

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import clip_loss, gram_contrastive_loss, siglip_loss, triangle_contrastive_loss
+from ..ops import clip_loss, cosine_sum_contrastive_loss, gram_contrastive_loss, siglip_loss, triangle_contrastive_loss
 
-__all__ = ["ClipLoss", "GramContrastiveLoss", "SigLipLoss", "TriangleContrastiveLoss"]
+__all__ = ["ClipLoss", "CosineSumContrastiveLoss", "GramContrastiveLoss", "SigLipLoss", "TriangleContrastiveLoss"]
 
 
 class _TemperatureLoss(nn.Module):
@@ -75,13 +75,29 @@ class TriangleContrastiveLoss(_TemperatureLoss):
         return triangle_contrastive_loss(anchor, u, v, **self._settings(options))
 
 
+class CosineSumContrastiveLoss(_TemperatureLoss):
+    """`ops.cosine_sum_contrastive_loss` with the settings of `GramContrastiveLoss`, so that the score alone differs. [GRAM, ICLR 2025]
+
+    >>> import torch
+    >>> loss = CosineSumContrastiveLoss(learnable=False, label_smoothing=0.0)
+    >>> loss(torch.eye(4), [torch.eye(4), torch.eye(4)]).item() < 1e-5
+    True
+    """
+
+    def forward(self, anchor: Tensor, others: Sequence[Tensor], **options: Any) -> Any:
+        return cosine_sum_contrastive_loss(anchor, others, **self._settings(options))
+
+
 class ClipLoss(nn.Module):
     """`ops.clip_loss` with a learnable scale, kept as its logarithm and at most `max_scale`. [CLIP, ICML 2021]
 
     >>> import torch
     >>> ClipLoss()(torch.eye(3), torch.eye(3)).item() < 1e-5
     True
-    """
+    >>> ClipLoss()(torch.eye(3), torch.eye(3)[:2], positive_ids=(torch.tensor([7, 8, 9]), torch.tensor([7, 8]))).item() < 1e-5
+    True
+
+    The call takes any option of the op, such as `positive_ids` and `negatives`, and may override those of the constructor."""
 
     def __init__(self, scale: float = 1 / 0.07, *, learnable: bool = True, max_scale: float = 100.0, normalize: bool = True, **options: Any) -> None:
         super().__init__()
@@ -100,7 +116,8 @@ class SigLipLoss(nn.Module):
     >>> import torch
     >>> round(SigLipLoss()(torch.eye(3), torch.eye(3)).item(), 4)
     0.6932
-    """
+
+    The call takes any option of the op, as that of `ClipLoss`."""
 
     def __init__(self, scale: float = 10.0, bias: float = -10.0, *, learnable: bool = True, normalize: bool = True, **options: Any) -> None:
         super().__init__()
