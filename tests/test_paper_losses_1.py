@@ -43,7 +43,7 @@ def two_entropies(x, y, scale):
 # ------------------------------------------------------------------------------------------------------------- every loss against its formula
 
 
-IDS, PICTURES = torch.tensor([4, 4, 1, 7, 1]), torch.tensor([0, 0, 1, 2, 3])
+IDS, PICTURES = torch.tensor([4, 4, 1, 7, 4]), torch.tensor([0, 0, 1, 2, 3])
 WORDS = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 1, 1], [1, 1, 1]]).bool()
 
 
@@ -352,7 +352,7 @@ def test_no_matrix_of_logits_is_kept(name, monkeypatch):
     x, y, kept = unit(300, 4).requires_grad_(), unit(300, 4), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         LARGE[name](x, y)
-    assert 300 <= max(kept) <= 8 * 300 * 4  # the matrix has 64 000 numbers or more
+    assert 300 <= max(kept) and sum(kept) < 36_000  # the matrix has 64 000 numbers or more
 
 
 WITHOUT_PICKED_ROWS = [name for name in CASES if name not in ("binding_loss", "superaligned_loss", "cgvlm_loss")]
