@@ -39,6 +39,8 @@ FAMILIES = {  # of kernels that are not named after their op
     "gram_contrastive_loss": "contrastive_volume",
     "triangle_contrastive_loss": "contrastive_triangle",
     "clip_loss": "contrastive_product",
+    "cosine_sum_contrastive_loss": "contrastive_product",
+    "pairwise_logsumexp": "contrastive_product",
     "siglip_loss": "contrastive_product",
 }
 
