@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ...ops import _arguments as arguments
 from ...ops import _contrastive as contrastive
 from ...ops._registration import autocast_is_on, to_autocast
+from ._values import looked_at
 
 
 def check_features(op: str, **named: tuple[object, str]) -> list[Any]:
@@ -59,7 +60,7 @@ def check_whole(op: str, name: str, value: object, dtype: torch.dtype, shape: st
 def check_scale(op: str, name: str, value: object, like: Tensor) -> Tensor:
     """A positive number or tensor of one element as a 0-dim tensor. A tensor's value is looked at on the CPU only: on a GPU that would wait for it."""
     scale = contrastive.check_scalar(op, name, value, like, positive=True)
-    if isinstance(value, Tensor) and value.device.type == "cpu" and not torch.compiler.is_compiling() and not value > 0:
+    if isinstance(value, Tensor) and looked_at(value) and not value > 0:
         raise ValueError(f"{op}: {name} must be positive, got {value.item()}")
     return scale
 

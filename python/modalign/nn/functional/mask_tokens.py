@@ -26,8 +26,8 @@ def mask_tokens(
     """Hide a share `rate` of the words: 80 % of the hidden ones become `mask_id`, 10 % a word drawn at random, 10 % stay, all are to be guessed.
 
     >>> import torch
-    >>> mask_tokens(torch.tensor([[49406, 320, 0, 0]]), rate=0.0)              # at least one word of every text
-    MaskedTokens(tokens=tensor([[49406, 49405,     0,     0]]), labels=tensor([[-100,  320, -100, -100]]))
+    >>> mask_tokens(torch.tensor([[49406, 320, 0, 0]]), rate=0.0).labels              # at least one word of every text
+    tensor([[-100,  320, -100, -100]])
 
     Parameters: tokens int64 [B, L]; mask_id, the token that says "hidden"; rate between 0 and 1; maskable bool [B, L], True for words, default: tokens above 0
     and below `mask_id`, which are the words of CLIP's vocabulary with IRRA's mask token; generator, for the draws, on its own device or that of `tokens`.
@@ -42,11 +42,8 @@ def mask_tokens(
     if isinstance(mask_id, bool) or not isinstance(mask_id, int) or mask_id < 2:
         raise ValueError(f"{op}: mask_id must be a whole number of at least 2, got {arguments.describe(mask_id)}")
     rate = inputs.check_share(op, "rate", rate)
-    words = (
-        (tokens > 0) & (tokens < mask_id)
-        if maskable is None
-        else inputs.check_whole(op, "maskable", maskable, torch.bool, "[B, L]", tuple(tokens.shape), tokens)
-    )
+    words = (tokens > 0) & (tokens < mask_id) if maskable is None else maskable
+    words = inputs.check_whole(op, "maskable", words, torch.bool, "[B, L]", tuple(tokens.shape), tokens)
     device = tokens.device if generator is None else generator.device
     draw, kind = torch.rand(2, *tokens.shape, generator=generator, device=device).to(tokens.device)
     other = torch.randint(1, mask_id, tuple(tokens.shape), generator=generator, device=device).to(tokens.device)

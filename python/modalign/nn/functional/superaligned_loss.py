@@ -7,6 +7,7 @@ from torch import Tensor
 from ...ops import _arguments as arguments
 from ...ops import clip_loss
 from . import _features as inputs
+from ._values import check_not_negative
 
 __all__ = ["superaligned_loss"]
 
@@ -51,9 +52,7 @@ def superaligned_loss(x: Tensor, y: Tensor, weight: Tensor, *, logit_scale: floa
         raise TypeError(f"{op}: weight must be a floating-point tensor [B], got {arguments.describe(weight)}")
     if weight.shape != x.shape[:1] or weight.device != x.device:
         raise ValueError(f"{op}: weight must be [B] = [{x.shape[0]}] on x's device {x.device}, got {arguments.describe(weight)}")
-    if weight.device.type == "cpu" and bool((weight < 0).any()):
-        raise ValueError(f"{op}: weight must be 0 or more, got {weight.min().item()}")
-    kept = weight != 0
+    kept = check_not_negative(op, "weight", weight) != 0
     loss = clip_loss(x[kept], y[kept], logit_scale=logit_scale, normalize=normalize, reduction="none")
     weight = weight[kept].to(loss.dtype)
     return (weight * loss).sum() / (weight.sum() if len(weight) else 1)
