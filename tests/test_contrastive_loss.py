@@ -121,6 +121,12 @@ def test_a_nearly_solved_batch_keeps_its_digits(name, scale, shared):
         assert (ours - right).abs().max() <= 2e-5 * right.abs().max()
 
 
+@pytest.mark.parametrize("option", [{"gather_grad": "local"}, {"exchange": "ring"}])
+def test_options_of_a_group_need_one(option):
+    with pytest.raises(ValueError, match="clip_loss: process_group must be given together with gather_grad or exchange, got None"):
+        clip_loss(unit(4, 8), unit(4, 8), logit_scale=1.0, **option)
+
+
 # ------------------------------------------------------------------------------------------------------------------------------------- against float64
 
 

@@ -150,7 +150,7 @@ def test_process_groups_are_checked():
             call(process_group="world")
         with pytest.raises(ValueError, match='gather_grad must be "full" or "local", got str'):
             call(gather_grad="none")
-        with pytest.raises(ValueError, match='gather_grad must be "full" .a pair has no direction here., got'):
+        with pytest.raises(ValueError, match="siglip_loss: "):
             ops.siglip_loss(a, a, logit_scale=1.0, logit_bias=0.0, gather_grad="local")
         with pytest.raises(ValueError, match='exchange must be "gather" or "ring", got str'):
             call(exchange="tree")

@@ -6,14 +6,13 @@ triangle_contrastive_loss
 clip_loss, siglip_loss     8192 x 8192 x 512
 """
 
-import contextlib
 import functools
-import shutil
 
 import torch
 import torch.nn.functional as F
 
-from modalign import _load, bench, ops
+from modalign import bench, ops
+from modalign.ops.gram_volume import formula_gram_volume
 
 TEMPERATURE, SCALE, BIAS = 0.07, 1 / 0.07, -10.0
 
@@ -31,22 +30,6 @@ def two_entropies(logits):
     return (F.cross_entropy(logits, at, label_smoothing=0.1) + F.cross_entropy(logits.T, at, label_smoothing=0.1)) / 2
 
 
-def volume_determinant(anchor, others):
-    """Every k x k Gram matrix, det, abs, sqrt."""
-    vectors = [anchor, *others]
-    k, shape = len(vectors), (anchor.shape[0], others[0].shape[0])
-    entries = [[None] * k for _ in range(k)]
-    for p in range(k):
-        for q in range(p, k):
-            if p == 0:
-                entry = (anchor * anchor).sum(-1, keepdim=True).expand(shape) if q == 0 else anchor @ vectors[q].mT
-            else:
-                entry = (vectors[p] * vectors[q]).sum(-1).expand(shape)
-            entries[p][q] = entries[q][p] = entry
-    gram = torch.stack([torch.stack(row, -1) for row in entries], -2)
-    return torch.det(real(gram)).abs().sqrt()
-
-
 def volume_whitened(anchor, others):
     """From one product with orthonormalised candidates; what a careful user would write in torch."""
     stacked = torch.stack(others, -1)
@@ -58,7 +41,7 @@ def volume_whitened(anchor, others):
 
 
 def gram_formula(anchor, others):
-    return two_entropies(-volume_determinant(anchor, others) / TEMPERATURE)
+    return two_entropies(-formula_gram_volume(anchor, others) / TEMPERATURE)
 
 
 def gram_whitened(anchor, others):
@@ -139,28 +122,6 @@ def siglip_loss(maker, B, D, k):
 
 # ------------------------------------------------------------------------------------------------------------------------------------------ providers
 
-
-@functools.cache
-def no_inductor():
-    """None, or why torch.compile has nothing to generate code with."""
-    if torch.cuda.is_available() or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
-        return None
-    return "torch.compile needs a C++ compiler on PATH"
-
-
-def narrower():
-    """AVX2 is what most machines have; this shows it where the machine runs something wider."""
-    return None if _load.instruction_set() == "avx512" else "the machine's own choice is not wider than avx2"
-
-
-@contextlib.contextmanager
-def avx2():
-    with _load.use_instruction_set("avx2"):
-        yield
-
-
-compiled_options = dict(name="torch.compile", unavailable=no_inductor, compiled=True)
-
 bench.provider(gram_contrastive_loss, name="formula", kind="formula")(gram_formula)
 for case, eager in (
     (gram_contrastive_loss, gram_whitened),
@@ -169,17 +130,12 @@ for case, eager in (
     (siglip_loss, siglip_formula),
 ):
     bench.provider(case, name="eager")(eager)
-    bench.provider(case, **compiled_options)(torch.compile(eager, dynamic=False, fullgraph=True))
+    bench.compiled(case)(eager)
 
-ours = (
-    (gram_contrastive_loss, lambda anchor, others: ops.gram_contrastive_loss(anchor, others, temperature=TEMPERATURE, label_smoothing=0.1)),
-    (triangle_contrastive_loss, lambda anchor, u, v: ops.triangle_contrastive_loss(anchor, u, v, temperature=TEMPERATURE, label_smoothing=0.1)),
-    (clip_loss, lambda x, y: ops.clip_loss(x, y, logit_scale=SCALE, label_smoothing=0.1)),
-    (siglip_loss, lambda x, y: ops.siglip_loss(x, y, logit_scale=SCALE, logit_bias=BIAS)),
-)
-for case, call in ours:
-    bench.provider(case, name="ours", kind="ours")(call)
-    bench.provider(case, name="ours (avx2)", kind="ours", unavailable=narrower, context=avx2)(call)
+bench.ours(gram_contrastive_loss)(functools.partial(ops.gram_contrastive_loss, temperature=TEMPERATURE, label_smoothing=0.1))
+bench.ours(triangle_contrastive_loss)(functools.partial(ops.triangle_contrastive_loss, temperature=TEMPERATURE, label_smoothing=0.1))
+bench.ours(clip_loss)(functools.partial(ops.clip_loss, logit_scale=SCALE, label_smoothing=0.1))
+bench.ours(siglip_loss)(functools.partial(ops.siglip_loss, logit_scale=SCALE, logit_bias=BIAS))
 
 
 @bench.matmul_floor(gram_contrastive_loss, triangle_contrastive_loss, clip_loss, siglip_loss)

@@ -5,13 +5,9 @@ gram_volume_near_zero  0, 1 and 100 % of the pairs nearly collinear, so recomput
 triangle_area, paired_gram_volume
 """
 
-import contextlib
-import functools
-import shutil
-
 import torch
 
-from modalign import _load, bench, ops
+from modalign import bench, ops
 
 # ------------------------------------------------------------------------------------------------------------------------------------------- formulas
 
@@ -149,43 +145,18 @@ def paired_gram_volume(maker, N, D, k):
 
 volume_cases = (gram_volume, gram_volume_near_zero)
 
-
-@functools.cache
-def no_inductor():
-    """None, or why torch.compile has nothing to generate code with."""
-    if torch.cuda.is_available() or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
-        return None
-    return "torch.compile needs a C++ compiler on PATH"
-
-
-def narrower():
-    """AVX2 is what most machines have; this shows it where the machine runs something wider."""
-    return None if _load.instruction_set() == "avx512" else "the machine's own choice is not wider than avx2"
-
-
-# fullgraph: past its recompile limit torch would otherwise run the eager form without a word
-compiled_options = dict(name="torch.compile", unavailable=no_inductor, compiled=True)
-
 bench.provider(*volume_cases, name="formula", kind="formula")(formula)
 bench.provider(*volume_cases, name="eager")(whitened)
-bench.provider(gram_volume, **compiled_options)(torch.compile(whitened, dynamic=False, fullgraph=True))
+bench.compiled(gram_volume)(whitened)
 bench.provider(triangle_area, name="formula", kind="formula")(triangle_formula)
-bench.provider(triangle_area, name="eager")(triangle_projected)
-bench.provider(triangle_area, **compiled_options)(torch.compile(triangle_projected, dynamic=False, fullgraph=True))
 bench.provider(paired_gram_volume, name="formula", kind="formula")(paired_formula)
-bench.provider(paired_gram_volume, name="eager")(paired_whitened)
-bench.provider(paired_gram_volume, **compiled_options)(torch.compile(paired_whitened, dynamic=False, fullgraph=True))
+for case, eager in ((triangle_area, triangle_projected), (paired_gram_volume, paired_whitened)):
+    bench.provider(case, name="eager")(eager)
+    bench.compiled(case)(eager)
 
-
-@contextlib.contextmanager
-def avx2():
-    with _load.use_instruction_set("avx2"):
-        yield
-
-
-for op, of in ((ops.gram_volume, volume_cases), (ops.triangle_area, (triangle_area,)), (ops.paired_gram_volume, (paired_gram_volume,))):
-    bench.provider(*of, name="ours", kind="ours")(op)
-    bench.provider(*of, name="ours (avx2)", kind="ours", unavailable=narrower, context=avx2)(op)
+bench.ours(*volume_cases)(ops.gram_volume)
+bench.ours(triangle_area)(ops.triangle_area)
+bench.ours(paired_gram_volume)(ops.paired_gram_volume)
 
 
 @bench.matmul_floor(gram_volume, gram_volume_near_zero, triangle_area)

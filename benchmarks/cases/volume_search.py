@@ -4,9 +4,6 @@ same products, 2 B C m D.
 gram_topk   512 anchors, 8192 tuples of three modalities in all, k = 10
 """
 
-import functools
-import shutil
-
 import torch
 
 from modalign import bench, ops
@@ -38,16 +35,8 @@ def gram_topk(maker, B, C, D, m, k):
     return maker.unit(B, D), [maker.unit(C, D) for _ in range(m)], k
 
 
-@functools.cache
-def no_inductor():
-    """None, or why torch.compile has nothing to generate code with."""
-    if torch.cuda.is_available() or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
-        return None
-    return "torch.compile needs a C++ compiler on PATH"
-
-
 bench.provider(gram_topk, name="eager")(topk_of_matrix)
-bench.provider(gram_topk, name="torch.compile", unavailable=no_inductor, compiled=True)(torch.compile(topk_of_matrix, dynamic=False, fullgraph=True))
+bench.compiled(gram_topk)(topk_of_matrix)
 
 
 @bench.provider(gram_topk, name="gram_volume and torch.topk", kind="ours")

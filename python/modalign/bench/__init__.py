@@ -22,6 +22,7 @@ modalign.bench.tables README.md`.
 
 from .comparison import compare
 from .machine import measure_machine
+from .providers import compiled, ours
 from .registry import Case, Provider, Target, case, cases, copy_floor, load_cases, load_provider, matmul_floor, provider, providers_of
 from .results import SCHEMA, read_results, validate, write_results
 from .run import Options, run_cases
@@ -35,11 +36,13 @@ __all__ = [
     "case",
     "cases",
     "compare",
+    "compiled",
     "copy_floor",
     "load_cases",
     "load_provider",
     "matmul_floor",
     "measure_machine",
+    "ours",
     "provider",
     "providers_of",
     "read_results",

@@ -77,6 +77,7 @@ def check_direction(op: str, value: object) -> str:
 
 
 IMPLEMENTATIONS = ("auto", "streaming", "dense")
+KEEP_ALL = 1 << 62
 
 
 def check_workspace(op: str, implementation: object, workspace_bytes: object, process_group: object) -> int:
@@ -91,7 +92,7 @@ def check_workspace(op: str, implementation: object, workspace_bytes: object, pr
         raise ValueError(f'{op}: implementation must not be "dense", nor workspace_bytes given, together with process_group: nothing is kept there')
     if implementation == "auto":
         return 64 << 20 if workspace_bytes is None else workspace_bytes
-    return (1 << 62) if implementation == "dense" else 0
+    return KEEP_ALL if implementation == "dense" else 0
 
 
 def check_group(op: str, group: object, gather_grad: object, exchange: object) -> None:
@@ -100,6 +101,8 @@ def check_group(op: str, group: object, gather_grad: object, exchange: object) -
     if gather_grad not in ("full", "local"):
         raise ValueError(f'{op}: gather_grad must be "full" or "local", got {arguments.describe(gather_grad)}')
     if group is None:
+        if gather_grad != "full" or exchange != "gather":
+            raise ValueError(f"{op}: process_group must be given together with gather_grad or exchange, got None with {gather_grad!r} and {exchange!r}")
         return
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise ValueError(f"{op}: process_group must be None where torch.distributed is not initialised, got {arguments.describe(group)}")
@@ -146,6 +149,8 @@ def evaluate(
         return _distributed.evaluate(
             name, anchor, others, scale, bias, target, present, label_smoothing, direction, eps, reduction, return_accuracy, process_group, gather_grad, exchange
         )
+    if workspace_bytes == KEEP_ALL and anchor.device.type == "cuda":
+        raise ValueError(f'{name}: implementation must not be "dense" on a GPU, where nothing is kept for the backward')
     loss, _, _, _, _, _, row_best, column_best, classes, *_ = call(
         name, anchor, others, scale, bias, target, present, label_smoothing, *parts_of(direction), eps, workspace_bytes, None
     )

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from . import _arguments as arguments
-from . import _contrastive as contrastive
 from ._registration import call
 from ._results import HardNegatives
 
