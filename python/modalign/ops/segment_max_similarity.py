@@ -1,6 +1,6 @@
 """Largest product of every segment of rows with every candidate, without the matrix of products. [ViLLA, ICCV 2023; FILIP, ICLR 2022]
 
-Regions of an image with attributes, tokens of a text with patches or with a codebook: many rows belong to one item, and the best of them speaks for it.
+Regions of an image with attributes, tokens of a text with patches or with a codebook: many rows belong to one item, and the best speaks for it.
 """
 
 from __future__ import annotations
@@ -60,31 +60,31 @@ def segment_max_similarity(x: Tensor, offsets: Tensor, y: Tensor) -> SegmentMax:
 
     Returns
     -------
-    SegmentMax(values, indices), both [S, A]: values in the input dtype, indices int64 rows of x. Half types accumulate in float32, and the row is chosen
-    before the value is rounded; under autocast inputs are cast to float32 and so are the values.
+    SegmentMax(values, indices), both [S, A]: values in the input dtype, indices int64 rows of x. Half types accumulate in float32, and the row is
+    chosen before the value is rounded; under autocast inputs are cast to float32 and so are the values.
 
     Gradient
     --------
-    In x and y, through the chosen rows alone: ``dx_r = sum of g[s, a] y_a`` over the candidates that chose r, ``dy_a = sum over s of g[s, a] x_r`` with
-    ``r = indices[s, a]``. Rows that tie share nothing. Double backward and forward mode raise; offsets have no gradient.
+    In x and y, through the chosen rows alone: ``dx_r = sum of g[s, a] y_a`` over the candidates that chose r, ``dy_a = sum over s of g[s, a] x_r``
+    with ``r = indices[s, a]``. Rows that tie share nothing. Double backward and forward mode raise; offsets have no gradient.
 
     Edges
     -----
-    An empty segment: value -inf, index -1, no gradient. Ties go to the lowest row. A NaN counts as the largest: it makes the values of its segment (in y:
-    of its column) NaN, with the index of the first NaN. Empty R, S or A: results and gradients of that shape.
+    An empty segment: value -inf, index -1, no gradient. Ties go to the lowest row. A NaN counts as the largest: it makes the values of its segment
+    (in y: of its column) NaN, with the index of the first NaN. Empty R, S or A: results and gradients of that shape.
 
     Raises
     ------
     TypeError, ValueError
-        ``segment_max_similarity: <argument> must ..., got ...``; RuntimeError for offsets that do not rise from 0 to R, whose values are looked at on the
-        CPU only (on CUDA such offsets give unspecified rows, or -1).
+        ``segment_max_similarity: <argument> must ..., got ...``; RuntimeError for offsets that do not rise from 0 to R, whose values are looked at on
+        the CPU only (on CUDA such offsets give unspecified rows, or -1).
 
     Complexity
     ----------
     2 R A D FLOP, the backward 4 S A D; memory beyond inputs, results and gradients (R + A) D numbers, for half types in the backward twice that.
 
-    Paper: Varma et al., "ViLLA: fine-grained vision-language representation learning from real-world data", ICCV 2023, section 3.2; Yao et al., "FILIP",
-    ICLR 2022, section 3.1 (the maximum over tokens).
+    Paper: Varma et al., "ViLLA: fine-grained vision-language representation learning from real-world data", ICCV 2023 (regions and attributes);
+    Yao et al., "FILIP: fine-grained interactive language-image pre-training", ICLR 2022 (the maximum over tokens).
     """
     op = "segment_max_similarity"
     x, offsets, y = _checked(op, x, offsets, y)
@@ -164,8 +164,8 @@ def reference_segment_max_similarity(x: Tensor, offsets: Tensor, y: Tensor) -> S
 
 
 def formula_segment_max_similarity(x: Tensor, offsets: Tensor, y: Tensor) -> SegmentMax:
-    """The usual code: the matrix of products in the input dtype and a scatter of its maxima. For comparisons; the gradient is shared among ties, and there
-    are no indices (-1)."""
+    """The usual code: the matrix of products in the input dtype and a scatter of its maxima. For comparisons; the gradient is shared among ties, and
+    there are no indices (-1)."""
     products = x @ y.mT
     shape = (offsets.shape[0] - 1, y.shape[0])
     segments = torch.repeat_interleave(torch.arange(shape[0], device=x.device), offsets.diff())
