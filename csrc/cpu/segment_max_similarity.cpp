@@ -22,7 +22,7 @@ namespace {
 constexpr std::int64_t kChunkRows = 4 * kTileRows;
 template <class T> constexpr std::int64_t kTileColumns = 8 * kLanes<T>;
 constexpr std::int64_t kDepth = 128;         // elements of a row that a task of the backward pass sums
-constexpr std::int64_t kBlockColumns = 16;   // candidates that share the rows that they gather
+constexpr std::int64_t kBlockColumns = 128;   // candidates that share the rows that they gather
 constexpr std::int64_t kNone = -1;
 
 template <class T> using Integer = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;   // as wide as T, for selects lane by lane

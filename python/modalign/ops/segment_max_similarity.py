@@ -23,8 +23,12 @@ MAX_ROWS = 2**31 - 1  # kernels count rows and segments in 32 bits
 class SegmentMax(NamedTuple):
     """What `segment_max_similarity` returns.
 
-    values : Tensor [S, A], the largest product of a segment with a candidate
-    indices : Tensor int64 [S, A], the row of x that attains it; -1 for an empty segment
+    Attributes
+    ----------
+    values : Tensor [S, A]
+        The largest product of a segment with a candidate.
+    indices : Tensor int64 [S, A]
+        The row of x that attains it; -1 for an empty segment.
     """
 
     values: Tensor
