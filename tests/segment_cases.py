@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from modalign import ops
-from modalign.ops.segment_max_similarity import SegmentMax, formula_segment_max_similarity, reference_segment_max_similarity
+from modalign.ops import SegmentMax
+from modalign.ops.segment_max_similarity import formula_segment_max_similarity, reference_segment_max_similarity
 from modalign.testing import NOT_FINITE, BadInput, Maker, OpCase, Sample, degenerate_zoo
 
 

@@ -4,7 +4,7 @@ from .._load import load_library
 
 load_library()  # the files below tell torch about the raw ops, so these have to be there first
 
-from ._results import HardNegatives, Neighbors  # noqa: E402, F401
+from ._results import HardNegatives, Neighbors, SegmentMax  # noqa: E402, F401
 from .clip_hard_negatives import clip_hard_negatives  # noqa: E402
 from .clip_loss import clip_loss  # noqa: E402
 from .cosine_sum_contrastive_loss import cosine_sum_contrastive_loss  # noqa: E402

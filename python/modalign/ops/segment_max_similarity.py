@@ -6,7 +6,7 @@ Regions of an image with attributes, tokens of a text with patches or with a cod
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,28 +14,11 @@ from torch import Tensor
 from . import _arguments as arguments
 from ._contrastive import check_matrix
 from ._registration import autocast_is_on, call, refuse_forward_mode, register_pair, to_autocast
+from ._results import SegmentMax
 
-__all__ = ["SegmentMax", "formula_segment_max_similarity", "reference_segment_max_similarity", "segment_max_similarity"]
+__all__ = ["formula_segment_max_similarity", "reference_segment_max_similarity", "segment_max_similarity"]
 
 MAX_ROWS = 2**31 - 1  # kernels count rows and segments in 32 bits
-
-
-class SegmentMax(NamedTuple):
-    """What `segment_max_similarity` returns.
-
-    Attributes
-    ----------
-    values : Tensor [S, A]
-        The largest product of a segment with a candidate.
-    indices : Tensor int64 [S, A]
-        The row of x that attains it; -1 for an empty segment.
-    """
-
-    values: Tensor
-    indices: Tensor
-
-    def to(self, device: torch.device | str) -> SegmentMax:
-        return SegmentMax(self.values.to(device), self.indices.to(device))
 
 
 def segment_max_similarity(x: Tensor, offsets: Tensor, y: Tensor) -> SegmentMax:
