@@ -12,6 +12,7 @@ from modalign.ops.gram_volume import formula_gram_volume, reference_gram_volume
 from modalign.ops.paired_gram_volume import formula_paired_gram_volume, reference_paired_gram_volume
 from modalign.ops.triangle_area import formula_triangle_area, reference_triangle_area
 from modalign.testing import NOT_FINITE, BadInput, Maker, OpCase, Sample, degenerate_zoo
+from segment_cases import SEGMENT_MAX_SIMILARITY
 
 KERNEL, WIDE = "k<=8", "k>8"
 
@@ -460,7 +461,7 @@ WIDE = [
     ),
 ]
 
-CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED]
+CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY]
 
 # Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py and test_hard_negatives.py.
 SELECTIONS = ["clip_hard_negatives", "gram_hard_negatives", "gram_target_rank", "gram_topk"]

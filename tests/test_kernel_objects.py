@@ -9,6 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "python" / "modalign"
 VOLUME_KERNELS = 72  # instances of csrc/cuda/gram_volume.cuh with the shared ones of pair_gradient.cuh: 18 for each of four dtypes
 LOSS_KERNELS = 80  # instances of csrc/cuda/contrastive_loss.cuh: 17 for each of four dtypes, 5 for float and double, 2 for half types
+SEGMENT_KERNELS = 20  # instances of csrc/cuda/segment_max_similarity.cuh: 5 for each of four dtypes
 REGISTERS = 65536  # of a multiprocessor
 CUDA_MACHINE = 190  # e_machine of a cubin
 
@@ -100,7 +101,7 @@ def test_every_target_holds_every_instance(compiled):
     assert len(compiled) == len([target for target in targets if not target.endswith("-virtual")])
     for sm, kernels in compiled:
         assert 80 <= sm <= 90
-        assert len([name for name in kernels if "modalign_kernel" in name]) == VOLUME_KERNELS + LOSS_KERNELS
+        assert len([name for name in kernels if "modalign_kernel" in name]) == VOLUME_KERNELS + LOSS_KERNELS + SEGMENT_KERNELS
 
 
 def test_registers_allow_the_planned_blocks(compiled):

@@ -5,6 +5,7 @@
 
 #include "cuda/contrastive_loss.h"
 #include "cuda/gram_volume.h"
+#include "cuda/segment_max_similarity.h"
 #endif
 
 #define MODALIGN_EXPORT extern "C" __attribute__((visibility("default")))
@@ -15,7 +16,8 @@ MODALIGN_EXPORT const char* modalign_instruction_set() { return modalign::cpu::i
 MODALIGN_EXPORT bool modalign_use_instruction_set(const char* name) { return modalign::cpu::use_instruction_set(name); }
 MODALIGN_EXPORT const char* modalign_kernel_catalogue() {
 #ifdef MODALIGN_WITH_CUDA
-  static const std::string all = std::string(modalign::cuda::kernel_catalogue()) + modalign::cuda::contrastive_kernel_catalogue();
+  static const std::string all = std::string(modalign::cuda::kernel_catalogue()) + modalign::cuda::contrastive_kernel_catalogue() +
+                                 modalign::cuda::segment_max_kernel_catalogue();
   return all.c_str();
 #else
   return "";

@@ -4,7 +4,7 @@ from .._load import load_library
 
 load_library()  # the files below tell torch about the raw ops, so these have to be there first
 
-from ._results import HardNegatives, Neighbors  # noqa: E402, F401
+from ._results import HardNegatives, Neighbors, SegmentMax  # noqa: E402, F401
 from .clip_hard_negatives import clip_hard_negatives  # noqa: E402
 from .clip_loss import clip_loss  # noqa: E402
 from .cosine_sum_contrastive_loss import cosine_sum_contrastive_loss  # noqa: E402
@@ -15,6 +15,7 @@ from .gram_topk import gram_topk  # noqa: E402
 from .gram_volume import gram_volume  # noqa: E402
 from .paired_gram_volume import paired_gram_volume  # noqa: E402
 from .pairwise_logsumexp import pairwise_logsumexp  # noqa: E402
+from .segment_max_similarity import segment_max_similarity  # noqa: E402
 from .siglip_loss import siglip_loss  # noqa: E402
 from .triangle_area import triangle_area  # noqa: E402
 from .triangle_contrastive_loss import triangle_contrastive_loss  # noqa: E402
@@ -30,6 +31,7 @@ __all__ = [
     "gram_volume",
     "paired_gram_volume",
     "pairwise_logsumexp",
+    "segment_max_similarity",
     "siglip_loss",
     "triangle_area",
     "triangle_contrastive_loss",

@@ -34,3 +34,17 @@ class HardNegatives(NamedTuple):
 
     def to(self, device: torch.device | str) -> HardNegatives:
         return HardNegatives(self.candidates.to(device), self.anchors.to(device))
+
+
+class SegmentMax(NamedTuple):
+    """The best row of every segment for every candidate; -1 where a segment is empty.
+
+    values : Tensor [S, A]
+    indices : Tensor int64 [S, A]
+    """
+
+    values: Tensor
+    indices: Tensor
+
+    def to(self, device: torch.device | str) -> SegmentMax:
+        return SegmentMax(self.values.to(device), self.indices.to(device))
