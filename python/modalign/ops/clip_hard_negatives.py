@@ -45,10 +45,22 @@ def clip_hard_negatives(
     -------
     HardNegatives(candidates int64 [B], anchors int64 [C])
 
+    Gradient
+    --------
+    None, as `gram_hard_negatives`.
+
+    Edges
+    -----
+    As `gram_hard_negatives`.
+
     Raises
     ------
     TypeError, ValueError
         ``clip_hard_negatives: <argument> must ..., got ...``
+
+    Complexity
+    ----------
+    2 B C D FLOP; memory linear in B and C.
 
     Paper: Li et al., "Align before Fuse", NeurIPS 2021, section 3.2.
     """

@@ -67,12 +67,24 @@ def gram_hard_negatives(
     Returns
     -------
     HardNegatives(candidates int64 [B], anchors int64 [C])
-        -1 where a row or candidate takes no part or has nothing to draw from. Without gradient.
+        -1 where a row or candidate takes no part or has nothing to draw from.
+
+    Gradient
+    --------
+    None: the inputs are taken detached. What is drawn gets its gradient where it is picked.
+
+    Edges
+    -----
+    Several rows of one candidate: none of them is drawn for it. B = 0: empty. A row of NaN: a uniform draw.
 
     Raises
     ------
     TypeError, ValueError
         ``gram_hard_negatives: <argument> must ..., got ...``, also for a batch of one, which has no negative.
+
+    Complexity
+    ----------
+    2 B C m D FLOP; memory as the forward of `gram_contrastive_loss`, linear in B and C.
 
     Paper: Cicchetti et al., ICLR 2025, section 3.3 (data-anchor matching); the 1e-4 is in the released code. Gumbel-max: Gumbel 1954.
     """
