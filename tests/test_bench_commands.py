@@ -377,7 +377,7 @@ def test_kernel_command(tmp_path):
     entries = bench.read_results(out)["kernels"]
     assert [entry["kernel"] for entry in entries] == ["gram_volume", "gram_volume", "tile_product", "tile_product", *cuda]
     assert all(entry["status"] == "needs a GPU" for entry in entries[4:]) and ("needs a GPU" in shown) == bool(cuda)
-    assert "name must be one of ['gram_volume', 'gram_volume_bwd', " in call("kernel", "nothing", code=1)
+    assert "name must be one of ['clip_loss', 'clip_loss_bwd', " in call("kernel", "nothing", code=1)
     assert "sizes and width must be at least 1, got [0] and 64" in call("kernel", "tile_product", "--sizes", "0", code=1)
     assert "--sizes must name at least one, got ','" in call("kernel", "tile_product", "--sizes", ",", code=1)
     assert "the sizes must fit into memory, got " in call("kernel", "tile_product", "--sizes", "1G", code=1)

@@ -11,25 +11,32 @@
 #include <functional>
 #include <memory>
 
+#include "cpu/contrastive_loss.h"
 #include "cpu/gram_volume.h"
+#include "cpu/segment_max_similarity.h"
 #include "cpu/tile_forms.h"
 #include "host/on_instruction_set.h"
 #include "host/registry.h"
 
 namespace modalign::cpu {
-namespace portable { extern const GramVolumeKernels kGramVolumeKernels; }
+#define MODALIGN_TABLES(set)                                \
+    namespace set {                                         \
+    extern const GramVolumeKernels kGramVolumeKernels;      \
+    extern const ContrastiveKernels kContrastiveKernels;    \
+    extern const SegmentMaxKernels kSegmentMaxKernels;      \
+    }
+MODALIGN_TABLES(portable)
 #ifdef MODALIGN_WITH_X86
-namespace avx2 { extern const GramVolumeKernels kGramVolumeKernels; }
-namespace avx512 { extern const GramVolumeKernels kGramVolumeKernels; }
+MODALIGN_TABLES(avx2)
+MODALIGN_TABLES(avx512)
+#define MODALIGN_CHOSEN(Kernels, table) Variants<Kernels>{&portable::table, &avx2::table, &avx512::table}.chosen()
+#else
+#define MODALIGN_CHOSEN(Kernels, table) portable::table
 #endif
 
-const GramVolumeKernels& gram_volume_kernels() {
-#ifdef MODALIGN_WITH_X86
-    return Variants<GramVolumeKernels>{&portable::kGramVolumeKernels, &avx2::kGramVolumeKernels, &avx512::kGramVolumeKernels}.chosen();
-#else
-    return portable::kGramVolumeKernels;
-#endif
-}
+const GramVolumeKernels& gram_volume_kernels() { return MODALIGN_CHOSEN(GramVolumeKernels, kGramVolumeKernels); }
+const ContrastiveKernels& contrastive_kernels() { return MODALIGN_CHOSEN(ContrastiveKernels, kContrastiveKernels); }
+const SegmentMaxKernels& segment_max_kernels() { return MODALIGN_CHOSEN(SegmentMaxKernels, kSegmentMaxKernels); }
 }  // namespace modalign::cpu
 
 namespace modalign::host {
@@ -81,7 +88,7 @@ struct Call {
 struct Request {
     std::string kernel;
     Arrays inputs;
-    int group;   // tile.square_sum: how many neighbouring products make one sum
+    int group;   // tile_square_sum: how many neighbouring products make one sum; segment_max_similarity: rows of a segment
     Scalar dtype;
 
     const py::array& input(std::size_t index, Shape shape) const {
@@ -187,6 +194,89 @@ Call paired_call(const Request& request) {
     return call;
 }
 
+/// Row i has label i and no smoothing; logits are value / -0.07, products / 0.07. Outputs: the loss of every row; backward, whose last input is the gradient
+/// of each row's loss: grad_anchor and grad_others.
+template <PairForm form, PairLoss loss, bool kBackward>
+Call loss_call(const Request& request) {
+    const std::size_t vectors = request.inputs.size() - (kBackward && !request.inputs.empty() ? 1 : 0);
+    const bool product = form == PairForm::product;
+    demand(form == PairForm::volume ? vectors >= 2 && vectors <= kMaxOthers + 1 : vectors == (product ? 2 : 3), request.kernel,
+           product ? "inputs must be x and y" : form == PairForm::triangle ? "inputs must be anchor, u and v" : "inputs must be an anchor and 1 to 7 others");
+    ContrastiveProblem p{};
+    GramVolumeProblem& q = p.pairs;
+    p.form = form, p.loss = loss, p.row_part = p.column_part = 0.5;
+    q.N = 1, q.dtype = request.dtype, q.eps = product ? 0 : default_eps(request.dtype), q.m = static_cast<int>(vectors) - 1;
+    q.B = request.size(0, 0), q.C = q.B, q.D = request.size(0, 1);
+    q.anchor = request.rows(0, q.B, q.D);
+    for (int o = 0; o < q.m; ++o) q.others[o] = request.rows(static_cast<std::size_t>(o) + 1, q.C, q.D);
+    const Scalar real = q.dtype == Scalar::f64 ? Scalar::f64 : Scalar::f32;
+    Call call{{}, {}, request.inputs, {}};
+    const auto keep = [&](Scalar dtype, Shape shape) {
+        call.inputs.push_back(new_array(dtype, std::move(shape)));
+        return call.inputs.back().mutable_data();
+    };
+    const auto number = [&](double value) {
+        void* data = keep(real, {1});
+        if (real == Scalar::f64) *static_cast<double*>(data) = value;
+        else *static_cast<float*>(data) = static_cast<float>(value);
+        return data;
+    };
+    const auto indices = [&](std::int64_t count) { return static_cast<std::int64_t*>(keep(Scalar::f64, {count})); };   // as wide
+    p.scale = number(product ? 1 / 0.07 : -1 / 0.07);
+    const auto doubles = [&](std::int64_t count) { return static_cast<double*>(keep(Scalar::f64, {count})); };
+    const cpu::ContrastiveKernels& kernels = cpu::contrastive_kernels();
+    py::array rows = new_array(real, {q.B});
+    const ContrastiveForward to{rows.mutable_data(), doubles(q.B), doubles(q.C), keep(real, {q.B}), keep(real, {q.C}), keep(real, {q.B}), indices(q.B), indices(q.C),
+                                keep(real, {4}), keep(real, {product ? 0 : q.C, q.m, q.D}),
+                                keep(real, {product ? 0 : q.C, form == PairForm::triangle ? 3 : q.m * q.m}), nullptr};
+    void* workspace = call.workspace(kernels.workspace(p));
+    call.run = [p, to, workspace, &kernels] { kernels.forward(p, to, workspace, cpu::kSerial); };
+    call.outputs = {rows};
+    demand(request.dtype == real, request.kernel, "inputs must be float32 or float64, as the gradient of the loss is");
+    if constexpr (kBackward) {
+        call.run();
+        py::array grad_anchor = new_array(q.dtype, {q.B, q.D}), grad_others = new_array(q.dtype, product ? Shape{q.C, q.D} : Shape{q.C, q.m, q.D});
+        const py::array& weight = request.input(vectors, {q.B});
+        const ContrastiveBackward back{weight.data(), weight.data(), to.row_lse, to.column_lse, to.classes, to.basis, to.factor, nullptr,
+                                       grad_anchor.mutable_data(), grad_others.mutable_data(), keep(real, {2})};
+        void* back_workspace = call.workspace(kernels.bwd_workspace(p));
+        call.run = [p, back, back_workspace, &kernels] { kernels.backward(p, back, back_workspace, cpu::kSerial); };
+        call.outputs = {grad_anchor, grad_others};
+    }
+    return call;
+}
+
+/// Segments of `group` rows each. Outputs: values; backward: grad_x and grad_y.
+template <bool kBackward>
+Call segment_call(const Request& request) {
+    demand(request.inputs.size() == (kBackward ? 3 : 2), request.kernel, "inputs must be x [R, D] and y [A, D]" + std::string(kBackward ? " and grad [S, A]" : ""));
+    SegmentMaxProblem p{};
+    p.dtype = request.dtype, p.R = request.size(0, 0), p.A = request.size(1, 0), p.D = request.size(0, 1);
+    demand(request.group >= 1 && p.R % request.group == 0, request.kernel, "group must divide the rows of x, got " + std::to_string(request.group));
+    p.S = p.R / request.group;
+    p.x = request.rows(0, p.R, p.D), p.y = request.rows(1, p.A, p.D);
+    Call call{{}, {}, request.inputs, {}};
+    const auto offsets = static_cast<std::int64_t*>(call.workspace((p.S + 1) * 8));
+    for (std::int64_t s = 0; s <= p.S; ++s) offsets[s] = s * request.group;
+    p.offsets = {offsets, 1};
+    const cpu::SegmentMaxKernels& kernels = cpu::segment_max_kernels();
+    py::array values = new_array(p.dtype, {p.S, p.A}), indices = py::array(py::dtype("int64"), Shape{p.S, p.A});
+    const SegmentMaxForward to{values.mutable_data(), static_cast<std::int64_t*>(indices.mutable_data())};
+    void* workspace = call.workspace(kernels.workspace(p));
+    call.run = [p, to, workspace, &kernels] { kernels.forward(p, to, workspace, cpu::kSerial); };
+    call.inputs.push_back(indices);
+    call.outputs = {values};
+    if constexpr (kBackward) {
+        call.run();
+        py::array grad_x = new_array(p.dtype, {p.R, p.D}), grad_y = new_array(p.dtype, {p.A, p.D});
+        const SegmentMaxBackward back{request.input(2, {p.S, p.A}).data(), p.A, 1, to.indices, grad_x.mutable_data(), grad_y.mutable_data()};
+        void* back_workspace = call.workspace(kernels.bwd_workspace(p, true, true));
+        call.run = [p, back, back_workspace, &kernels] { kernels.backward(p, back, back_workspace, cpu::kSerial); };
+        call.outputs = {grad_x, grad_y};
+    }
+    return call;
+}
+
 enum class Form { product, square_sum, log_sum_exp, weighted_values };
 
 template <class T, Form form>
@@ -232,6 +322,16 @@ const std::map<std::string, Call (*)(const Request&)>& cpu_kernels() {
         {"triangle_area_bwd", pair_call<TriangleArea, true>},
         {"paired_gram_volume", paired_call<false>},
         {"paired_gram_volume_bwd", paired_call<true>},
+        {"gram_contrastive_loss", loss_call<PairForm::volume, PairLoss::softmax, false>},
+        {"gram_contrastive_loss_bwd", loss_call<PairForm::volume, PairLoss::softmax, true>},
+        {"triangle_contrastive_loss", loss_call<PairForm::triangle, PairLoss::softmax, false>},
+        {"triangle_contrastive_loss_bwd", loss_call<PairForm::triangle, PairLoss::softmax, true>},
+        {"clip_loss", loss_call<PairForm::product, PairLoss::softmax, false>},
+        {"clip_loss_bwd", loss_call<PairForm::product, PairLoss::softmax, true>},
+        {"siglip_loss", loss_call<PairForm::product, PairLoss::sigmoid, false>},
+        {"siglip_loss_bwd", loss_call<PairForm::product, PairLoss::sigmoid, true>},
+        {"segment_max_similarity", segment_call<false>},
+        {"segment_max_similarity_bwd", segment_call<true>},
         {"tile_product", tile_call<Form::product>},
         {"tile_square_sum", tile_call<Form::square_sum>},
         {"tile_log_sum_exp", tile_call<Form::log_sum_exp>},

@@ -45,6 +45,14 @@ def _paired(maker: Maker, n: int, D: int) -> list[Tensor]:
     return [maker.randn(n, 3, D)]
 
 
+def _two(maker: Maker, n: int, D: int) -> list[Tensor]:
+    return [maker.randn(n, D) for _ in range(2)]
+
+
+def _segments(maker: Maker, n: int, D: int) -> list[Tensor]:
+    return [maker.randn(2 * n, D), maker.randn(n, D)]
+
+
 def _tile(maker: Maker, n: int, D: int) -> list[Tensor]:
     return [maker.randn(n, D), maker.randn(2 * n, D)]
 
@@ -56,10 +64,21 @@ def _tile_values(maker: Maker, n: int, D: int) -> list[Tensor]:
 ALL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 REAL = (torch.float32, torch.float64)
 
+PER_ROW: dict[str, Any] = {"reduction": "none", "implementation": "streaming"}
+
 CPU_KERNELS = {
     "gram_volume": CpuKernel("ops.gram_volume", _pair, lambda a, u, v: ops.gram_volume(a, [u, v]), True, ALL),
     "triangle_area": CpuKernel("ops.triangle_area", _pair, ops.triangle_area, True, ALL),
     "paired_gram_volume": CpuKernel("ops.paired_gram_volume", _paired, ops.paired_gram_volume, True, ALL),
+    "gram_contrastive_loss": CpuKernel("ops.gram_contrastive_loss", _pair, lambda a, u, v: ops.gram_contrastive_loss(a, [u, v], **PER_ROW), True, REAL),
+    "triangle_contrastive_loss": CpuKernel(
+        "ops.triangle_contrastive_loss", _pair, lambda a, u, v: ops.triangle_contrastive_loss(a, u, v, **PER_ROW), True, REAL
+    ),
+    "clip_loss": CpuKernel("ops.clip_loss", _two, lambda x, y: ops.clip_loss(x, y, logit_scale=1 / 0.07, **PER_ROW), True, REAL),
+    "siglip_loss": CpuKernel("ops.siglip_loss", _two, lambda x, y: ops.siglip_loss(x, y, logit_scale=1 / 0.07, logit_bias=0.0, **PER_ROW), True, REAL),
+    "segment_max_similarity": CpuKernel(
+        "ops.segment_max_similarity", _segments, lambda x, y: ops.segment_max_similarity(x, torch.arange(0, len(x) + 1, 2), y).values, True, ALL
+    ),
     "tile_product": CpuKernel("torch: a @ b.mT", _tile, lambda a, b: a @ b.mT, False, REAL),
     "tile_square_sum": CpuKernel(
         "torch: (a @ b.mT)² summed in pairs", _tile, lambda a, b: (a @ b.mT).square().unflatten(-1, (-1, 2)).sum(-1), False, REAL
