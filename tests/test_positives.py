@@ -285,17 +285,19 @@ def test_training_memory_is_linear(name):
 
 
 @pytest.mark.parametrize("loss", [clip_loss, siglip_loss])
-def test_one_graph_for_all_sizes(loss):
+@pytest.mark.parametrize("by", ["ids", "place"])
+def test_one_graph_for_all_sizes(loss, by):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=True)
     for n in (17, 20, 23):  # no size is D, which the first trace would take for more than chance
-        x, y, more_x, more_y = leaves = [torch.randn(rows, D, requires_grad=True) for rows in (n, n + 4, n + 1, n + 2)]
-        ids = torch.arange(n) % 4, torch.arange(n + 4) % 5
-        ids[1][2] = -100
-        options = {"logit_scale": torch.tensor(2.0), "logit_bias": torch.tensor(-1.0), "positive_ids": ids, "negatives": (more_x, more_y)}
+        candidates = n + 4 if by == "ids" else n
+        x, y, more_x, more_y = leaves = [torch.randn(rows, D, requires_grad=True) for rows in (n, candidates, n + 1, n + 2)]
+        options = {"logit_scale": torch.tensor(2.0), "logit_bias": torch.tensor(-1.0), "negatives": (more_x, more_y)}
+        if by == "ids":
+            options["positive_ids"] = torch.arange(n) % 4, torch.where(torch.arange(candidates) == 2, -100, torch.arange(candidates) % 5)
         ours, expected = compiled(x, y, **options), loss(x, y, **options)
         assert torch.allclose(ours, expected)
         for a, e in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(expected, leaves), strict=True):

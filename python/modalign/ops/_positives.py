@@ -46,20 +46,18 @@ def take_part(ids: Tensor) -> Tensor:
 
 
 def mean_positive(x: Tensor, y: Tensor, ids: Ids, scale: Tensor, bias: Tensor | None, label_smoothing: float = 0) -> tuple[Tensor, Tensor]:
-    """For every row of x the mean logit of its positives, a share of it spread over all candidates, and how many positives there are."""
+    """For every row of x the mean logit of its positives in float64, a share of it spread over all candidates, and how many positives there are."""
     sums, count = call("sum_of_equal_ids", y, ids[1], ids[0])
     wanted = sums / count.clamp(min=1)[:, None]
     if label_smoothing:
         everyone, number = call("sum_of_equal_ids", y, torch.where(take_part(ids[1]), 0, NOBODY), ids[1].new_zeros(1))
         wanted = (1 - label_smoothing) * wanted + label_smoothing * everyone / number.clamp(min=1)
-    logit = scale * (x * wanted).sum(1)
+    logit = scale * (x * wanted).sum(1, dtype=torch.float64)
     return logit if bias is None else logit + bias, count
 
 
-def softmax_loss(
-    x: Tensor, y: Tensor, ids: Ids, scale: Tensor, bias: Tensor | None, label_smoothing: float, direction: str, reduction: str
-) -> tuple[Tensor, Tensor]:
-    """The loss of the rows and that of the columns: cross entropies with the positives as equal shares of the label, each reduced over those that have any."""
+def softmax_loss(x: Tensor, y: Tensor, ids: Ids, scale: Tensor, bias: Tensor | None, label_smoothing: float, direction: str, reduction: str) -> Tensor:
+    """Cross entropies of rows and columns with the positives as equal shares of the label, each side reduced over those that have any."""
     log_sums = log_sum_exps(x, y, scale, bias, take_part(ids[0]), take_part(ids[1]))
     x, y = x.to(scale.dtype), y.to(scale.dtype)
     sides = (log_sums[0], x, y, ids), (log_sums[1], y, x, ids[::-1])

@@ -132,11 +132,11 @@ def _backward(
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weights = [(2 * grad).to(scale.dtype).contiguous() for grad in (grad_rows, grad_columns)]  # the kernel takes a half of either direction
+    weights = [(2 * grad).to(scale.dtype) for grad in (grad_rows, grad_columns)]  # the kernel takes a half of either direction
     classes = torch.cat([scale.new_ones(3), scale.new_zeros(1)])  # the center is 0: the gradients of logits do not add up to 0 here
     empty = scale.new_empty((0, 1, x.shape[1])), scale.new_empty((0, 1)), scale.new_empty(0)  # basis, factor, products
     grad_x, grad_y, grad_scale = torch.ops.modalign.clip_loss_bwd(
-        *weights, rows.contiguous(), columns.contiguous(), classes, *empty, x, [y], scale, bias, _no_target(x), None, *_NO_LABEL, need_x, need_y
+        *weights, rows, columns, classes, *empty, x, [y], scale, bias, _no_target(x), None, *_NO_LABEL, need_x, need_y
     )
     return grad_x, grad_y[:, 0] if need_y else grad_y, grad_scale
 

@@ -112,7 +112,7 @@ def siglip_loss(
                 op, rows, [candidates], scale, bias, labels, None, 0.0, "both", 0.0, reduction, return_accuracy, workspace, process_group, gather_grad, exchange
             )
 
-        if more_y is not None and target is None:
+        if target is None and (more_x is not None or more_y is not None):
             target = torch.arange(x.shape[0], device=x.device)
         if ids is None and more_x is None:
             return evaluate(x, joined(y, more_y), target, reduction)
@@ -139,21 +139,21 @@ def _loss_of_parts(
     """Pairs of x with everything, then those of the rows that are negatives with y alone: of two queues, rows of equal place may well belong together."""
     if ids is None:
         loss = evaluate(x, joined(y, more_y), target, "none")
-        rows = x.shape[0] if target is None else (target != contrastive.IGNORED).sum()
+        rows = (target != contrastive.IGNORED).sum()
     else:
         here = positives.take_part(ids[0])
         loss = evaluate(x, joined(y, more_y), _no_label(ids[0]), "none")
         logit, count = positives.mean_positive(x.to(scale.dtype), y.to(scale.dtype), ids, scale, bias)
         absent = (~positives.take_part(ids[1])).sum()  # they are zeros here, so each has the logit `bias` with every row
         nothing = scale.new_zeros(()) if bias is None else bias
-        loss = torch.where(here, loss - count * logit - absent * torch.nn.functional.softplus(nothing), 0)
+        loss = torch.where(here, loss - count * logit - absent * torch.nn.functional.softplus(nothing), 0).to(scale.dtype)
         rows = here.sum()
-    result = contrastive.reduce(loss, torch.as_tensor(rows), reduction)
+    result = contrastive.reduce(loss, rows, reduction)
     if more_x is None:
         return result
     candidates = y.new_full(y.shape[:1], -1, dtype=torch.int64) if ids is None else _no_label(ids[1])
     others = evaluate(y, more_x, candidates, "sum")
-    return result + (others / torch.as_tensor(rows).clamp(min=1) if reduction == "mean" else others)
+    return result + (others / rows.clamp(min=1) if reduction == "mean" else others)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- plain-torch formulas
