@@ -159,16 +159,33 @@ def test_the_loss_is_what_the_docstring_says():
 
 
 def test_equal_captions_are_not_negatives():
+    """Of the items of a group a batch takes the first: here either of two equal ones, so that the loss is that of the others with one of them."""
     model, batch = small_model(), small_batch()
     for features in batch.values():
         features[1] = features[0]
     groups = torch.tensor([0, 0, *range(1, 11)])
-    loss = model(batch, groups=groups).loss
-    loss.backward()
-    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
-    # Of two equal rows either one alone gives the same terms: without grouping they would repel each other.
-    assert loss < model(batch).loss
-    assert model(batch, groups=torch.arange(12)).loss.item() == pytest.approx(model(batch).loss.item())
+    expected = model({name: features[1:] for name, features in batch.items()}).loss.item()
+    history = models.fit_aligner(model, batch, groups, models.TrainingConfig(steps=1, batch=12), seed=0)
+    assert history.loss == [pytest.approx(expected, rel=1e-5)] and expected < model(batch).loss.item()
+    with pytest.raises(ValueError, match="batch must bring together items of different groups with common modalities, got 12"):
+        models.fit_aligner(model, batch, torch.zeros_like(groups), models.TrainingConfig(steps=1, batch=12), seed=0)
+
+
+@pytest.mark.parametrize("loss", ["gram", "volume", "clip"])
+def test_a_learnable_temperature(loss):
+    """It starts where a constant one would stay, its gradient is that of the loss by differences, and it is saved."""
+    fixed, model, batch = small_model(loss=loss, temperature=0.2), small_model(loss=loss, temperature=0.2, learn_temperature=True), small_batch()
+    assert model(batch).loss.item() == pytest.approx(fixed(batch).loss.item(), rel=1e-6)
+    model.double()(batch := {name: x.double() for name, x in batch.items()}).loss.backward()
+    step = 1e-4
+    losses = []
+    with torch.no_grad():
+        for change in (step, -2 * step):
+            model.log_temperature += change
+            losses.append(model(batch).loss.item())
+    assert model.log_temperature.grad.item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-4)
+    models.fit_aligner(model.float(), small_batch(20), torch.arange(20), models.TrainingConfig(steps=3, batch=20), seed=0)
+    assert model.temperature.item() != pytest.approx(0.2, rel=1e-4)
 
 
 def test_every_parameter_gets_a_gradient_once_the_branches_have_moved():
@@ -239,6 +256,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"pairwise_weight": -1.0}, "pairwise_weight must not be negative"),
+        ({"learn_temperature": True, "loss": "siglip"}, "learn_temperature must be False with loss siglip, which learns a scale of its own, got True"),
         ({"width": 2}, "width must be at least the number of modalities, got 2"),
     ],
 )

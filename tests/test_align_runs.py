@@ -22,7 +22,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import miniature
-from modalign import data, metrics, models
+from modalign import data, metrics, models, ops
 from modalign.cli import app
 from modalign.cli.align import tables
 from modalign.cli.experiment import RunStore, run_experiment
@@ -30,6 +30,7 @@ from modalign.cli.report import joint_table
 from modalign.cli.search import find
 from modalign.cli.settings import AlignSettings, read_settings
 from modalign.cli.summary import summary
+from modalign.data.shards import encoder_code
 
 REPOSITORY = Path(__file__).parent.parent
 runner = CliRunner()
@@ -215,6 +216,8 @@ def test_a_configuration_file_and_flags_that_overrule_it(tmp_path):
         ("device = 'meta'", "align: device must be cpu or cuda, got 'meta'"),
         ("heads = 'linear'\nhidden = 9", "align: hidden must be 0 for linear heads, which have no branch, got 9"),
         ("loss = 'siglip'\ntemperature = 0.2", "align: temperature must be left alone with loss siglip, which does not use it, got 0.2"),
+        ("loss = 'siglip'\nlearn_temperature = true", "align: learn_temperature must be left alone with loss siglip, which does not use it, got True"),
+        ("nproc = 0", "align: nproc must be a positive number, got 0"),
         ("width = 1", "align: width must be at least 2, or 0 for the usual, got 1"),
     ],
 )
@@ -242,7 +245,7 @@ def grouped(sizes, present=None, names=("a", "b", "c")):
         (lambda: grouped([60]), {}, "items must make a test part of whole groups, got 0 for it from 60 items in 1 groups, the largest of 60"),
         (lambda: grouped([5] * 12), {"pairs": (12,)}, "items must make a validation part of whole groups"),
         (lambda: grouped([1] * 60, {"c": torch.arange(60) < 2}), {}, r"modality 'c' must be had by at least 3 of the .* items to fit on \(seed"),
-        (lambda: grouped([1] * 60, {"b": torch.arange(60) % 2 > 0, "a": torch.arange(60) % 2 < 1}, "ab"), {}, "must be had together by some items of the fit part"),
+        (lambda: grouped([1] * 60, {"b": torch.arange(60) % 2 > 0, "a": torch.arange(60) % 2 < 1}, "ab"), {}, "must be had together by items of 2 different captions of the fit part"),
         (lambda: grouped([1] * 60), {"modalities": ("a",)}, "modalities must be at least 2, got \\['a'\\]"),
         (lambda: grouped([1] * 60), {"width": 6}, "width must not exceed the narrowest modality, got 6"),
         (lambda: grouped([1] * 60, names=("a", "keys")), {}, "modalities must not have a '.' in their names or one that torch keeps for itself, got 'keys'"),
@@ -320,11 +323,12 @@ def test_choices_look_at_the_volume_of_items_that_have_all():
     for names, items in ((("a", "b"), 40), (("a", "c"), 25), (("b", "c"), 25)):
         scores = embedded[names[0]][:items] @ embedded[names[1]][:items].T
         found += [metrics.retrieval(s) for s in (scores, scores.T)]
-    volume = model.volume({name: e[:25] for name, e in embedded.items()})
+    a, b, c = (e[:25] for e in embedded.values())
+    volume = ops.gram_volume(a, [b, c])
     found += [metrics.retrieval(v, larger_is_better=False) for v in (volume, volume.T)]
     assert history.evaluated[0] == pytest.approx(sum(f.r10 + 0.1 * f.r1 for f in found) / 8)
     nobody = present | {"b": torch.arange(40) >= 25}  # no item has all: pairs alone
-    assert models.validation_score(embedded, groups, None, nobody) > 0
+    assert models.validation_score(embedded, groups, "a", nobody) == models.validation_score(embedded, groups, None, nobody) > 0
 
 
 def test_more_pairs_help_and_every_figure_has_its_spread(tmp_path):
@@ -402,7 +406,7 @@ def test_the_volume_of_an_item_is_that_of_the_vectors_it_has():
 
     def volume(i, j):
         vectors = torch.stack([e["a"][i]] + [e[n][j] for n in "bc" if present[n][j]])
-        return torch.linalg.det(vectors @ vectors.T).clamp_min(0).sqrt() ** (1 / len(vectors))
+        return torch.linalg.det(vectors @ vectors.T).clamp_min(0).sqrt()
 
     logits = -torch.stack([torch.stack([volume(i, j) for j in items]) for i in items]) / 0.3
     target = torch.arange(5)
@@ -639,6 +643,24 @@ def test_search_compares_the_data_with_those_that_the_model_was_trained_on(tmp_p
         other = searched(model, *options)
         expected = "text features of encoder 'miniature:ToyTextEncoder', as MODEL was trained on, got those of 'miniature:OtherTextEncoder' in cards"
         assert other.exit_code == 1 and f"modalign search: {whose} must have {expected}" in other.output
+
+
+def test_search_tells_features_of_other_code_of_the_same_encoder(tmp_path):
+    """Also where the data are named by --data, and their own encoder is as it was when it made them."""
+
+    def described(folder, code):
+        about = json.loads((described_folder(folder) / "items.json").read_text())
+        about["modalities"]["text"]["encoder_code"] = code
+        (folder / "items.json").write_text(json.dumps(about))
+        return folder
+
+    now = encoder_code(miniature.ToyTextEncoder)
+    model = trained_on(described(tmp_path / "cards", "0" * 64), tmp_path / "run")
+    other, told = described(tmp_path / "other", now), "the text features of {} were made by other code of encoder 'miniature:ToyTextEncoder'"
+    assert told.format("other") in searched(model, "--data", str(other)).output
+    assert told.format("cards") not in searched(model).output
+    again = trained_on(other, tmp_path / "again")
+    assert told.format("other") not in searched(again).output and told.format("cards") in searched(again, "--data", str(tmp_path / "cards")).output
 
 
 def test_captions_with_brackets_are_shown_as_they_are(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 from rich import box
 from rich.console import Console
@@ -19,8 +20,10 @@ from .. import __version__
 from .._files import demand_writable, write_bytes, write_json
 from ..data import load
 from ..data.dataset import ROOT, locate
+from ..models.data_parallel import rank_of, ranks_of
 from .experiment import Experiment, RunStore, check_parts, run_experiment
 from .prepare import COLUMNS
+from .processes import launch, under_torchrun
 from .settings import AlignSettings, read_settings
 from .summary import summary
 
@@ -56,8 +59,10 @@ def align(
     reduce: Annotated[int, typer.Option(min=2, help="features wider than this are reduced to so many principal components of the training items")] = 256,
     temperature: Annotated[float, typer.Option(help="divides volumes and cosines")] = USUAL.temperature,
     pairwise_weight: Annotated[float, typer.Option(help="of the pairwise term beside the volume term of gram")] = USUAL.pairwise_weight,
+    learn_temperature: Annotated[bool, typer.Option("--learn-temperature", help="learn the temperature too, from there")] = USUAL.learn_temperature,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = USUAL.device,
     threads: Annotated[int, typer.Option(min=1, help="of torch; a training step on small data gains nothing from more than one")] = 1,
+    nproc: Annotated[int, typer.Option(min=1, help="processes that share every batch, on the GPUs in order with --device cuda; not under torchrun")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="go on with a run that was interrupted or killed; the result is the same bit for bit")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="throw away an unfinished run that is in the output folder")] = False,
     data_root: Annotated[Path | None, typer.Option(help="where `modalign prepare` left its sets; default $MODALIGN_DATA_ROOT")] = None,
@@ -66,7 +71,6 @@ def align(
 
     Leaves model/ (safetensors and JSON), config.toml, results.json, figures and report.html in the output folder.
     """
-    console = Console()
     given = {
         name: value
         for name, value in context.params.items()
@@ -76,10 +80,28 @@ def align(
     beside, settings = read_settings(config, given)
     if "data" not in beside:
         raise ValueError("DATA must be given, as an argument or in the configuration file, got none")
+    asked = (beside | {"threads": beside.get("threads", threads)}, settings, config, resume, restart)
+    if dist.is_torchelastic_launched():
+        if "nproc" in beside:
+            raise ValueError(f"nproc must be left out under torchrun, which says how many processes there are, got {beside['nproc']}")
+        under_torchrun(settings.device, run, *asked)
+    elif beside.get("nproc", 1) > 1:
+        launch(beside["nproc"], settings.device, run, *asked)
+    else:
+        run(*asked)
+
+
+def run(
+    beside: dict[str, Any], settings: AlignSettings, config: Path | None, resume: bool, restart: bool, *, process_group: dist.ProcessGroup | None = None
+) -> None:
+    """The command with its arguments read. Of several processes the first speaks and writes."""
+    first = rank_of(process_group) == 0
+    console = Console(quiet=not first)
     source = str(beside["data"])
     folder = Path(beside.get("out") or Path("runs") / Path(source).name.replace("_", "-"))
-    demand_writable(folder, "--out")
-    torch.set_num_threads(beside.get("threads", threads))
+    if first:
+        demand_writable(folder, "--out")
+    torch.set_num_threads(beside["threads"])
     dataset = load(source, beside.get("data_root"))
     chosen = check_parts(dataset, settings)
     held_out = min(len(chosen.splits(settings.first_seed, None if p == "all" else int(p)).validation) for p in settings.pairs)
@@ -88,11 +110,12 @@ def align(
     console.print(f"[bold]{escape(dataset.name)}[/bold]: {len(dataset)} items, {', '.join(chosen.modalities)}{lacking}; licence {licence}")
 
     versions = {"modalign": __version__, "torch": torch.__version__}
-    identity = {"settings": settings.as_dict(), "data": chosen.digest(), "threads": torch.get_num_threads(), **versions}
+    machine = {"threads": torch.get_num_threads(), "nproc": ranks_of(process_group)}  # either changes the order of sums, and so the last bits
+    identity = {"settings": settings.as_dict(), "data": chosen.digest(), **machine, **versions}
     if held_out < FEW:
         console.print(f"only {held_out} validation items, so what is chosen on them (steps, ridge, power) is chosen by little", style="yellow")
-    store = RunStore(folder / PROGRESS_FOLDER, identity, resume=resume, restart=restart)
-    if resume and not store.resumed:
+    store = RunStore(folder / PROGRESS_FOLDER, identity, resume=resume, restart=restart) if first else None
+    if store and resume and not store.resumed:
         console.print(f"no unfinished run in {store.folder}: starting", markup=False, highlight=False, soft_wrap=True)
     with Progress(*COLUMNS, console=console) as bar:
         task = bar.add_task("preparing", total=None)
@@ -101,12 +124,15 @@ def align(
             bar.update(task, description=what, completed=done, total=total)
 
         try:
-            experiment = run_experiment(dataset, settings, progress=advance, store=store)
+            experiment = run_experiment(dataset, settings, progress=advance, store=store, process_group=process_group)
         except KeyboardInterrupt:
-            console.print(f"kept what is done in {store.folder}; the same command with --resume goes on", markup=False, highlight=False, soft_wrap=True)
+            kept = folder / PROGRESS_FOLDER
+            console.print(f"kept what is done in {kept}; the same command with --resume goes on", markup=False, highlight=False, soft_wrap=True)
             raise
+    if store is None:
+        return
 
-    results = summary(experiment, _command(source, settings))
+    results = summary(experiment, _command(source, settings, experiment.processes))
     for table in tables(results):
         console.print(table)
     spread = "mean ± standard deviation over seeds; ΔR@10: difference to CCA within a seed" if settings.seeds > 1 else "one seed, so no spread is known"
@@ -120,13 +146,15 @@ def align(
     store.remove()
 
 
-def _command(source: str, settings: AlignSettings) -> str:
+def _command(source: str, settings: AlignSettings, processes: int) -> str:
     """The command that repeats a run: data by name, and whatever differs from the usual."""
     changed = []
     for name, value in settings.as_dict().items():
         if value != USUAL.as_dict()[name] or name in ("seeds", "steps", "batch"):
-            shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            changed.append(f"--{name.replace('_', '-')} {shown}")
+            shown = "" if value is True else " " + (",".join(map(str, value)) if isinstance(value, list) else str(value))
+            changed.append(f"--{name.replace('_', '-')}{shown}")
+    if processes > 1:
+        changed.append(f"--nproc {processes}")
     return " ".join(["modalign align", Path(source).name, *changed])
 
 
@@ -148,6 +176,7 @@ def write_run(folder: Path, experiment: Experiment, results: dict[str, Any], bes
         **_found_again(str(beside["data"]), beside.get("data_root")),
         "sha256": results["dataset"]["sha256"],
         "encoders": {name: encoder for name, encoder in data.encoders.items() if name in data.modalities},
+        "encoder_code": {name: code for name, code in data.encoder_code.items() if name in data.modalities},
         "split_seed": experiment.settings.first_seed,
         "mean_r10": results["rows"]["trained"]["mean_r10_by_seed"][0],
     }

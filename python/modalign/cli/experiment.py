@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .._files import write_json
 from ..data import PairedDataset, Split
-from ..metrics import Retrieval, chance_retrieval, retrieval
+from ..metrics import Retrieval, chance_retrieval, joint_retrieval, retrieval
 from ..models import (
     CanonicalCorrelation,
     CanonicalCorrelationConfig,
@@ -32,6 +33,7 @@ from ..models import (
     fit_aligner,
     select_correlation,
 )
+from ..models.data_parallel import made_once, ranks_of
 from ..models.gram_aligner import items_with
 from .settings import ALL, AlignSettings
 
@@ -77,12 +79,13 @@ class SeedResult:
 @dataclass
 class Experiment:
     """`results` holds one list of seeds per number of training pairs, in the order of `settings.pairs`; `model` is that of the last number's first seed
-    and takes raw features."""
+    and takes raw features (of several processes the first has it)."""
 
     dataset: PairedDataset
     settings: AlignSettings
     model: GramAligner
     training: dict[str, TrainingConfig]
+    processes: int = 1
     results: dict[int | str, list[SeedResult]] = field(default_factory=dict)
 
     @property
@@ -171,10 +174,13 @@ def check_parts(dataset: PairedDataset, settings: AlignSettings) -> PairedDatase
                         f"align: modality '{name}' must be had by at least 3 of the {len(split.fit)} items to fit on ({where}), "
                         f"got {len(dataset.available(name, split.fit))}"
                     )
-            for what, part in (("fit", split.fit), ("test", split.test)):
+            for what, part, least in (("fit", split.fit, 2), ("test", split.test, 1)):
+                groups = dataset.groups[part]
                 both = [items_with(dataset.masks(part), list(pair), len(part)) for pair in combinations(dataset.modalities, 2)]
-                if all(items is not None and len(items) < (2 if what == "fit" else 1) for items in both):
-                    raise ValueError(f"align: modalities must be had together by some items of the {what} part ({where}), got none for any two of them")
+                most = max(len((groups if items is None else groups[items]).unique()) for items in both)
+                if most < least:
+                    wanted = f"items of {least} different captions" if least > 1 else "some items"
+                    raise ValueError(f"align: modalities must be had together by {wanted} of the {what} part ({where}), got {most} for any two of them")
             dataset.statistics(split.fit)
     widths = {name: min(x.shape[1], settings.reduce) for name, x in dataset.modalities.items()}
     if settings.width > min(widths.values()):
@@ -185,7 +191,6 @@ def check_parts(dataset: PairedDataset, settings: AlignSettings) -> PairedDatase
 def directions(
     embeddings: Mapping[str, Tensor],
     groups: Tensor,
-    volume: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     anchor: str = "",
     present: Mapping[str, Tensor] | None = None,
 ) -> dict[str, tuple[Retrieval, Tensor]]:
@@ -201,13 +206,14 @@ def directions(
         e, who = among([a, b])
         if len(who):
             found[f"{a} → {b}"] = retrieval(e[a] @ e[b].T, query_groups=who), who
-    if len(embeddings) > 2 and volume is not None:
+    if len(embeddings) > 2 and anchor:
         e, who = among(list(embeddings))
         if len(who):
-            cosines = torch.stack([e[anchor] @ other.T for name, other in e.items() if name != anchor]).sum(0)
-            for label, scores, larger in ((JOINT_VOLUME, volume(e), False), (JOINT_COSINES, cosines, True)):
-                found[f"{anchor} → others, {label}"] = retrieval(scores, query_groups=who, larger_is_better=larger), who
-                found[f"others → {anchor}, {label}"] = retrieval(scores.T, query_groups=who, larger_is_better=larger), who
+            others = [x for name, x in e.items() if name != anchor]
+            for label, score in ((JOINT_VOLUME, "volume"), (JOINT_COSINES, "cosine_sum")):
+                joint = joint_retrieval(e[anchor], others, score=score, groups=who)
+                found[f"{anchor} → others, {label}"] = joint.to_tuples, who
+                found[f"others → {anchor}, {label}"] = joint.to_anchors, who
     return found
 
 
@@ -217,24 +223,28 @@ def run_experiment(
     *,
     progress: Progress | None = None,
     store: RunStore | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Experiment:
-    """Run the whole experiment. Deterministic for its arguments on one machine; with a `store` an unfinished run is taken up where it was."""
+    """Run the whole experiment. Deterministic for its arguments on one machine; with a `store` an unfinished run is taken up where it was.
+
+    process_group : every rank calls this alike, but for `store`, which is for rank 0 alone, as choosing and evaluating are; training they share
+    """
     dataset = check_parts(dataset, settings)
     plans = training_plans(settings)
     units = [(pairs, seed) for pairs in settings.pairs for seed in range(settings.first_seed, settings.first_seed + settings.seeds)]
     per_unit = 2 * settings.steps * len(plans)  # each plan trains once to choose the number of steps and once more with it
-    experiment = Experiment(dataset, settings, None, plans)  # type: ignore[arg-type]  # the model comes with its unit
+    experiment = Experiment(dataset, settings, None, plans, ranks_of(process_group))  # type: ignore[arg-type]  # the model comes with its unit
     for number, (pairs, seed) in enumerate(units):
         unit = f"{pairs}-{seed}"
         keeps_model = (pairs, seed) == (settings.pairs[-1], settings.first_seed)
-        result = store.result(unit) if store else None
+        result = made_once(lambda unit=unit: store.result(unit) if store else None, process_group)
         if result is None:
 
             def report(what: str, steps: int, number: int = number, unit: tuple[int | str, int] = (pairs, seed)) -> None:
                 if progress is not None:
                     progress(f"{unit[0]} pairs, seed {unit[1]}: {what}", number * per_unit + steps, len(units) * per_unit)
 
-            model, result = _run_seed(dataset, settings, plans, pairs, seed, report, store)
+            model, result = _run_seed(dataset, settings, plans, pairs, seed, report, store, process_group)
             if keeps_model:
                 experiment.model = model
             if store:
@@ -270,14 +280,15 @@ def _run_seed(
     seed: int,
     report: Callable[[str, int], None],
     store: RunStore | None,
+    process_group: dist.ProcessGroup | None,
 ) -> tuple[GramAligner, SeedResult]:
     """Everything is chosen and trained before the test part is looked at."""
     split, device = split_of(dataset, seed, pairs), torch.device(settings.device)
-    reductions = _reductions(dataset, split, settings.reduce)
+    reductions = made_once(lambda: _reductions(dataset, split, settings.reduce), process_group)
     reduced_by = {"fit": "fit", "validation": "fit", "train": "train", "test": "train"}
     parts = {name: _part(dataset, getattr(split, name), reductions[by]) for name, by in reduced_by.items()}
     config = _model_config(settings, {name: x.shape[1] for name, x in parts["train"].features.items()})
-    correlation, solutions = _solutions(parts, config.width)
+    correlation, solutions = made_once(lambda: _solutions(parts, config.width), process_group)
     on_device = {name: part.to(device) for name, part in parts.items()}
 
     def build(name: str, from_solution: bool) -> GramAligner:
@@ -300,9 +311,10 @@ def _run_seed(
             seed,
             progress=lambda step, label=label, done=done: report(label, done + step),
             checkpoint=lambda phase, row=row: store.checkpoint(f"{pairs}-{seed}-{row}-{phase}") if store else None,
+            process_group=process_group,
         )
         report(label, done + 2 * plan.steps)
-    table, items = _figures(models, solutions["train"], parts["test"], on_device["test"])
+    table, items = made_once(lambda: _figures(models, solutions["train"], parts["test"], on_device["test"]), process_group)
     chosen = {"cca": {"ridge": correlation.ridge, "power": correlation.power}} | {row: {"steps": h.best_step} for row, h in histories.items()}
     result = SeedResult(seed, len(dataset.paired(split.train)), split.transductive, table, chosen, histories, items)
     return models["trained"].cpu().on_raw_features(reductions["train"]), result
@@ -333,6 +345,7 @@ def _model_config(settings: AlignSettings, widths: dict[str, int]) -> GramAligne
         loss=settings.loss,
         temperature=settings.temperature,
         pairwise_weight=settings.pairwise_weight,
+        learn_temperature=settings.learn_temperature,
     )
 
 
@@ -350,6 +363,7 @@ def _choose_and_train(
     seed: int,
     progress: Callable[[int], None],
     checkpoint: Callable[[str], Checkpoint | None],
+    process_group: dist.ProcessGroup | None,
 ) -> tuple[GramAligner, TrainingHistory]:
     """Train on the items to fit on and see on validation items after how many steps it is best; then anew, on all training items, for that many."""
     fit, held, train = parts["fit"], parts["validation"], parts["train"]
@@ -363,6 +377,7 @@ def _choose_and_train(
         validation=(held.features, held.groups, held.present),
         progress=progress,
         checkpoint=checkpoint("choose"),
+        process_group=process_group,
     )
     model = build("train")
     fit_aligner(
@@ -375,6 +390,7 @@ def _choose_and_train(
         stop_after=history.best_step,
         progress=lambda step: progress(plan.steps + step),
         checkpoint=checkpoint("final"),
+        process_group=process_group,
     )
     return model, history
 
@@ -384,10 +400,10 @@ def _figures(
     models: Mapping[str, GramAligner], solution: CanonicalCorrelation, test: _Part, on_device: _Part
 ) -> tuple[dict[str, dict[str, Retrieval]], dict[str, int]]:
     """Every row of the table, and the number of test items behind each direction."""
-    start = models["start"]
+    anchor = models["start"].config.anchor
     embedded = {row: model.embed(on_device.features) for row, model in models.items()}
     embedded["cca"] = {name: e.to(on_device.groups.device) for name, e in solution.embed(test.features).items()}
-    found = {row: directions(e, on_device.groups, start.volume, start.config.anchor, on_device.present) for row, e in embedded.items()}
+    found = {row: directions(e, on_device.groups, anchor, on_device.present) for row, e in embedded.items()}
     table = {row: {way: figures for way, (figures, _) in by_way.items()} for row, by_way in found.items()}
     table["chance"] = {way: chance_retrieval(who) for way, (_, who) in found["cca"].items()}
     return {row: table[row] for row in ROWS}, {way: len(who) for way, (_, who) in found["cca"].items()}

@@ -70,6 +70,9 @@ def search(
     changed = _changed(dataset, list(aligner.config.modalities), extra, "--data" if data else "the data of MODEL")
     if changed and not data:
         warn(f"the data of {dataset.name} are not those that the model was trained on: they have changed")
+    for name, code in extra.get("encoder_code", {}).items():
+        if dataset.encoder_code.get(name, code) != code:
+            warn(f"the {name} features of {dataset.name} were made by other code of encoder '{dataset.encoders[name]}' than those that the model was trained on")
     inputs: dict[str, Any] = {_modality_of("text", aligner): query} if query else {}
     if picture is not None:
         inputs[_modality_of("picture", aligner)] = open_picture(picture)

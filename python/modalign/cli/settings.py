@@ -18,6 +18,8 @@ from ..models.gram_aligner import HEADS, LOSSES
 __all__ = ["ALL", "AlignSettings", "read_settings"]
 
 ALL = "all"
+# What a run is asked for beside its settings, and of what type it is.
+BESIDE = {"data": (str,), "data_root": (str, Path), "out": (str, Path), "threads": (int,), "nproc": (int,)}
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class AlignSettings:
     reduce: int = 256
     temperature: float = 0.07
     pairwise_weight: float = 1 / 3
+    learn_temperature: bool = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -80,7 +83,8 @@ class AlignSettings:
         if self.heads == "linear" and self.hidden:
             raise ValueError(f"align: hidden must be 0 for linear heads, which have no branch, got {self.hidden}")
         usual = {item.name: item.default for item in fields(self)}
-        for name, losses in (("temperature", ("gram", "volume", "clip")), ("pairwise_weight", ("gram",))):
+        with_temperature = ("gram", "volume", "clip")
+        for name, losses in (("temperature", with_temperature), ("learn_temperature", with_temperature), ("pairwise_weight", ("gram",))):
             if self.loss not in losses and getattr(self, name) != usual[name]:
                 raise ValueError(f"align: {name} must be left alone with loss {self.loss}, which does not use it, got {getattr(self, name)}")
         if not self.pairs or len(set(self.pairs)) != len(self.pairs) or any(type(p) is not int and p != ALL for p in self.pairs):
@@ -103,7 +107,7 @@ class AlignSettings:
 
 
 def read_settings(path: str | os.PathLike[str] | None, flags: Mapping[str, Any]) -> tuple[dict[str, Any], AlignSettings]:
-    """(keys beside the settings, settings) of a TOML file, overruled by flags. The file may also name `data`, `data_root`, `out` and `threads`."""
+    """(what is asked for beside the settings, settings) of a TOML file, overruled by flags."""
     content: dict[str, Any] = {}
     if path is not None:
         if sys.version_info >= (3, 11):
@@ -114,13 +118,13 @@ def read_settings(path: str | os.PathLike[str] | None, flags: Mapping[str, Any])
             content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: expected TOML, got a file that does not parse ({error})") from error
-        known = {item.name for item in fields(AlignSettings)} | {"data", "data_root", "out", "threads"}
+        known = {item.name for item in fields(AlignSettings)} | set(BESIDE)
         unknown = sorted(set(content) - known)
         if unknown:
             raise ValueError(f"{path}: expected keys among {sorted(known)}, got unknown {unknown}")
     merged = content | dict(flags)
-    beside = {name: merged.pop(name) for name in ("data", "data_root", "out", "threads") if name in merged}
-    for name, kinds in (("data", (str,)), ("data_root", (str, Path)), ("out", (str, Path)), ("threads", (int,))):
-        if name in beside and (type(beside[name]) is bool or not isinstance(beside[name], kinds) or (name == "threads" and beside[name] < 1)):
+    beside = {name: merged.pop(name) for name in BESIDE if name in merged}
+    for name, kinds in BESIDE.items():
+        if name in beside and (type(beside[name]) is bool or not isinstance(beside[name], kinds) or (kinds == (int,) and beside[name] < 1)):
             raise ValueError(f"align: {name} must be {'a path' if Path in kinds else 'text' if str in kinds else 'a positive number'}, got {beside[name]!r}")
     return beside, AlignSettings(**merged)

@@ -77,7 +77,7 @@ def summary(experiment: Experiment, command: str) -> dict[str, Any]:
         "curve": [{"pairs": point["pairs"], "train": point["train"], "rows": _scores(point["rows"])} for point in curve],
         "seeds": [_seed(result) | {"pairs": pairs} for pairs, seeds in experiment.results.items() for result in seeds],
         "environment": environment.describe(torch.device(experiment.settings.device), experiment.settings.first_seed)
-        | {"threads": torch.get_num_threads()},
+        | {"threads": torch.get_num_threads(), "processes": experiment.processes},
     }
 
 

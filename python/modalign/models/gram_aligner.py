@@ -13,12 +13,14 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from .._files import write_bytes, write_json
 from .cca import CanonicalCorrelation
+from .data_parallel import counts_of_ranks, rank_of
 from .reduction import PrincipalComponents
 
 __all__ = ["HEADS", "LOSSES", "AlignerOutput", "AlignmentHead", "GramAligner", "GramAlignerConfig", "items_with"]
@@ -43,7 +45,8 @@ class GramAlignerConfig:
     heads : "linear" (affine maps), "mlp" (an affine map plus a branch of width `hidden`, 0 for none), "lowrank" (orthogonal maps without bias plus a
         gated branch of rank `hidden`, 0 for max(8, width / 4); `gate` is the gate's initial value, and 0, as published, keeps it shut for ever)
     loss : "gram" (volume + pairwise_weight x pairwise), "volume", "clip" (pairwise alone), "siglip" (pairwise, sigmoid, learnable scale and bias)
-    temperature : divides volumes and cosines, not those of "siglip";  pairwise_weight : of the pairwise term beside the volume term of "gram"
+    temperature : divides volumes and cosines, not those of "siglip"; with `learn_temperature` where a learnable one starts
+    pairwise_weight : of the pairwise term beside the volume term of "gram"
     """
 
     modalities: dict[str, int]
@@ -58,6 +61,7 @@ class GramAlignerConfig:
     temperature: float = 0.07
     label_smoothing: float = 0.1
     pairwise_weight: float = 1 / 3
+    learn_temperature: bool = False
 
     def __post_init__(self) -> None:
         if len(self.modalities) < 2:
@@ -86,6 +90,8 @@ class GramAlignerConfig:
                 raise ValueError(f"GramAlignerConfig: {name} must be in [0, 1), got {getattr(self, name)}")
         if self.pairwise_weight < 0:
             raise ValueError(f"GramAlignerConfig: pairwise_weight must not be negative, got {self.pairwise_weight}")
+        if self.learn_temperature and self.loss == "siglip":
+            raise ValueError("GramAlignerConfig: learn_temperature must be False with loss siglip, which learns a scale of its own, got True")
         if self.heads == "lowrank" and self.gate == 0:
             warnings.warn("GramAlignerConfig: gate = 0 shuts the low-rank branch for ever: no gradient reaches it", stacklevel=3)
 
@@ -143,16 +149,24 @@ class AlignmentHead(nn.Module):
                 for value in self.branch_out.parameters():
                     value.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, first: int = 0, rows: int | None = None) -> Tensor:
+        """`first` and `rows`: where x begins in the batch of all ranks and how large that is."""
         x = x - self.mean
         if self.projection is not None:
             x = x @ self.projection.T
-        x = F.dropout(x / self.scale, self.dropout, self.training)
+        x = self._drop(x / self.scale, first, rows)
         y = self.linear(x)
         if self.branch_in is not None and self.branch_out is not None:
-            branch = self.branch_out(F.dropout(F.gelu(self.branch_in(x)), self.dropout, self.training))
+            branch = self.branch_out(self._drop(F.gelu(self.branch_in(x)), first, rows))
             y = y + (branch if self.gate is None else self.gate.sigmoid() * branch)
         return F.normalize(y, dim=-1)
+
+    def _drop(self, x: Tensor, first: int, rows: int | None) -> Tensor:
+        """Dropout whose noise is drawn for the whole batch: that of an item is the same whichever rank has it, and ranks draw equally much."""
+        if not (self.training and self.dropout):
+            return x
+        noise = F.dropout(x.new_ones(len(x) if rows is None else rows, x.shape[1]), self.dropout)
+        return x * noise[first : first + len(x)]
 
 
 def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -167,13 +181,12 @@ class GramAligner(nn.Module):
 
     loss = CE(-V / t) + pairwise_weight * mean over pairs of CE(cos / t)
 
-    V[i, j] is the Gramian volume of the anchor's item i with the other modalities' item j (`ops.gram_volume`), CE the mean of cross-entropy over
-    rows and
-    columns with the diagonal as target. The volume alone is blind to sign: antiparallel vectors have volume 0 too, and cosine retrieval suffers;
-    the pairwise term settles it. `config.loss` chooses other combinations.
+    V[i, j] is the Gramian volume of the anchor's item i with the other modalities' item j, CE the mean of cross-entropy over rows and columns with the
+    diagonal as target; no matrix of volumes or cosines is stored (`ops.gram_contrastive_loss`, `ops.clip_loss`). The volume alone is blind to sign:
+    antiparallel vectors have volume 0 too, and cosine retrieval suffers; the pairwise term settles it. `config.loss` chooses other combinations.
 
-    Items may lack modalities: a pair counts the items that have both, the volume is that of the vectors an item has (its n-th root, since fewer unit
-    vectors span a larger volume), and what is absent reaches neither the loss nor a gradient.
+    Items may lack modalities: a pair counts the items that have both, the volume is that of the vectors an item has, among the items that have the anchor
+    and another, and what is absent reaches neither the loss nor a gradient.
 
     >>> import torch
     >>> model = GramAligner(GramAlignerConfig({"picture": 6, "text": 5}, width=4, hidden=0), seed=0)
@@ -187,6 +200,8 @@ class GramAligner(nn.Module):
         self.config = config
         generator = torch.Generator().manual_seed(seed)
         self.heads = nn.ModuleDict({name: AlignmentHead(name, config, generator) for name in config.modalities})
+        if config.learn_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(config.temperature)))
         if config.loss == "siglip":
             self.logit_scale = nn.Parameter(torch.tensor(math.log(SIGLIP_SCALE)))
             self.logit_bias = nn.Parameter(torch.tensor(SIGLIP_BIAS))
@@ -226,87 +241,69 @@ class GramAligner(nn.Module):
         made.load_state_dict(state)
         return made.train(self.training)
 
+    @property
+    def temperature(self) -> float | Tensor:
+        """What volumes and cosines are divided by; a tensor where it is learnt."""
+        return self.log_temperature.exp() if self.config.learn_temperature else self.config.temperature
+
     def embed(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Unit vectors [B, width] for any of the modalities."""
+        self._check(features)
+        return {name: self.heads[name](x) for name, x in features.items()}
+
+    def _check(self, features: Mapping[str, Tensor]) -> None:
         for name, x in features.items():
             if name not in self.heads:
                 raise ValueError(f"GramAligner.embed: features must be of {list(self.heads)}, got '{name}'")
             if x.dim() != 2 or x.shape[1] != self.config.modalities[name]:
                 raise ValueError(f"GramAligner.embed: features of '{name}' must be [B, {self.config.modalities[name]}], got {list(x.shape)}")
-        return {name: self.heads[name](x) for name, x in features.items()}
 
     def forward(
-        self, features: Mapping[str, Tensor], *, present: Mapping[str, Tensor] | None = None, groups: Tensor | None = None
+        self, features: Mapping[str, Tensor], *, present: Mapping[str, Tensor] | None = None, process_group: dist.ProcessGroup | None = None
     ) -> AlignerOutput:
-        """Embeddings and loss of a batch [B, D_name] of every modality.
+        """Embeddings and loss of a batch [B, D_name] of every modality. Every item is a negative of every other, so one caption should be there once.
 
-        present : bool [B] for the modalities that some items lack (given with no False in it, the loss is that of a set with missing modalities)
-        groups : int64 [B]; items of one group are not used as each other's negatives
+        present : bool [B] for the modalities that some items lack
+        process_group : the items of all ranks form one batch; a rank may have any number of them. The loss is this rank's part of the global one times the
+            number of ranks: averaged gradients are those of one process with the whole batch. So is dropout, if the ranks' random states are equal.
         """
         missing = [name for name in self.config.modalities if name not in features]
         if missing:
             raise ValueError(f"GramAligner.forward: features must hold every modality, got none for {missing}")
-        embeddings = self.embed({name: features[name] for name in self.config.modalities})
-        size = len(next(iter(embeddings.values())))
+        features = {name: features[name] for name in self.config.modalities}
+        self._check(features)
+        anchor, others = self.config.anchor, [name for name in features if name != self.config.anchor]
+        size = len(features[anchor])
         for name, mask in (present or {}).items():
-            if name not in embeddings or mask.dtype is not torch.bool or mask.shape != (size,):
+            if name not in features or mask.dtype is not torch.bool or mask.shape != (size,):
                 raise ValueError(f"GramAligner.forward: present must map modalities to bool [{size}], got {mask.dtype} {list(mask.shape)} for '{name}'")
-        if size < 2:
-            return AlignerOutput(embeddings)
-        parts: dict[str, Tensor] = {}
+        terms: list[tuple[str, list[str], Tensor | None]] = []  # kind, modalities, the items that it is about
         if self.config.loss in ("gram", "volume"):
-            with_others = items_with(present, [self.config.anchor], size, any_of=[n for n in embeddings if n != self.config.anchor])
-            if with_others is None or len(with_others) > 1:
-                parts["volume"] = self._contrast(-self.volume(*_chosen(embeddings, present, with_others)), _rows(groups, with_others))
+            terms.append(("volume", [anchor, *others], items_with(present, [anchor], size, any_of=others)))
         if self.config.loss != "volume":
-            pairs = []
-            for a, b in combinations(embeddings, 2):
-                both = items_with(present, [a, b], size)
-                if both is None or len(both) > 1:
-                    pairs.append(self._pair(_rows(embeddings[a], both), _rows(embeddings[b], both), _rows(groups, both)))
-            if pairs:
-                parts["pairwise"] = torch.stack(pairs).mean()
-        if not parts:
-            return AlignerOutput(embeddings)
-        weight = self.config.pairwise_weight if self.config.loss == "gram" else 1.0
-        terms = [value * (weight if name == "pairwise" else 1.0) for name, value in parts.items()]
-        return AlignerOutput(embeddings, torch.stack(terms).sum() if len(terms) > 1 else terms[0], parts)
+            terms += [("pairwise", [a, b], items_with(present, [a, b], size)) for a, b in combinations(features, 2)]
+        counts = counts_of_ranks([size, *(size if items is None else len(items) for *_, items in terms)], features[anchor].device, process_group)
+        first, (rows, *about) = sum(count[0] for count in counts[: rank_of(process_group)]), map(sum, zip(*counts, strict=True))
+        embeddings = {name: self.heads[name](x, first, rows) for name, x in features.items()}
+        losses: dict[str, list[Tensor]] = {}
+        for (kind, names, items), count in zip(terms, about, strict=True):
+            if count > 1:  # of all ranks, so that they agree; one item has no other to be told from
+                vectors, mask = [_rows(embeddings[name], items) for name in names], _presence(present, others, items) if kind == "volume" else None
+                losses.setdefault(kind, []).append(self._loss(kind, vectors, mask, process_group))
+        parts = {kind: torch.stack(found).mean() for kind, found in losses.items()}
+        weights = {"volume": 1.0, "pairwise": self.config.pairwise_weight if self.config.loss == "gram" else 1.0}
+        terms_of_loss = [weights[kind] * part for kind, part in parts.items()]
+        return AlignerOutput(embeddings, torch.stack(terms_of_loss).sum() if parts else None, parts)
 
-    def volume(self, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Gramian volume [B, C] of the anchor's B items with the C items of the others. Small means similar.
-
-        With `present` (bool [C] for the modalities that some items lack) its n-th root, n being the number of vectors that an item has.
-        """
-        anchor = self.config.anchor
-        others = [name for name in self.config.modalities if name != anchor]
-        vectors = [embeddings[name] for name in others]
-        if not present:
-            return ops.gram_volume(embeddings[anchor], vectors)
-        full = torch.ones(len(vectors[0]), dtype=torch.bool, device=vectors[0].device)
-        mask = torch.stack([present.get(name, full) for name in others], dim=1)
-        return ops.gram_volume(embeddings[anchor], vectors, present=mask, normalize="root")
-
-    def _pair(self, x: Tensor, y: Tensor, groups: Tensor | None) -> Tensor:
-        if self.config.loss != "siglip":
-            return self._contrast(x @ y.T, groups)
-        logits = self.logit_scale.exp() * x @ y.T + self.logit_bias
-        sign = 2 * torch.eye(len(x), device=x.device) - 1
-        terms = F.softplus(-sign * logits)
-        if groups is not None:
-            terms = terms.masked_fill((groups[:, None] == groups).fill_diagonal_(False), 0)
-        return terms.sum() / len(x)
-
-    def _contrast(self, similarity: Tensor, groups: Tensor | None) -> Tensor:
-        logits = similarity / self.config.temperature
-        target = torch.arange(len(logits), device=logits.device)
+    def _loss(self, kind: str, vectors: list[Tensor], present: Tensor | None, process_group: dist.ProcessGroup | None) -> Tensor:
         smoothing = self.config.label_smoothing
-        if groups is not None:
-            # Items of equal caption are true matches: as negatives they would push apart what belongs together.
-            same = (groups[:, None] == groups[None, :]).fill_diagonal_(False)
-            if bool(same.any()):
-                logits = logits.masked_fill(same, float("-inf"))
-                return (_smoothed(logits, target, smoothing) + _smoothed(logits.T, target, smoothing)) / 2
-        return (F.cross_entropy(logits, target, label_smoothing=smoothing) + F.cross_entropy(logits.T, target, label_smoothing=smoothing)) / 2
+        if kind == "volume":
+            return ops.gram_contrastive_loss(
+                vectors[0], vectors[1:], temperature=self.temperature, label_smoothing=smoothing, present=present, process_group=process_group
+            )
+        if self.config.loss == "siglip":
+            return ops.siglip_loss(*vectors, logit_scale=self.logit_scale.exp(), logit_bias=self.logit_bias, process_group=process_group)
+        return ops.clip_loss(*vectors, logit_scale=1 / self.temperature, label_smoothing=smoothing, process_group=process_group)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, extra: Mapping[str, object] | None = None) -> None:
         """Write model.safetensors and config.json, each whole or not at all. `extra` goes into the configuration file under "extra"."""
@@ -360,22 +357,17 @@ def items_with(present: Mapping[str, Tensor] | None, all_of: Sequence[str], size
     return mask.nonzero()[:, 0]
 
 
-def _rows(values: Tensor | None, items: Tensor | None) -> Tensor | None:
-    return values if values is None or items is None else values[items]
+def _rows(values: Tensor, items: Tensor | None) -> Tensor:
+    return values if items is None else values[items]
 
 
-def _chosen(embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None, items: Tensor | None) -> tuple[dict, dict | None]:
-    """Embeddings and masks of the chosen items."""
-    return {n: _rows(e, items) for n, e in embeddings.items()}, None if present is None else {n: _rows(m, items) for n, m in present.items()}
-
-
-def _smoothed(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy whose smoothing is spread over the candidates that are not masked out (F.cross_entropy would make it infinite)."""
-    log_probability = logits.log_softmax(-1)
-    kept = ~torch.isinf(logits)
-    uniform = log_probability.masked_fill(~kept, 0).sum(-1) / kept.sum(-1)
-    labelled = log_probability.gather(1, target[:, None])[:, 0]
-    return -((1 - smoothing) * labelled + smoothing * uniform).mean()
+def _presence(present: Mapping[str, Tensor] | None, names: Sequence[str], items: Tensor | None) -> Tensor | None:
+    """Which of the modalities the chosen items have: bool [C, m], None where all have all."""
+    masks = {name: _rows(present[name], items) for name in names if name in (present or {})}
+    if not masks:
+        return None
+    full = torch.ones_like(next(iter(masks.values())))
+    return torch.stack([masks.get(name, full) for name in names], dim=1)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict:

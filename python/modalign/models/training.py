@@ -14,11 +14,13 @@ from itertools import permutations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .._files import read_tensors, write_tensors
-from ..metrics import retrieval
+from ..metrics import joint_retrieval, retrieval
 from .cca import CanonicalCorrelation, CanonicalCorrelationConfig
+from .data_parallel import average_over_ranks, made_once, rank_of, ranks_of, share_of_rank, take_from_first_rank, true_anywhere
 from .gram_aligner import GramAligner, items_with
 
 __all__ = ["Checkpoint", "TrainingConfig", "TrainingHistory", "fit_aligner", "select_correlation", "validation_score"]
@@ -78,12 +80,12 @@ class Checkpoint:
 
 
 def validation_score(
-    embeddings: Mapping[str, Tensor], groups: Tensor, volume: Tensor | None = None, present: Mapping[str, Tensor] | None = None
+    embeddings: Mapping[str, Tensor], groups: Tensor, anchor: str | None = None, present: Mapping[str, Tensor] | None = None
 ) -> float:
     """What choices are made by: mean R@10 over all ordered pairs of modalities, with mean R@1 to settle near ties (weight 1/10).
 
-    Given the volume matrix of three or more modalities, among the items that have all, both its directions count like a pair's: a model is meant to
-    be good at the joint score too. A pair counts the items that have both modalities.
+    Given the anchor of three or more modalities, retrieval by volume from it to the others and back, among the items that have all, counts like two pairs:
+    a model is meant to be good at the joint score too. A pair counts the items that have both modalities.
     """
     found = []
     for a, b in permutations(embeddings, 2):
@@ -91,10 +93,12 @@ def validation_score(
         x, y, who = (v if both is None else v[both] for v in (embeddings[a], embeddings[b], groups))
         if len(who):
             found.append(retrieval(x @ y.T, query_groups=who))
-    if volume is not None and len(volume):
+    if anchor is not None and len(embeddings) > 2:  # of two, the volume is the cosine over again
         whole = items_with(present, list(embeddings), len(groups))
-        who = groups if whole is None else groups[whole]
-        found += [retrieval(v, query_groups=who, larger_is_better=False) for v in (volume, volume.T)]
+        e, who = (embeddings, groups) if whole is None else ({name: x[whole] for name, x in embeddings.items()}, groups[whole])
+        if len(who):
+            joint = joint_retrieval(e[anchor], [x for name, x in e.items() if name != anchor], score="volume", groups=who)
+            found += [joint.to_tuples, joint.to_anchors]
     return math.fsum(f.r10 + 0.1 * f.r1 for f in found) / max(1, len(found))
 
 
@@ -135,15 +139,19 @@ def fit_aligner(
     validation: tuple[Mapping[str, Tensor], Tensor] | tuple[Mapping[str, Tensor], Tensor, Mapping[str, Tensor] | None] | None = None,
     progress: Callable[[int], None] | None = None,
     checkpoint: Checkpoint | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> TrainingHistory:
     """Train in place. The result depends on the arguments and the seed alone (and the machine's arithmetic), not on the caller's random state.
 
+    groups : int64 [N]; of the items of one group the first in a batch takes part in it, so that none is another's negative
     present : bool [N] for the modalities that some items lack
     stop_after : leave the loop after that many steps of the schedule (a number chosen on validation items before)
     validation : (features, groups) or (features, groups, present), looked at every `evaluate_every` steps and at step 0. The model keeps its last
         weights; the best step is in the history.
     checkpoint : the state of the run is kept there and taken up again, to the same result bit for bit; a file of another run raises. It is written at
         the end too, so that a finished run is not repeated.
+    process_group : every rank gives the same arguments and takes its share of every batch; what comes out is that of one process but for the order of
+        sums. Rank 0's weights are the start, and it alone evaluates and keeps the checkpoint. Ctrl-C on any rank ends all after the same step.
     """
     history = TrainingHistory()
     total = config.steps if stop_after is None else stop_after
@@ -164,20 +172,19 @@ def fit_aligner(
             model.eval()
             held_features, held_groups, held_present = (*validation, None)[:3]
             with torch.no_grad():
-                embeddings = model.embed(held_features)
-                # of two, the volume is the cosine over again; a tuple with something missing has no volume to compare
-                whole = items_with(held_present, list(embeddings), len(held_groups))
-                chosen = embeddings if whole is None else {name: e[whole] for name, e in embeddings.items()}
-                volume = model.volume(chosen) if len(embeddings) > 2 else None
-                history.evaluated[step] = validation_score(embeddings, held_groups, volume, held_present)
+                history.evaluated[step] = made_once(
+                    lambda: validation_score(model.embed(held_features), held_groups, model.config.anchor, held_present), process_group
+                )
             if history.evaluated[step] > history.evaluated.get(history.best_step, -1.0):
                 history.best_step = step
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _held_interrupts() as interrupted:
         torch.manual_seed(seed)
         queue = torch.empty(0, dtype=torch.int64)
-        run = _Run(checkpoint, model, optimizer, history, {"model": asdict(model.config), "training": asdict(config), "seed": seed, "total": total})
-        start, queue = run.resume(queue)
+        identity = {"model": asdict(model.config), "training": asdict(config), "seed": seed, "total": total, "processes": ranks_of(process_group)}
+        run = _Run(checkpoint if rank_of(process_group) == 0 else None, model, optimizer, history, identity)
+        take_from_first_rank(model.state_dict().values(), process_group)
+        start, queue = run.take_up(made_once(run.read, process_group), queue)
         if start == 0:
             evaluate(0)
         for step in range(start + 1, total + 1):
@@ -190,28 +197,43 @@ def fit_aligner(
                 if len(queue) < batch:
                     queue = torch.randperm(count)
                 chosen, queue = queue[:batch].to(device), queue[batch:]
+                chosen = share_of_rank(chosen[first_of_groups(groups[chosen])], process_group)
                 masks = None if present is None else {name: mask[chosen] for name, mask in present.items()}
-                output = model({name: x[chosen] for name, x in features.items()}, present=masks, groups=groups[chosen])
+                output = model({name: x[chosen] for name, x in features.items()}, present=masks, process_group=process_group)
                 if output.loss is not None:
                     break
             else:
-                raise ValueError(f"fit_aligner: batch must bring together items with common modalities, got {batch} and {DRAWS} batches without any")
+                raise ValueError(f"fit_aligner: batch must bring together items of different groups with common modalities, got {batch} and {DRAWS} batches without any")
             optimizer.zero_grad(set_to_none=True)
             output.loss.backward()
+            loss = output.loss.detach()
+            average_over_ranks([loss, *(p.grad for p in model.parameters() if p.grad is not None)], process_group)
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
-            history.loss.append(float(output.loss.detach()))
+            history.loss.append(float(loss))
             if not math.isfinite(history.loss[-1]):
                 raise ValueError(f"fit_aligner: the loss must stay finite, got {history.loss[-1]} at step {step}; features may hold NaN or Inf")
             if step % config.evaluate_every == 0 or step == total:
                 evaluate(step)
-            run.keep(step, queue, now=step == total or interrupted())
+            stop = true_anywhere(interrupted(), device, process_group)
+            run.keep(step, queue, now=step == total or stop)
             if progress is not None:
                 progress(step)
-            if interrupted():
+            if stop:
                 raise KeyboardInterrupt
     model.eval()
     return history
+
+
+def first_of_groups(groups: Tensor) -> Tensor:
+    """Where the first item of every group is: int64, rising.
+
+    >>> first_of_groups(torch.tensor([7, 7, 2, 7, 2]))
+    tensor([0, 2])
+    """
+    place, inverse = torch.arange(len(groups), device=groups.device), groups.unique(return_inverse=True)[1]
+    first = torch.full_like(place, len(groups)).scatter_reduce(0, inverse, place, "amin")
+    return place[first[inverse] == place]
 
 
 class _Run:
@@ -238,10 +260,10 @@ class _Run:
         write_tensors(self.checkpoint.path, tensors, {"history": json.dumps(history)})
         self.written = time.monotonic()
 
-    def resume(self, queue: Tensor) -> tuple[int, Tensor]:
-        """Take up what the file holds: (steps done, what is left of the epoch)."""
+    def read(self) -> tuple[dict[str, Tensor], dict] | None:
+        """What the file holds: tensors, and the rest."""
         if self.checkpoint is None or not self.checkpoint.path.is_file():
-            return 0, queue
+            return None
         from safetensors import safe_open
 
         path = self.checkpoint.path
@@ -250,12 +272,19 @@ class _Run:
             kept = json.loads((file.metadata() or {}).get("history", "{}"))
         if kept.get("identity") != self.identity:
             raise ValueError(f"{path}: expected the state of this very run, got that of another ({kept.get('identity')} instead of {self.identity})")
+        return tensors, kept
+
+    def take_up(self, state: tuple[dict[str, Tensor], dict] | None, queue: Tensor) -> tuple[int, Tensor]:
+        """Go on where the state is: (steps done, what is left of the epoch)."""
+        if state is None:
+            return 0, queue
+        tensors, kept = state
         self.model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")})
         for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
             prefix = f"optimizer.{index}."
-            state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            state_of = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             # as torch does: moments beside their parameter, the counter of steps where it was
-            self.optimizer.state[parameter] = {name: value if name == "step" else value.to(parameter.device) for name, value in state.items()}
+            self.optimizer.state[parameter] = {name: value if name == "step" else value.to(parameter.device) for name, value in state_of.items()}
         torch.set_rng_state(tensors["random"])
         if "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
