@@ -131,6 +131,8 @@ def _checked(op: str, kind: str, name: str, shape: str, tokens: Tensor, mask: ob
 
 
 def _token_weights(weights: Tensor, mask: Tensor) -> Tensor:
+    if len(weights) == 0:  # quantiles of nothing are refused
+        return weights
     some = mask & (weights != 0)
     low, high = torch.where(some, weights, torch.nan).nanquantile(weights.new_tensor(QUANTILES), dim=1, keepdim=True)
     drawn_in = torch.where(some, weights.clamp(low, high), 0)
