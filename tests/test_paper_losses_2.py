@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -91,6 +92,24 @@ def jma_by_hand(points, text, views, enhanced, scale):
     return both(points, text) + both(points, picture) + both(text, picture)
 
 
+OFFSETS = torch.tensor([0, 2, 3, 7, 9])
+LABELS = torch.tensor([[1, 0, 0, 1, 0], [1, 1, 0, 0, 0], [0, 1, 0, 1, 0], [0, 0, 1, 1, 0]]).bool()  # 4 pictures, 5 attributes, nobody has the last
+
+
+def villa_by_hand(regions, attributes, tau, released=False):
+    """regions [R, D], or [A, R, D] with a head for each attribute."""
+    attributes, regions = F.normalize(attributes, dim=-1), F.normalize(regions, dim=-1)
+    terms = []
+    for a in range(5):
+        head = regions if regions.dim() == 2 else regions[a]
+        z = torch.stack([(head[OFFSETS[i] : OFFSETS[i + 1]] @ attributes[a]).max() for i in range(4)]) / tau
+        for i in range(4):
+            if LABELS[i, a]:
+                others = sum(z[j].exp() for j in range(4) if not LABELS[j, a]) + (LABELS[:, a].sum() if released else 0)
+                terms.append(-(z[i].exp() / (z[i].exp() + others)).log())
+    return sum(terms) / len(terms)
+
+
 def penalties_by_hand(scores):
     shares = [row / row.sum() for row in scores]
     return scores.shape[1] * sum((sum(share[v] for share in shares) / len(shares)) ** 2 for v in range(scores.shape[1]))
@@ -118,6 +137,9 @@ def leaves_of(name):
         "prototypes": [r(5, 4), r(5, 4), r(3, 4), number(0.2)],
         "jma": [r(3, 4), r(3, 4), r(3, 2, 4), r(3, 2, 4), number(3.0)],
         "clim": [r(5, 4), number(3.0)],
+        "villa": [r(9, 4), r(5, 4), number(0.5)],
+        "villa as released": [r(9, 4), r(5, 4), number(0.5)],
+        "villa with a head per attribute": [r(5, 9, 4), r(5, 4), number(0.5)],
         "overuse": [r(4, 5).abs() + 0.1],
         "flops": [r(4, 5).abs()],
     }[name]
@@ -133,6 +155,12 @@ LOSSES = {
     "prototypes": (lambda x, y, c, tau: L.prototype_alignment_loss(x, y, c, temperature=tau), prototypes_by_hand),
     "jma": (lambda p, t, v, e, scale: L.jma_loss(p, t, v, enhanced=e, logit_scale=scale), jma_by_hand),
     "clim": (lambda cells, scale: L.clim_loss(cells, TEXT.to(cells.dtype), ORDER, logit_scale=scale), lambda cells, scale: two_entropies(cells, TEXT[ORDER].to(cells), scale)),
+    "villa": (lambda r, a, tau: L.villa_mapping_loss(r, OFFSETS, a, LABELS, temperature=tau), villa_by_hand),
+    "villa as released": (
+        lambda r, a, tau: L.villa_mapping_loss(r, OFFSETS, a, LABELS, temperature=tau, released=True),
+        lambda r, a, tau: villa_by_hand(r, a, tau, released=True),
+    ),
+    "villa with a head per attribute": (lambda r, a, tau: L.villa_mapping_loss(r, OFFSETS, a, LABELS, temperature=tau), villa_by_hand),
     "overuse": (L.overuse_penalty, penalties_by_hand),
     "flops": (L.flops_penalty, lambda s: s.mean(0).square().sum()),
 }
@@ -177,7 +205,7 @@ def test_loss_in_other_dtypes(name, dtype):
         assert mine.dtype is leaf.dtype and (mine.double() - right).norm() <= least * right.norm() + 1e-7
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("overuse", "flops")])
+@pytest.mark.parametrize("name", ["mgca", "mgca without weights", "prototypes", "jma", "clim", "villa"])
 def test_loss_of_one_sample_is_finite(name):
     torch.manual_seed(1)
     one = {
@@ -186,6 +214,7 @@ def test_loss_of_one_sample_is_finite(name):
         "prototypes": lambda: L.prototype_alignment_loss(torch.randn(1, 4), torch.randn(1, 4), torch.randn(3, 4)),
         "jma": lambda: L.jma_loss(torch.randn(1, 4), torch.randn(1, 4), torch.randn(1, 2, 4)),
         "clim": lambda: L.clim_loss(torch.randn(1, 4), torch.randn(1, 4), torch.tensor([0]), logit_scale=14.3),
+        "villa": lambda: L.villa_mapping_loss(torch.randn(3, 4), torch.tensor([0, 3]), torch.randn(2, 4), torch.tensor([[True, False]])),
     }[name]()
     assert one.isfinite() and (one == 0) == (name not in ("mgca", "prototypes"))
 
@@ -267,6 +296,16 @@ def test_mgca_padding_is_never_read():
     )
 
 
+def test_mgca_padding_does_not_drown_patches_that_look_away():
+    """Cosine -1 at temperature 0.005: beside a padding of score 0 nothing would be left of the patches in float32."""
+    eye = torch.eye(4)[None]
+    padded, mask = torch.cat([-eye, torch.zeros(1, 2, 4)], 1), torch.tensor([[True] * 4 + [False] * 2])
+    far = -eye.sum(1, keepdim=True).expand(1, 4, 4)
+    for patches in (padded, torch.cat([far, torch.zeros(1, 2, 4)], 1)):
+        alone = L.mgca_token_loss(eye.sum(1, keepdim=True) + 0.1 * eye, patches[:, :4], temperature=0.005)
+        assert torch.allclose(L.mgca_token_loss(eye.sum(1, keepdim=True) + 0.1 * eye, patches, temperature=0.005, patch_mask=mask), alone, rtol=1e-5)
+
+
 @pytest.mark.parametrize("side", ["words", "patches"])
 def test_mgca_a_sample_of_padding_adds_nothing(side):
     words, patches, _ = leaves_of("mgca")
@@ -290,6 +329,8 @@ def test_mgca_weights_are_drawn_into_their_quantiles():
     single = torch.zeros(1, 11, dtype=DOUBLE)  # a quantile of one token
     single[0, 3] = 0.5
     assert L.mgca_token_loss(words, patches, word_weights=single).isfinite()
+    given = weights.clone().requires_grad_()
+    assert not L.mgca_token_loss(words, patches, word_weights=given).requires_grad  # constants
     nothing = L.mgca_token_loss(words, patches, word_weights=torch.zeros(1, 11, dtype=DOUBLE), patch_weights=torch.zeros(1, 3, dtype=DOUBLE))
     assert nothing == 0
 
@@ -507,7 +548,93 @@ def test_pool_cells_at_its_edges():
         L.pool_cells(features, torch.zeros(2, 4))
 
 
+# ------------------------------------------------------------------------------------------------------------------------------------------- ViLLA
+
+
+def test_villa_attributes_of_every_picture_or_of_none_cost_nothing():
+    regions, attributes = torch.randn(9, 6), torch.randn(2, 6)
+    labels = torch.tensor([[True, False]]).expand(4, 2)  # all have the first, so it has no negatives; nobody has the second
+    loss, *grads = gradients(lambda r, a: L.villa_mapping_loss(r, OFFSETS, a, labels), [regions, attributes])
+    assert loss == 0 and all((grad == 0).all() for grad in grads)
+    assert L.villa_mapping_loss(regions, OFFSETS, attributes, torch.zeros(4, 2).bool()) == 0
+    each = L.villa_mapping_loss(regions, OFFSETS, torch.randn(5, 6), LABELS, reduction="none")
+    assert ((each > 0) == LABELS).all() and each.shape == (4, 5)
+
+
+def test_villa_order_of_regions_does_not_matter_and_ties_share_nothing():
+    regions, attributes = unit(9, 6), unit(5, 6)
+    loss = L.villa_mapping_loss(regions, OFFSETS, attributes, LABELS)
+    order = torch.cat([OFFSETS[i] + torch.randperm(int(n)) for i, n in enumerate(OFFSETS.diff())])
+    assert torch.allclose(L.villa_mapping_loss(regions[order], OFFSETS, attributes, LABELS), loss, rtol=1e-12)
+    regions[4] = regions[3]  # two equal regions of picture 2
+    _, grad = gradients(lambda r: L.villa_mapping_loss(r, OFFSETS, regions[3:4], LABELS[:, 1:2]), [regions])
+    assert grad[4].abs().max() == 0
+    _, grad = gradients(lambda r: L.villa_mapping_loss(r, OFFSETS, attributes, LABELS), [regions])
+    assert grad[4].abs().max() == 0 and grad.isfinite().all()
+
+
+def test_villa_does_not_overflow():
+    regions, attributes = torch.randn(9, 6), torch.randn(5, 6)
+    for released in (False, True):
+        for value in gradients(lambda r, a, released=released: L.villa_mapping_loss(r, OFFSETS, a, LABELS, temperature=1e-3, released=released), [regions, attributes]):
+            assert value.isfinite().all()
+    regions[4, 0] = torch.nan
+    assert L.villa_mapping_loss(regions, OFFSETS, attributes, LABELS).isnan()
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("margin", [0.2, 0.7, 2.5])
+def test_villa_regions(heads, margin, monkeypatch):
+    torch.manual_seed(0)
+    regions, attributes = unit(5, 9, 4) if heads else unit(9, 4), unit(5, 4)
+    wanted = []
+    for i in range(4):
+        for a in range(5):
+            own = range(OFFSETS[i], OFFSETS[i + 1])
+            score = {r: ((regions[a, r] if heads else regions[r]) @ attributes[a]).item() for r in own}
+            wanted += [(r, a) for r in own if LABELS[i, a] and score[r] > max(score.values()) - margin]
+    for panel in (1, 24, 1 << 22):
+        monkeypatch.setattr(sys.modules["modalign.nn.functional.villa_regions"], "PANEL", panel)
+        found = L.villa_regions(regions, OFFSETS, attributes, LABELS, margin=margin)
+        assert list(zip(found.regions.tolist(), found.attributes.tolist(), strict=True)) == wanted
+    assert {(r, a) for r, a in wanted}.issuperset({(OFFSETS[1].item(), 0), (OFFSETS[1].item(), 1)})  # the only region of picture 1
+    none = L.villa_regions(regions, OFFSETS, attributes, torch.zeros_like(LABELS))
+    assert none.regions.shape == none.attributes.shape == (0,)
+
+
 # ------------------------------------------------------------------------------------------------------------------------------------------ LexVLA
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_lexical_head_is_the_largest_activation_of_the_tokens(padded):
+    torch.manual_seed(0)
+    head, x = nn.LexicalHead(torch.randn(11, 6, dtype=DOUBLE)), torch.randn(4, 5, 6, dtype=DOUBLE)
+    mask = WORD_MASK if padded else torch.ones(4, 5).bool()
+    products = (x @ head.codebook.mT).masked_fill(~mask[..., None], -torch.inf)
+    wanted = products.amax(1).relu()
+    dirty = x.masked_fill(~mask[..., None], torch.nan).requires_grad_()
+    found = head(dirty, mask if padded else None)
+    assert torch.allclose(found, wanted, rtol=1e-12) and (found >= 0).all()
+    upstream = torch.randn(4, 11, dtype=DOUBLE)
+    mine, plain = x.clone().requires_grad_(), torch.autograd.grad(wanted, head.codebook, upstream)[0]
+    found.backward(upstream)
+    assert torch.allclose(head.codebook.grad, plain, rtol=1e-10) and (dirty.grad[~mask] == 0).all()
+    ((mine @ head.codebook.detach().mT).masked_fill(~mask[..., None], -torch.inf).amax(1).relu() * upstream).sum().backward()
+    assert torch.allclose(dirty.grad[mask], mine.grad[mask], rtol=1e-10)
+
+
+def test_lexical_head_sparsifies_outside_training():
+    torch.manual_seed(0)
+    head, x = nn.LexicalHead(torch.randn(30, 6), top_k=4), torch.randn(3, 5, 6)
+    assert ((head(x) > 0).sum(1) > 4).all()
+    kept = head.eval()(x)
+    assert ((kept > 0).sum(1) == 4).all() and torch.equal(kept, L.keep_largest(head.train()(x), 4))
+    assert torch.allclose(head(x[:, 0]), (x[:, 0] @ head.codebook.T).relu(), atol=1e-6)
+    nobody = torch.zeros(3, 5).bool()
+    assert (head(x, nobody) == 0).all()
+    assert not nn.LexicalHead(torch.eye(3), learnable=False)(torch.eye(3)).requires_grad  # the text's codebook is frozen
+    codebook = torch.eye(3)
+    assert nn.LexicalHead(codebook).codebook.data_ptr() != codebook.data_ptr()
 
 
 def test_overuse_of_words():
@@ -858,6 +985,14 @@ BAD = [
     (lambda: L.clim_mosaic(torch.zeros(4, 3, 8, 8), grids=(0,)), ValueError, r"clim_mosaic: grids must be whole numbers of at least 1, got \(0,\)"),
     (lambda: L.clim_loss(X, X, torch.tensor([0, 1, 2, 2]), logit_scale=1.0), ValueError, r"clim_loss: order must hold each of 0 to B - 1 = 3 once, got \[0, 1, 2, 2\]"),
     (lambda: L.clim_loss(X, X, torch.arange(4).int(), logit_scale=1.0), TypeError, "clim_loss: order must be an int64 tensor"),
+    (lambda: L.villa_mapping_loss(X, torch.tensor([0, 4, 4]), X, torch.ones(2, 4).bool()), ValueError, r"offsets must rise from 0 to R = 4 with a region or more"),
+    (lambda: L.villa_mapping_loss(X, torch.tensor([0, 2]), X, torch.ones(2, 4).bool()), ValueError, r"villa_mapping_loss: offsets must be \[S \+ 1\] = \[3\]"),
+    (lambda: L.villa_mapping_loss(X, torch.tensor([0, 4]), X, torch.ones(1, 4)), TypeError, "villa_mapping_loss: labels must be a bool tensor"),
+    (lambda: L.villa_mapping_loss(T, torch.tensor([0, 2]), X[:3], torch.ones(1, 3).bool()), ValueError, r"villa_mapping_loss: attributes must be \[A, D\] with A = 4"),
+    (lambda: L.villa_regions(X, torch.tensor([0, 4]), X, torch.ones(1, 4).bool(), margin=0.0), ValueError, "villa_regions: margin must be a positive number"),
+    (lambda: nn.LexicalHead(X, top_k=5), ValueError, "LexicalHead: top_k must be None or from 1 to V = 4, got 5"),
+    (lambda: nn.LexicalHead(X)(T[..., :2]), ValueError, r"LexicalHead: features must be \[B, D\] or \[B, N, D\] with D = 3"),
+    (lambda: nn.LexicalHead(X)(T, torch.ones(4, 3).bool()), ValueError, r"LexicalHead: mask must be bool \[B, N\]"),
     (lambda: L.overuse_penalty(X - 9), ValueError, "overuse_penalty: lexical must not hold negative values, got"),
     (lambda: L.flops_penalty(X.long()), TypeError, "flops_penalty: lexical must be float16"),
     (lambda: L.keep_largest(X, 0), ValueError, "keep_largest: k must be a whole number from 1 to V = 3, got int 0"),

@@ -6,6 +6,7 @@ from .dual_semantic_mapping import DualSemanticMapping
 from .feature_queue import FeatureQueue
 from .identity_classifier import IdentityClassifier
 from .late_fusion_gate import LateFusionGate
+from .lexical_head import LexicalHead
 from .masked_cross_modal_reasoner import MaskedCrossModalReasoner
 from .prototype_alignment import PrototypeAlignment
 from .triple_contrast import TripleContrast
@@ -20,6 +21,7 @@ __all__ = [
     "GramContrastiveLoss",
     "IdentityClassifier",
     "LateFusionGate",
+    "LexicalHead",
     "MaskedCrossModalReasoner",
     "PrototypeAlignment",
     "SigLipLoss",

@@ -56,8 +56,8 @@ class DualSemanticMapping(nn.Module):
             )
         if question_mask is not None:
             question_embeddings, question_features = (torch.where(question_mask[..., None], t, 0) for t in (question_embeddings, question_features))
-        there_and_back = self.aux_projector(self.projector(patch_features))
-        return self.weight * (_distance(patch_embeddings, there_and_back, None) + _distance(question_embeddings, self.projector(question_features), question_mask))
+        patches = _distance(patch_embeddings, self.aux_projector(self.projector(patch_features)), None)
+        return self.weight * (patches + _distance(question_embeddings, self.projector(question_features), question_mask))
 
 
 def _distance(target: Tensor, mapped: Tensor, mask: Tensor | None) -> Tensor:

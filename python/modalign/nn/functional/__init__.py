@@ -22,9 +22,12 @@ from .superaligned_loss import superaligned_loss
 from .symile_loss import symile_loss, symile_similarity
 from .tcl_loss import cross_modal_alignment, local_mutual_information, pool_patches, tcl_loss
 from .vidla_contrastive import vidla_contrastive
+from .villa_mapping_loss import villa_mapping_loss
+from .villa_regions import RegionAttributes, villa_regions
 
 __all__ = [
     "Mosaics",
+    "RegionAttributes",
     "binding_loss",
     "cgvlm_loss",
     "clim_loss",
@@ -51,4 +54,6 @@ __all__ = [
     "symile_similarity",
     "tcl_loss",
     "vidla_contrastive",
+    "villa_mapping_loss",
+    "villa_regions",
 ]
