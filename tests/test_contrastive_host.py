@@ -1,7 +1,8 @@
 """The CUDA kernels of the contrastive losses, run by the emulator with the launch plans of the device.
 
 The reference is the definition in float64: values by QR (test_kernels_host.py), losses by torch's logsumexp and softplus, gradients by its autograd
-down to the values, not the kernels' own formulas. Rows without part and absent vectors hold NaN in every case that has them. Every launch also passes
+down to the values, not the kernels' own formulas. Rows without part and absent vectors hold NaN in every case that has them
+(absent ones of the product form 0). Every launch also passes
 the emulator's checks: races between blocks and threads, bounds, alignment, uninitialised words, barriers and lanes.
 """
 
@@ -68,8 +69,8 @@ class Loss:
                 others[1::5] = nearly_dependent(others[1::5], rng)
         size = 1.3 / np.sqrt(max(D, 1))
         self.anchor, self.others = rounded(dtype, size * anchor), rounded(dtype, size * others)
-        self.present = rng.random((C, m)) < 0.6 if absent and form == "volume" else np.ones((C, m), bool)
-        self.masked = absent and form == "volume"
+        self.present = rng.random((C, m)) < 0.6 if absent and form != "triangle" else np.ones((C, m), bool)
+        self.masked = absent and form != "triangle"
         self.scale = float(np.float32(3.0 if form == "product" else -3.0))
         self.bias = float(np.float32(-0.7)) if bias else None
         if labels == "own":
@@ -101,7 +102,7 @@ class Loss:
         arguments |= dict(eps=1e-24 if self.dtype == "f64" else 1e-12, scale=encode(self.real, [self.scale]))
         arguments["anchor"] = encode(self.dtype, np.where(self.rows[:, None], self.anchor, np.nan))
         for p in range(self.m):
-            arguments[f"other{p}"] = encode(self.dtype, np.where(self.present[:, p, None], self.others[:, p], np.nan))
+            arguments[f"other{p}"] = encode(self.dtype, np.where(self.present[:, p, None], self.others[:, p], 0 if self.form == "product" else np.nan))
         if self.masked:
             arguments["present"] = self.present
         if self.bias is not None:

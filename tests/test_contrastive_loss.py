@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from contrastive_cases import CONTRASTIVE, options_of, others_of
 from modalign import _load, ops
 from modalign.ops import clip_loss, gram_contrastive_loss, siglip_loss, triangle_contrastive_loss
+from modalign.ops._contrastive import reduce
 from modalign.ops.gram_contrastive_loss import reference_gram_contrastive_loss
 from modalign.testing import Maker, peak_memory
 
@@ -119,6 +120,18 @@ def test_a_nearly_solved_batch_keeps_its_digits(name, scale, shared):
     want = gradients(run(LOSSES[name].reference), [leaf.double() for leaf in leaves])
     for ours, right in zip(gradients(run(LOSSES[name].call), leaves), want, strict=True):
         assert (ours - right).abs().max() <= 2e-5 * right.abs().max()
+
+
+def test_the_mean_of_many_rows_has_the_same_bits_for_any_number_of_threads():
+    loss, threads = torch.rand(70_000), torch.get_num_threads()
+    try:
+        found = set()
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            found.add(reduce(loss, torch.tensor(70_000), "mean").item())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("option", [{"gather_grad": "local"}, {"exchange": "ring"}])

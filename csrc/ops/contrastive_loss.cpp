@@ -77,7 +77,7 @@ ContrastiveProblem check(const Tensor& anchor, const std::vector<Tensor>& others
     q.others[o] = rows_of(others[o]);
   }
   if (present) {
-    MODALIGN_CHECK(L::form == PairForm::volume, L::name, ": present must be None, got a tensor");
+    MODALIGN_CHECK(L::form != PairForm::triangle, L::name, ": present must be None, got a tensor");
     check_like(L::name, "present", *present, anchor, ScalarType::Bool);
     check_shape(L::name, "present", *present, {q.C, q.m});
     q.present = {static_cast<const bool*>(present->const_data_ptr()), 0, present->stride(0), present->stride(1)};

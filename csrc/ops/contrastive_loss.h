@@ -8,7 +8,8 @@
 //     triangle    triangle area                              -1 / temperature
 //     product     x_i . y_j                                  logit_scale
 //
-// Taking part: rows whose target is not kIgnored and columns that have any modality present. Everything below runs over these alone.
+// Taking part: rows whose target is not kIgnored and columns that have any modality present. Everything below runs over these alone. What an absent column holds is
+// not read; form product alone reads it, so there it must be finite.
 //     row_lse_i = log sum_j exp z_ij      row_sum_i = sum_j z_ij      column_lse_j, column_sum_j over rows the same way
 //     label_i = z_{i, t_i}, always recomputed from the vectors; a row is labelled where its target takes part
 //     row_best_i = the candidate with the largest logit of a row, column_best_j = the row with the largest logit of a candidate; ties go to the lowest index

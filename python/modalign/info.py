@@ -89,8 +89,8 @@ def text(facts: dict | None = None) -> str:
         f"threads           {facts['threads']}",
         f"kernel proofs     {'_host missing: ' + facts['host_module']['missing'] if 'missing' in facts['host_module'] else 'available (_host)'}",
         "",
-        f"{'op':<26}{'CPU':<6}{'CUDA':<6}",
-        *(f"{name:<26}{'yes' if 'CPU' in devices else 'no':<6}{'yes' if 'CUDA' in devices else 'no':<6}" for name, devices in facts["ops"].items()),
+        f"{'op':<30}{'CPU':<6}{'CUDA':<6}",
+        *(f"{name:<30}{'yes' if 'CPU' in devices else 'no':<6}{'yes' if 'CUDA' in devices else 'no':<6}" for name, devices in facts["ops"].items()),
     ]
     return "\n".join(lines)
 

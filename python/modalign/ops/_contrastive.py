@@ -120,9 +120,14 @@ def check_matrix(op: str, name: str, value: object, shape: str) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------------------------- evaluation
 
 
+def total(values: Tensor) -> Tensor:
+    """The sum of a vector, one by one and in double: torch splits long sums among its threads, and the bits would depend on their number."""
+    return torch.nn.functional.pad(values, (1, 0)).cumsum(0, dtype=torch.float64)[-1].to(values.dtype)
+
+
 def reduce(loss: Tensor, count: Tensor, reduction: str) -> Tensor:
     """`loss` per row to the result; the mean over none is 0."""
-    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.sum() / count.clamp(min=1)
+    return loss if reduction == "none" else total(loss) if reduction == "sum" else total(loss) / count.clamp(min=1)
 
 
 def evaluate(

@@ -40,7 +40,7 @@ def evaluate(
     options = (label_smoothing, *contrastive.parts_of(direction), eps)
     function = _Gathered if exchange == "gather" else _Ring
     loss, weight, right = function.apply(name, group, gather_grad, options, target, present, scale, bias, anchor, *others)
-    result = loss if reduction == "none" else dist.get_world_size(group) * loss.sum() if reduction == "sum" else (loss * weight).sum()
+    result = loss if reduction == "none" else dist.get_world_size(group) * contrastive.total(loss) if reduction == "sum" else contrastive.total(loss * weight)
     return (result, right) if return_accuracy else result
 
 
@@ -105,7 +105,7 @@ def whole_classes(classes: Tensor, counts: Tensor, column_lse: Tensor, scale: Te
     """The classes of the whole problem; the center as csrc/ops/contrastive_loss.h has it, the same on every rank."""
     shift = counts[0].log() if bias is None else counts[0].log() + bias
     there = column_lse != -torch.inf
-    center = torch.where(there, (column_lse - shift) / scale, 0).sum() / classes[0]
+    center = contrastive.total(torch.where(there, (column_lse - shift) / scale, 0)) / classes[0]
     return torch.cat([classes[:1], counts, torch.where(center.isfinite(), center, 0).to(classes.dtype)[None]])
 
 

@@ -63,14 +63,14 @@ def cosine_sum_contrastive_loss(
     target, label_smoothing, direction, reduction, return_accuracy
         See `gram_contrastive_loss`.
     present : Tensor bool [C, m], optional
-        Which modalities a candidate has; the sum is over these, and what an absent one holds does not matter. A candidate without any has the logit 0 with
-        every row, and rows that point to it have no label.
+        Which modalities a candidate has; the sum is over these, and what an absent one holds does not matter. A candidate without any is left out, and rows
+        that point to it have no label.
     mean : bool
         Divide the sum by the number of modalities that the candidate has, so that one with gaps does not look further away.
     normalize : bool
         Scale all vectors to unit length first. False: sums of inner products as they are.
     process_group, gather_grad, exchange, implementation, workspace_bytes
-        See `gram_contrastive_loss`; ``process_group`` not together with ``present``.
+        See `gram_contrastive_loss`.
 
     Returns
     -------
@@ -107,30 +107,18 @@ def cosine_sum_contrastive_loss(
     return_accuracy = arguments.check_flag(op, "return_accuracy", return_accuracy)
     contrastive.check_group(op, process_group, gather_grad, exchange)
     workspace = contrastive.check_workspace(op, implementation, workspace_bytes, process_group)
-    if present is not None and process_group is not None:
-        raise ValueError(f"{op}: present must be None together with process_group, got {arguments.describe(present)}")
     refuse_forward_mode(op, [anchor, *vectors] + [value for value in (temperature,) if isinstance(value, Tensor)])
     if autocast_is_on(anchor.device.type):
         anchor, vectors = to_autocast(anchor), [to_autocast(vector) for vector in vectors]
     scale = 1 / contrastive.check_scalar(op, "temperature", temperature, anchor, positive=True)
     with torch.autocast(anchor.device.type, enabled=False):
-        if present is not None:
-            target = without_label(anchor, target, present.any(1))
         if normalize:
             anchor = unit(contrastive.without_ignored(anchor, target))
         candidates = sum_of_vectors(vectors, present, mean, normalize).to(anchor.dtype)
+        here = None if present is None else present.any(1, keepdim=True)
         return contrastive.evaluate(
-            op, anchor, [candidates], scale, None, target, None, smoothing, direction, 0.0, reduction, return_accuracy, workspace, process_group, gather_grad, exchange
+            op, anchor, [candidates], scale, None, target, here, smoothing, direction, 0.0, reduction, return_accuracy, workspace, process_group, gather_grad, exchange
         )
-
-
-def without_label(anchor: Tensor, target: Tensor | None, here: Tensor) -> Tensor:
-    """The target, -1 where it points to a candidate that is not here."""
-    target = torch.arange(anchor.shape[0], device=anchor.device) if target is None else target
-    if here.shape[0] == 0:
-        return target
-    points = (target >= 0) & (target < here.shape[0])
-    return torch.where(points & ~here[torch.where(points, target, 0)], -1, target)
 
 
 def sum_of_vectors(vectors: list[Tensor], present: Tensor | None, mean: bool, normalize: bool) -> Tensor:
@@ -193,7 +181,6 @@ def reference_cosine_sum_contrastive_loss(
     anchor, vectors, present = _checked("reference_cosine_sum_contrastive_loss", anchor, others, present)
     real = accumulation_dtype(anchor.dtype)
     present = torch.ones(vectors[0].shape[0], len(vectors), dtype=torch.bool, device=anchor.device) if present is None else present
-    target = without_label(anchor, target, present.any(1))
     anchor = contrastive.without_ignored(anchor, target).to(real)
     vectors = [torch.where(present[:, p, None], vector, 0).to(real) for p, vector in enumerate(vectors)]
     if normalize:
@@ -201,7 +188,7 @@ def reference_cosine_sum_contrastive_loss(
     score = torch.stack([anchor @ vector.mT for vector in vectors]).sum(0)
     if mean:
         score = score / present.sum(1).clamp(min=1)
-    loss, count = contrastive.loss_of_logits(score / temperature, target, label_smoothing=label_smoothing, direction=direction)
+    loss, count = contrastive.loss_of_logits(score / temperature, target, columns=present.any(1), label_smoothing=label_smoothing, direction=direction)
     return contrastive.reduce(loss, count, reduction)
 
 

@@ -113,11 +113,9 @@ _NO_LABEL = (0.0, 0.5, 0.5, 0.0)  # label_smoothing, row_part, column_part, eps
 
 def _forward(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, rows: Tensor | None, columns: Tensor | None) -> tuple[Tensor, Tensor]:
     target = _no_target(x) if rows is None else torch.where(rows, -1, contrastive.IGNORED)
-    among = y if columns is None else y[columns]
-    _, row_lse, column_lse, *_ = torch.ops.modalign.clip_loss(x, [among], scale, bias, target, None, *_NO_LABEL, 0)
-    if columns is None:
-        return row_lse, column_lse
-    return row_lse, column_lse.new_full((y.shape[0],), -torch.inf).masked_scatter(columns, column_lse)
+    present = None if columns is None else columns[:, None]
+    _, row_lse, column_lse, *_ = torch.ops.modalign.clip_loss(x, [y], scale, bias, target, present, *_NO_LABEL, 0)
+    return row_lse, column_lse
 
 
 def _backward(

@@ -107,9 +107,9 @@ def siglip_loss(
     x, y, (more_x, more_y), scale, bias = prepared(op, x, y, negatives, logit_scale, logit_bias, target, ids, normalize)
     with torch.autocast(x.device.type, enabled=False):
 
-        def evaluate(rows: Tensor, candidates: Tensor, labels: Tensor | None, reduction: str) -> Any:
+        def evaluate(rows: Tensor, candidates: Tensor, labels: Tensor | None, reduction: str, present: Tensor | None = None) -> Any:
             return contrastive.evaluate(
-                op, rows, [candidates], scale, bias, labels, None, 0.0, "both", 0.0, reduction, return_accuracy, workspace, process_group, gather_grad, exchange
+                op, rows, [candidates], scale, bias, labels, present, 0.0, "both", 0.0, reduction, return_accuracy, workspace, process_group, gather_grad, exchange
             )
 
         if target is None and (more_x is not None or more_y is not None):
@@ -142,11 +142,9 @@ def _loss_of_parts(
         rows = (target != contrastive.IGNORED).sum()
     else:
         here = positives.take_part(ids[0])
-        loss = evaluate(x, joined(y, more_y), _no_label(ids[0]), "none")
+        loss = evaluate(x, joined(y, more_y), _no_label(ids[0]), "none", positives.take_part(labels_of(ids[1], more_y))[:, None])
         logit, count = positives.mean_positive(x.to(scale.dtype), y.to(scale.dtype), ids, scale, bias)
-        absent = (~positives.take_part(ids[1])).sum()  # they are zeros here, so each has the logit `bias` with every row
-        nothing = scale.new_zeros(()) if bias is None else bias
-        loss = torch.where(here, loss - count * logit - absent * torch.nn.functional.softplus(nothing), 0).to(scale.dtype)
+        loss = torch.where(here, loss - count * logit, 0).to(scale.dtype)
         rows = here.sum()
     result = contrastive.reduce(loss, rows, reduction)
     if more_x is None:
