@@ -4,6 +4,7 @@ from . import functional
 from .contrastive_losses import ClipLoss, CosineSumContrastiveLoss, GramContrastiveLoss, SigLipLoss, TriangleContrastiveLoss
 from .dual_semantic_mapping import DualSemanticMapping
 from .feature_queue import FeatureQueue
+from .gram_matching import GramMatching
 from .identity_classifier import IdentityClassifier
 from .late_fusion_gate import LateFusionGate
 from .lexical_head import LexicalHead
@@ -19,6 +20,7 @@ __all__ = [
     "DualSemanticMapping",
     "FeatureQueue",
     "GramContrastiveLoss",
+    "GramMatching",
     "IdentityClassifier",
     "LateFusionGate",
     "LexicalHead",
