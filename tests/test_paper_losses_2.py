@@ -555,7 +555,8 @@ def test_pool_cells_at_its_edges():
 def test_villa_attributes_of_every_picture_or_of_none_cost_nothing():
     regions, attributes = torch.randn(9, 6), torch.randn(2, 6)
     labels = torch.tensor([[True, False]]).expand(4, 2)  # all have the first, so it has no negatives; nobody has the second
-    loss, *grads = gradients(lambda r, a: L.villa_mapping_loss(r, OFFSETS, a, labels), [regions, attributes])
+    with torch.autograd.detect_anomaly(check_nan=True):  # no NaN on the way either
+        loss, *grads = gradients(lambda r, a: L.villa_mapping_loss(r, OFFSETS, a, labels), [regions, attributes])
     assert loss == 0 and all((grad == 0).all() for grad in grads)
     assert L.villa_mapping_loss(regions, OFFSETS, attributes, torch.zeros(4, 2).bool()) == 0
     each = L.villa_mapping_loss(regions, OFFSETS, torch.randn(5, 6), LABELS, reduction="none")
@@ -1000,6 +1001,7 @@ BAD = [
     (lambda: L.villa_mapping_loss(X, torch.tensor([0, 2]), X, torch.ones(2, 4).bool()), ValueError, r"villa_mapping_loss: offsets must be \[S \+ 1\] = \[3\]"),
     (lambda: L.villa_mapping_loss(X, torch.tensor([0, 4]), X, torch.ones(1, 4)), TypeError, "villa_mapping_loss: labels must be a bool tensor"),
     (lambda: L.villa_mapping_loss(T, torch.tensor([0, 2]), X[:3], torch.ones(1, 3).bool()), ValueError, r"attributes must be \[A, D\] with A = 4"),
+    (lambda: L.villa_regions(X, torch.tensor([0, 3]), X, ONE), ValueError, r"villa_regions: offsets must rise from 0 to R = 4 .*, got \[0, 3\]"),
     (lambda: L.villa_regions(X, torch.tensor([0, 4]), X, ONE, margin=0.0), ValueError, "villa_regions: margin must be a positive number"),
     (lambda: nn.LexicalHead(X, top_k=5), ValueError, "LexicalHead: top_k must be None or from 1 to V = 4, got 5"),
     (lambda: nn.LexicalHead(X)(T[..., :2]), ValueError, r"LexicalHead: features must be \[B, D\] or \[B, N, D\] with D = 3"),

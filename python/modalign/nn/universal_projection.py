@@ -98,7 +98,8 @@ class UniversalProjection(nn.Module):
             raise ValueError(f"UniversalProjection: mask must be bool [B, N] = {list(tokens.shape[:2])}, got {describe(mask)}")
         h, token = self.heads[name](torch.where(mask[..., None], tokens, 0)), self.tokens[name]()
         fused = h + token if self.fusion == "addition" else h * token
-        z, hidden = self.norm(fused), ~(mask | ~mask.any(1, keepdim=True))  # a sample without tokens attends to its zeros: over nothing attention is NaN
+        # A sample without tokens attends to its zeros: what attention over nothing gives depends on the kernel that torch takes.
+        z, hidden = self.norm(fused), ~(mask | ~mask.any(1, keepdim=True))
         for layer in self.layers:
             z = layer(z, src_key_padding_mask=hidden)
         return unit(masked_mean(z + fused, mask))

@@ -134,7 +134,7 @@ def _token_weights(weights: Tensor, mask: Tensor) -> Tensor:
     if len(weights) == 0:  # quantiles of nothing are refused
         return weights
     some = mask & (weights != 0)
-    low, high = torch.where(some, weights, torch.nan).nanquantile(weights.new_tensor(QUANTILES), dim=1, keepdim=True)
+    low, high = (torch.where(some, weights, torch.nan).nanquantile(q, dim=1, keepdim=True) for q in QUANTILES)
     drawn_in = torch.where(some, weights.clamp(low, high), 0)
     total = drawn_in.sum(1, keepdim=True)
     return drawn_in / torch.where(total == 0, 1, total)

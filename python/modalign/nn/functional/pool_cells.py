@@ -58,7 +58,7 @@ def _edges(low: Tensor, high: Tensor, size: int) -> tuple[Tensor, Tensor]:
     edges = torch.stack([low, high], 1) * size
     before = edges.floor().clamp(max=size - 1)
     inside = edges - before
-    length = edges[:, 1:] - edges[:, :1]
-    sign = torch.where(length > 0, edges.new_tensor([-1.0, 1.0]) / torch.where(length > 0, length, 1), 0)
-    factors = torch.stack([1 - inside, inside], 2) * sign[..., None]
+    length = edges[:, 1] - edges[:, 0]
+    share = torch.where(length > 0, 1 / torch.where(length > 0, length, 1), 0)
+    factors = torch.stack([1 - inside, inside], 2) * torch.stack([-share, share], 1)[..., None]
     return torch.stack([before, before + 1], 2).flatten(1).long(), factors.flatten(1)
