@@ -555,7 +555,7 @@ def test_pool_cells_at_its_edges():
 def test_villa_attributes_of_every_picture_or_of_none_cost_nothing():
     regions, attributes = torch.randn(9, 6), torch.randn(2, 6)
     labels = torch.tensor([[True, False]]).expand(4, 2)  # all have the first, so it has no negatives; nobody has the second
-    with torch.autograd.detect_anomaly(check_nan=True):  # no NaN on the way either
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
         loss, *grads = gradients(lambda r, a: L.villa_mapping_loss(r, OFFSETS, a, labels), [regions, attributes])
     assert loss == 0 and all((grad == 0).all() for grad in grads)
     assert L.villa_mapping_loss(regions, OFFSETS, attributes, torch.zeros(4, 2).bool()) == 0
