@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from modalign import metrics, nn, ops
 from modalign.models import LinearAlignment, LinearAlignmentConfig
 from modalign.nn import functional as L
+from modalign.testing import peak_memory
 from ranks import run_ranks
 
 DOUBLE = torch.float64
@@ -965,6 +966,30 @@ def test_dual_semantic_mapping():
         loss(e_v, f_v[:, :2], e_q, f_q)
     with pytest.raises(ValueError, match="question_features must be"):
         loss(e_v, f_v, e_q, f_q[:, :2])
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------- memory
+
+
+def memory_problem(name, size):
+    """What a plain formula would store: products of all tokens with all words, or of all regions with all attributes."""
+    if name == "lexical head":
+        head = nn.LexicalHead(torch.randn(size, 32))
+        small, x = torch.randn(1, 3, 32), torch.randn(8, 128, 32)
+        return (lambda: head(x).sum().backward()), (lambda: head(small).sum().backward())
+    labels, offsets = torch.rand(16, size) < 0.05, torch.arange(17) * 128
+    attributes, regions = torch.randn(size, 32), torch.randn(2048, 32, requires_grad=True)
+
+    def step(count):
+        L.villa_mapping_loss(regions[: 128 * count], offsets[: count + 1], attributes, labels[:count]).backward()
+
+    return (lambda: step(16)), (lambda: step(1))
+
+
+@pytest.mark.parametrize("name, products", [("lexical head", 8 * 128 * 4), ("villa", 2048 * 4)])
+def test_products_are_not_stored(name, products):
+    size = 16384
+    assert 3 * peak_memory("test_paper_losses_2:memory_problem", name=name, size=size, threads=1).peak < products * size
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------- bad input
