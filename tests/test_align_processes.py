@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from typer.testing import CliRunner
 
 from modalign import models
-from modalign.cli import app
+from modalign.cli import app, processes
 from ranks import run_ranks
 
 ARGUMENTS = ["align", "emoji-mini", "--seeds", "1", "--steps", "10", "--out"]
@@ -99,6 +100,38 @@ def test_nproc_is_torchruns_business_under_torchrun(monkeypatch):
     result = CliRunner().invoke(app, ["align", "emoji-mini", "--nproc", "2"], env={"COLUMNS": "200"})
     assert result.exit_code == 1
     assert "modalign align: nproc must be left out under torchrun, which says how many processes there are, got 2" in result.output
+
+
+def recorded(file: Path, text: str) -> Path:
+    file.write_text(json.dumps({"message": {"message": text, "extraInfo": {"py_callstack": f"Traceback of {text}", "timestamp": "1"}}}))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("failures", "kind", "text"),
+    [
+        ({0: (1, "ValueError: data must be there, got none")}, ValueError, "^data must be there, got none$"),
+        ({1: (1, "KeyError: 'x'"), 0: (-15, "RuntimeError: connection closed")}, RuntimeError, "^rank 1 failed:\nTraceback of KeyError: 'x'$"),
+        ({0: (1, "RuntimeError: connection closed"), 1: (-9, None)}, ValueError, "^rank 1 must come to its end, got SIGKILL$"),
+        ({0: (130, None), 1: (-15, None)}, KeyboardInterrupt, "^$"),
+    ],
+)
+def test_the_first_failure_is_told_and_not_what_comes_of_it(tmp_path, monkeypatch, failures, kind, text):
+    """`failures`, in the order in which they happened: of each rank its exit code and what it wrote, if anything."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
+
+    def fail(*arguments):
+        found = {}
+        for rank, (status, wrote) in failures.items():
+            file = recorded(tmp_path / f"{rank}.json", wrote) if wrote else "<N/A>"
+            found[rank] = ProcessFailure(local_rank=rank, pid=1, exitcode=status, error_file=str(file))
+            time.sleep(0.01)
+        raise ChildFailedError("align", dict(sorted(found.items())))
+
+    monkeypatch.setattr(processes, "elastic_launch", lambda config, entry: fail)
+    with pytest.raises(kind, match=text):
+        processes.launch(2, "cpu", print)
 
 
 # ------------------------------------------------------------------ training, rank by rank

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import typer
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 
 __all__ = ["launch", "under_torchrun"]
@@ -45,22 +47,35 @@ def launch(count: int, device: str, work: Work, *arguments: Any) -> None:
                 max_restarts=0,
                 logs_specs=DefaultLogsSpecs(log_dir=folder),
             )
-            elastic_launch(config, _rank_of_launch)(f"file://{folder}/ranks", device, work, arguments)
+            try:
+                elastic_launch(config, _rank_of_launch)(f"file://{folder}/ranks", device, work, arguments)
+            except ChildFailedError as failed:
+                raise _cause(failed.failures) from None
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise typer.Exit(128 + stopped.sigval) from None
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode == INTERRUPTED:
-            raise KeyboardInterrupt from None
-        told = failure.message if isinstance(failure.message, dict) else {"message": failure.message, "extraInfo": {}}
-        kind, _, text = told["message"].partition(": ")
-        if kind == ValueError.__name__:
-            raise ValueError(text) from None
-        raise RuntimeError(f"process {rank} of {count} failed: {told['extraInfo'].get('py_callstack', told['message'])}") from None
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _cause(failures: dict[int, ProcessFailure]) -> BaseException:
+    """The failure that others come of, as an error. Who talks to a process that is gone fails too, and who is left is sent SIGTERM."""
+
+    def order(rank: int) -> tuple[bool, float]:
+        file = Path(failures[rank].error_file)  # torch counts time in seconds, files do not
+        return (True, file.stat().st_mtime_ns) if file.is_file() else (failures[rank].exitcode == -signal.SIGTERM, math.inf)
+
+    rank = min(failures, key=order)
+    failure = failures[rank]
+    if failure.exitcode == INTERRUPTED:
+        return KeyboardInterrupt()
+    if failure.exitcode < 0 and not Path(failure.error_file).is_file():
+        return ValueError(f"rank {rank} must come to its end, got {failure.signal_name()}")  # such as that of a system short of memory
+    kind, _, text = failure.message["message"].partition(": ")
+    if kind == ValueError.__name__:
+        return ValueError(text)
+    return RuntimeError(f"rank {rank} failed:\n{failure.message['extraInfo']['py_callstack']}")
 
 
 def _rank_of_launch(meeting: str, device: str, work: Work, arguments: tuple[Any, ...]) -> None:
@@ -88,11 +103,12 @@ def under_torchrun(device: str, work: Work, *arguments: Any) -> None:
 
 
 def _rank(meeting: str, device: str, work: Work, arguments: tuple[Any, ...]) -> None:
-    if torch.device(device).type == "cuda":
-        if torch.device(device).index is not None:
-            raise ValueError(f"device must be cuda without a number, since every process takes the next one, got {device}")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo", init_method=meeting, rank=rank, world_size=count)
+    rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        if torch.device(device).index is not None or local >= torch.cuda.device_count():
+            raise ValueError(f"device must be cuda without a number and have a GPU for every process, got {device} and {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if cuda else "gloo", init_method=meeting, rank=rank, world_size=count)
     work(*arguments, process_group=dist.group.WORLD)
     dist.destroy_process_group()
