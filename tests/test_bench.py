@@ -552,8 +552,8 @@ def test_script_runs_every_case_of_a_file(tmp_path):
     assert results["command"] == "python benchmarks/run.py gram_volume --quick --threads 1 --rounds 1 --pass fwd --providers ours --out gram.json"
     assert results["note"] == "smoke" and "GFLOP/s" in finished.stdout
     refused = run(sys.executable, "benchmarks/run.py", "nothing")
-    names = sorted(path.stem for path in (ROOT / "benchmarks" / "cases").glob("*.py"))
-    assert refused.returncode == 1 and f"must be one of {names}, got 'nothing'" in refused.stderr
+    assert refused.returncode == 1 and "got 'nothing'" in refused.stderr
+    assert all(f"'{path.stem}'" in refused.stderr for path in (ROOT / "benchmarks" / "cases").glob("*.py"))
 
 
 DEVICE = ROOT / "benchmarks" / "device.sh"
