@@ -675,3 +675,9 @@ def test_example_with_your_own_features(tmp_path):
     finished = subprocess.run([sys.executable, REPOSITORY / "examples/align_your_features.py"], cwd=tmp_path, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert "'touch': 264" in finished.stdout and (tmp_path / "my_aligner" / "model.safetensors").is_file()
+
+
+def test_going_on_and_starting_anew_are_not_asked_for_together(tmp_path):
+    result = CliRunner().invoke(app, ["align", "emoji-mini", "--resume", "--restart", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 1 and "modalign align: resume and restart must not be given together" in result.output
+    assert not (tmp_path / "run").exists()

@@ -314,6 +314,51 @@ def test_a_run_killed_while_it_writes_knows_its_files(pictures, tmp_path, monkey
     assert result.exit_code == 0 and "left alone" not in result.output and not (tmp_path / "out/text_fr.safetensors").exists()
 
 
+def test_a_folder_whose_writing_was_interrupted_is_no_data_set(pictures, tmp_path, monkeypatch):
+    """Wherever the kill falls between the first file of the folder and the last: the same command again makes it whole."""
+    assert run(tmp_path).exit_code == 0
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    kills = 0
+    while True:
+        left = kills
+
+        def killing(write):
+            def written(path, *rest, **options):
+                nonlocal left
+                if Path(path).parent == tmp_path / "out":
+                    if left == 0:
+                        raise KeyboardInterrupt
+                    left -= 1
+                return write(path, *rest, **options)
+
+            return written
+
+        with monkeypatch.context() as patch:
+            for name in ("write_tensors", "write_json", "write_bytes"):
+                patch.setattr(shards, name, killing(getattr(shards, name)))
+            result = run(tmp_path, "--force")
+        if result.exit_code == 0:
+            break
+        assert result.exit_code == 130
+        with pytest.raises(ValueError, match="expected a finished folder, got one whose writing was interrupted; run the same command again"):
+            data.load(tmp_path / "out" if kills % 2 else "out", tmp_path)  # by path and by name
+        assert run(tmp_path).exit_code == 0 and len(data.load(tmp_path / "out")) == len(COLOURS)
+        kills += 1
+    assert kills >= 4  # every matrix, items.json, SHA256SUMS
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == whole
+
+
+def test_own_encoders_run_without_a_graph():
+    seen = []
+
+    class Learns(torch.nn.Linear):
+        def forward(self, inputs):
+            seen.append(torch.is_grad_enabled())
+            return super().forward(torch.ones(len(inputs), 3))
+
+    assert not shards.run_encoder("mine", Learns(3, 4), ["a", "b"], tokens=False, layers=False).pooled.requires_grad and seen == [False]
+
+
 def test_force_encodes_anew(pictures, tmp_path, monkeypatch):
     run(tmp_path)
     before = read_tensors(tmp_path / "out/picture.safetensors")["features"]

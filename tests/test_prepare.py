@@ -363,6 +363,11 @@ def test_unknown_languages(name, tmp_path):
     assert message(lambda: SOURCES[name].read(root, ["tlh"])).startswith(f"{name}: languages must be ")
 
 
+def test_languages_that_are_no_codes(tmp_path):
+    root, _ = make_root("emoji", tmp_path)
+    assert "prepare: languages must be codes such as fr or zh_Hant, got ['../annotations/fr']" in message(lambda: prepare("emoji", root, languages=["../annotations/fr"]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -80,6 +80,8 @@ def align(
     beside, settings = read_settings(config, given)
     if "data" not in beside:
         raise ValueError("DATA must be given, as an argument or in the configuration file, got none")
+    if resume and restart:
+        raise ValueError("resume and restart must not be given together: one goes on with an unfinished run, the other throws it away")
     asked = (beside | {"threads": beside.get("threads", threads)}, settings, config, resume, restart)
     if dist.is_torchelastic_launched():
         if "nproc" in beside:

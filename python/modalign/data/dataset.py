@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .basis import FeatureBasis
-from .folder import FeatureFolder, is_feature_folder
+from .folder import UNFINISHED, FeatureFolder, is_feature_folder
 from .pictures import PictureArray, PictureSheet
 from .storage import read_tensors, verify_checksums
 
@@ -400,7 +400,7 @@ def locate(name: str | os.PathLike[str], root: str | os.PathLike[str] | None = N
     bare = os.fspath(name)
     keys = [] if os.sep in bare or bare in ("", ".", "..") else list(dict.fromkeys([bare, bare.replace("-", "_")]))
     for place, key in ((place, key) for place in _roots(root) for key in keys):
-        if (place / key / "items.json").is_file():
+        if (place / key / "items.json").is_file() or (place / key / UNFINISHED).is_file():
             return place / key, place
     if is_feature_folder(Path(name)):
         return Path(name), None

@@ -32,6 +32,7 @@ __all__ = ["FORMAT_VERSION", "FeatureFolder", "is_feature_folder"]
 
 FORMAT_VERSION = 2
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+UNFINISHED = ".cache/own.json"  # there from the first file that is written or removed to the last one
 PICTURES = "pictures.safetensors"
 KINDS = ("tokens", "layers")
 UNREADABLE = {".pt": "pickled", ".pth": "pickled", ".pkl": "pickled", ".pickle": "pickled", ".npz": "a zip of arrays", ".bin": "of unknown content"}
@@ -39,8 +40,8 @@ REMEDY = "save one matrix per modality with numpy.save or safetensors"
 
 
 def is_feature_folder(folder: Path) -> bool:
-    """Whether there is at least one file in it that could be a modality."""
-    return folder.is_dir() and bool(_modality_files(folder))
+    """Whether there is at least one file in it that could be a modality, or will be once an interrupted run has written it."""
+    return folder.is_dir() and (bool(_modality_files(folder)) or (folder / UNFINISHED).is_file())
 
 
 def _modality_files(folder: Path) -> dict[str, list[Path]]:
@@ -61,6 +62,8 @@ class FeatureFolder:
         self.folder = folder
         if not folder.is_dir():
             raise ValueError(f"{folder}: expected a folder of feature files, got {'a file' if folder.exists() else 'nothing of that name'}")
+        if (folder / UNFINISHED).is_file():
+            raise ValueError(f"{folder}: expected a finished folder, got one whose writing was interrupted; run the same command again")
         self.checked = (folder / CHECKSUMS).is_file()
         files = _modality_files(folder)
         self._refuse_unread(set(files))

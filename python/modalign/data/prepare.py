@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import subprocess
 import tempfile
@@ -97,6 +98,8 @@ def prepare(
     if missing:
         raise ValueError(f"prepare: packages of '{name}' are missing below {root}. Get them with:\n  " + "\n  ".join(missing))
     languages = source.languages if languages is None else tuple(languages)
+    if odd := [code for code in languages if not re.fullmatch(r"[A-Za-z]{2,3}([_-][A-Za-z0-9]{2,8})*", code)]:
+        raise ValueError(f"prepare: languages must be codes such as fr or zh_Hant, got {odd}")
     reading = source.read(root, languages)
     items = reading.items[:limit]
     if not items:

@@ -348,10 +348,11 @@ def item_entry(item: Item) -> dict[str, Any]:
 def run_encoder(name: str, encoder: Any, inputs: Sequence[Any], tokens: bool, layers: bool) -> Encoded:
     """Call an encoder, one of ours or somebody's own, and check what comes back."""
     try:
-        if layers or (tokens and hasattr(encoder, "encode")):
-            encoded = encoder.encode(inputs)
-        else:
-            encoded = Encoded(encoder(inputs), encoder.tokens(inputs) if tokens else None)
+        with torch.no_grad():  # one of somebody's own may not think of it, and a shard would keep its graph
+            if layers or (tokens and hasattr(encoder, "encode")):
+                encoded = encoder.encode(inputs)
+            else:
+                encoded = Encoded(encoder(inputs), encoder.tokens(inputs) if tokens else None)
     except Exception as error:
         if name in ENCODERS or isinstance(error, EncoderUnavailable):
             raise
