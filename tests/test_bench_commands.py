@@ -257,6 +257,7 @@ def test_case_that_another_file_declares_is_refused(mine):
         (["triangle_area", "--set", "B"], "--set must be written as name=value, got 'B'"),
         (["triangle_area", "--where", "N=5"], "--where must be out of ['B', 'C', 'D', 'k'], got ['N']"),
         (["triangle_area", "--where", "k=9"], "must leave something to run"),
+        (["triangle_area", "clip_loss", "--where", "k=3"], "no pass that they agree with of clip_loss"),
         (["triangle_area", "--pass", "forward"], "--pass must be out of ('fwd', 'bwd', 'fwd+bwd'), got ['forward']"),
         (["triangle_area", "--providers", "nobody"], "--providers must be out of"),
         (["triangle_area", "--dtype", "int8"], "--dtype must be out of ['bfloat16', 'float16', 'float32', 'float64'], got 'int8'"),

@@ -22,7 +22,6 @@ from .tables import DASH, MARK, NOISY, duration
 
 ROUNDS = 9
 SIZES = (1, 8, 64, 512)  # rows and candidates, from a call that computes next to nothing
-QUICK_SIZES = (1, 8)
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,8 @@ def check_options(cases: Sequence[Case], options: Options) -> None:
     providers = {name for case in cases for name in providers_of(case)}
     if unknown := set(options.providers) - providers:
         raise ValueError(f"bench: --providers must be out of {sorted(providers)}, got {sorted(unknown)}")
-    if not any(_passes(case, options) and list(_grid(case, options)) for case in cases):
-        raise ValueError("bench: the options must leave something to run, got no size or no pass that they agree with")
+    if empty := [case.name for case in cases if not (_passes(case, options) and list(_grid(case, options)))]:
+        raise ValueError(f"bench: the options must leave something to run of every case, got no size or no pass that they agree with of {', '.join(empty)}")
     for case in cases:
         for point, pass_ in itertools.product(_grid(case, options), _passes(case, options)):
             costs_of(case, point, pass_, torch.float32)
