@@ -36,6 +36,10 @@ class GramMatching(nn.Module):
     >>> out.labels
     tensor([1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0])
 
+    The head is Linear, GELU, LayerNorm, Linear to 2. The published total adds 0.1 of this loss to the contrastive one; that factor is the caller's.
+
+    Paper: Cicchetti et al., "Gramian Multimodal Representation Learning and Alignment", ICLR 2025, section 3.3; the scheme is that of ALBEF (NeurIPS 2021).
+
     Parameters
     ----------
     width : int
@@ -44,10 +48,6 @@ class GramMatching(nn.Module):
         Of the draw; see `ops.gram_hard_negatives`.
     normalize : bool
         Unit vectors for the draw.
-
-    The head is Linear, GELU, LayerNorm, Linear to 2. The published total adds 0.1 of this loss to the contrastive one; that factor is the caller's.
-
-    Paper: Cicchetti et al., "Gramian Multimodal Representation Learning and Alignment", ICLR 2025, section 3.3; the scheme is that of ALBEF (NeurIPS 2021).
     """
 
     def __init__(self, width: int, *, temperature: float = 0.07, floor: float = 1e-4, normalize: bool = True) -> None:

@@ -24,6 +24,15 @@ class MaskedCrossModalReasoner(nn.Module):
     >>> reasoner(torch.randn(2, 5, 64), torch.randn(2, 9, 64), torch.tensor([[-100, 7, -100, -100, 3]] * 2)).shape
     torch.Size([])
 
+    The call takes text [B, L, D], the text encoder's output for the masked words; image [B, N, D]; labels int64 [B, L], -100 where there is nothing to guess;
+    and text_mask bool [B, L], optional, True for words: what stands elsewhere is never read. Returns float32 (float64); 0 without labels. The logits over
+    the vocabulary are not stored. `hidden` gives h.
+
+    Raises TypeError and ValueError, ``MaskedCrossModalReasoner: <argument> must ..., got ...``; RuntimeError for a label out of range, on the CPU only.
+
+    Paper: Jiang and Ye, "Cross-modal implicit relation reasoning and aligning for text-to-image person retrieval", CVPR 2023, section 3.2. Released code has no
+    text_mask: there, words attend to padding.
+
     Parameters
     ----------
     width : int
@@ -32,15 +41,7 @@ class MaskedCrossModalReasoner(nn.Module):
         49408, CLIP's, as published.
     layers : int
         4, as published.
-
-    The call takes text [B, L, D], the text encoder's output for the masked words; image [B, N, D]; labels int64 [B, L], -100 where there is nothing to guess;
-    and text_mask bool [B, L], optional, True for words: what stands elsewhere is never read. Returns float32 (float64); 0 without labels. The logits over
-    the vocabulary are not stored. `hidden` gives h.
-
-    Raises TypeError and ValueError, ``MaskedCrossModalReasoner: <argument> must ..., got ...``; RuntimeError for a label out of range, on the CPU only.
-
-    Paper: Jiang and Ye, "Cross-modal implicit relation reasoning and aligning for text-to-image person retrieval", CVPR 2023, section 3.2. Released code has no
-    text_mask: there, words attend to padding."""
+    """
 
     def __init__(self, width: int = 512, vocabulary: int = 49408, *, layers: int = 4) -> None:
         super().__init__()
