@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -346,6 +347,47 @@ def test_a_folder_whose_writing_was_interrupted_is_no_data_set(pictures, tmp_pat
         kills += 1
     assert kills >= 4  # every matrix, items.json, SHA256SUMS
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == whole
+
+
+@pytest.mark.parametrize("option", ["--force", "--tokens"])
+def test_a_run_killed_at_a_removal_is_taken_up(option, pictures, tmp_path, monkeypatch):
+    """At each file that it removes, and with its cache half removed: the first command makes a whole folder again, though its settings may be others."""
+    out, kills = tmp_path / "out", 0
+    unlink, rmtree = Path.unlink, shutil.rmtree
+    assert run(tmp_path).exit_code == 0
+    while True:
+        left = kills
+
+        def killed_unlink(path, *rest, **options):
+            nonlocal left
+            if out in (path.parent, path.parent.parent):
+                if left == 0:
+                    raise KeyboardInterrupt
+                left -= 1
+            return unlink(path, *rest, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", killed_unlink)
+            result = run(tmp_path, option)
+        assert run(tmp_path).exit_code == 0 and len(data.load(out)) == len(COLOURS)
+        if result.exit_code == 0:
+            break
+        assert result.exit_code == 130
+        kills += 1
+    assert kills >= 4
+
+    def half_removed(path, *rest, **options):
+        if Path(path) == out / ".cache":
+            for part in [part for part in Path(path).iterdir() if part.is_dir()]:
+                rmtree(part)
+            raise KeyboardInterrupt
+        rmtree(path, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half_removed)
+        assert run(tmp_path, option).exit_code == 130
+    assert len(data.load(out)) == len(COLOURS)  # it was whole before
+    assert run(tmp_path).exit_code == 0 and len(data.load(out)) == len(COLOURS)
 
 
 def test_own_encoders_run_without_a_graph():

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .._files import write_bytes, write_json, write_tensors
 from .encoders import ENCODERS, Encoded, EncoderUnavailable, on_white_square, told
-from .folder import FORMAT_VERSION
+from .folder import FORMAT_VERSION, UNFINISHED
 from .sources import Item, Modality
 from .storage import CHECKSUMS, read_checksums, sha256, verify_checksums
 
@@ -85,6 +85,8 @@ def own_identity() -> dict[str, str]:
 
 def prepared(folder: Path, fingerprint: str | None = None) -> bool:
     """Whether the folder is a finished one (made by these very settings, where a fingerprint is given), with every file as it was written."""
+    if (folder / UNFINISHED).is_file():
+        return False
     try:
         about = json.loads((folder / "items.json").read_text(encoding="utf-8"))
         if fingerprint is not None and about.get("fingerprint") != fingerprint:
@@ -144,6 +146,7 @@ class Encoding:
                     write_tensors(path, tensors, {"notes": json.dumps(notes)})
                 progress(min(start + SHARD, len(self.items)), len(self.items))
             report = self._write()
+            (self.folder / CACHE / OWN).unlink()  # before the shards: killed between the two, the folder is whole and is taken
             shutil.rmtree(self.folder / CACHE)
         return report
 
