@@ -18,11 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from typer.testing import CliRunner
 
-from modalign import models
+from modalign import data, models
 from modalign.cli import app, processes
 from ranks import run_ranks
+from test_align_runs import everything_in, wait_for, write_folder
 
-ARGUMENTS = ["align", "emoji-mini", "--seeds", "1", "--steps", "10", "--out"]
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> list[str]:
+    """A short run on emoji-mini, as a folder of its features: without pictures there are few figures to draw."""
+    folder = tmp_path_factory.mktemp("data") / "emoji-mini"
+    return ["align", str(write_folder(folder, data.load("emoji-mini"))), "--seeds", "1", "--steps", "10", "--out"]
 
 
 def start(folder: Path, *arguments: str, program: tuple[str, ...] = ("-m", "modalign")) -> subprocess.Popen:
@@ -42,24 +48,19 @@ def finished(child: subprocess.Popen) -> tuple[int, str, str]:
     return child.returncode, output, errors
 
 
-def everything_in(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 @pytest.fixture(scope="module")
-def by_torchrun(tmp_path_factory):
+def by_torchrun_and_by_one(tmp_path_factory, arguments) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("torchrun")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "modalign")
-    status, output, errors = finished(start(folder, *ARGUMENTS, "out", program=torchrun))
-    assert status == 0, errors
+    child = start(folder, *arguments, "out", program=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "modalign"))
+    alone = CliRunner().invoke(app, [*arguments, str(folder / "alone")])
+    status, output, errors = finished(child)
+    assert alone.exit_code == 0 and status == 0, alone.output + errors
     assert output.count("wrote out/results.json") == 1 and output.count("Figures of the test part") == 1  # rank 0 alone speaks
-    return folder / "out"
+    return folder / "out", folder / "alone"
 
 
-def test_two_processes_have_the_figures_of_one(tmp_path, by_torchrun):
-    result = CliRunner().invoke(app, [*ARGUMENTS, str(tmp_path / "out")])
-    assert result.exit_code == 0, result.output
-    one, two = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "out", by_torchrun))
+def test_two_processes_have_the_figures_of_one(by_torchrun_and_by_one):
+    two, one = (json.loads((folder / "results.json").read_text()) for folder in by_torchrun_and_by_one)
     assert (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
     assert two["command"] == one["command"] + " --nproc 2"
     assert one["settings"] == two["settings"] and one["seeds"][0]["chosen"] == two["seeds"][0]["chosen"]
@@ -70,14 +71,11 @@ def test_two_processes_have_the_figures_of_one(tmp_path, by_torchrun):
                 assert two["seeds"][0]["table"][row][direction][name] == pytest.approx(figures[name], abs=0.0041)
 
 
-def test_ctrl_c_one_line_of_refusal_and_resuming_to_the_same_bits(tmp_path, by_torchrun):
-    arguments = [*ARGUMENTS, "out", "--nproc", "2"]
+def test_ctrl_c_one_line_of_refusal_and_resuming_to_the_same_bits(tmp_path, arguments, by_torchrun_and_by_one):
+    arguments = [*arguments, "out", "--nproc", "2"]
     child = start(tmp_path, *arguments)
-    progress, deadline = tmp_path / "out" / "progress", time.monotonic() + 120
-    while not any(progress.glob("*-choose.safetensors")):  # written at the end of the first training run at the latest
-        assert child.poll() is None, child.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    progress = tmp_path / "out" / "progress"
+    wait_for(lambda: any(progress.glob("*-choose.safetensors")), child)  # written at the end of the first training run at the latest
     os.killpg(child.pid, signal.SIGINT)
     status, output, errors = finished(child)
     assert status == 130
@@ -91,8 +89,7 @@ def test_ctrl_c_one_line_of_refusal_and_resuming_to_the_same_bits(tmp_path, by_t
 
     status, _, errors = finished(start(tmp_path, *arguments, "--resume"))
     assert (status, errors) == (0, "")
-    there = everything_in(tmp_path / "out")
-    assert there == everything_in(by_torchrun)
+    assert everything_in(tmp_path / "out") == everything_in(by_torchrun_and_by_one[0])
 
 
 def test_nproc_is_torchruns_business_under_torchrun(monkeypatch):
@@ -102,32 +99,24 @@ def test_nproc_is_torchruns_business_under_torchrun(monkeypatch):
     assert "modalign align: nproc must be left out under torchrun, which says how many processes there are, got 2" in result.output
 
 
-def recorded(file: Path, text: str) -> Path:
-    file.write_text(json.dumps({"message": {"message": text, "extraInfo": {"py_callstack": f"Traceback of {text}", "timestamp": "1"}}}))
-    return file
-
-
 @pytest.mark.parametrize(
-    ("failures", "kind", "text"),
+    ("status", "recorded", "kind", "text"),
     [
-        ({0: (1, "ValueError: data must be there, got none")}, ValueError, "^data must be there, got none$"),
-        ({1: (1, "KeyError: 'x'"), 0: (-15, "RuntimeError: connection closed")}, RuntimeError, "^rank 1 failed:\nTraceback of KeyError: 'x'$"),
-        ({0: (1, "RuntimeError: connection closed"), 1: (-9, None)}, ValueError, "^rank 1 must come to its end, got SIGKILL$"),
-        ({0: (130, None), 1: (-15, None)}, KeyboardInterrupt, "^$"),
+        (1, "ValueError: data must be there, got none", ValueError, "^data must be there, got none$"),
+        (1, "KeyError: 'x'", RuntimeError, "^rank 1 failed:\nTraceback of KeyError: 'x'$"),
+        (-9, None, ValueError, "^rank 1 must come to its end, got SIGKILL$"),
+        (130, None, KeyboardInterrupt, "^$"),
     ],
 )
-def test_the_first_failure_is_told_and_not_what_comes_of_it(tmp_path, monkeypatch, failures, kind, text):
-    """`failures`, in the order in which they happened: of each rank its exit code and what it wrote, if anything."""
+def test_what_ended_a_rank_is_told(tmp_path, monkeypatch, status, recorded, kind, text):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")
+    about = {"message": recorded, "extraInfo": {"py_callstack": f"Traceback of {recorded}", "timestamp": "1"}}
+    if recorded:
+        (tmp_path / "error.json").write_text(json.dumps({"message": about}))
 
     def fail(*arguments):
-        found = {}
-        for rank, (status, wrote) in failures.items():
-            file = recorded(tmp_path / f"{rank}.json", wrote) if wrote else "<N/A>"
-            found[rank] = ProcessFailure(local_rank=rank, pid=1, exitcode=status, error_file=str(file))
-            time.sleep(0.01)
-        raise ChildFailedError("align", dict(sorted(found.items())))
+        raise ChildFailedError("align", {1: ProcessFailure(local_rank=1, pid=1, exitcode=status, error_file=str(tmp_path / "error.json"))})
 
     monkeypatch.setattr(processes, "elastic_launch", lambda config, entry: fail)
     with pytest.raises(kind, match=text):

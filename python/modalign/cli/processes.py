@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
-from pathlib import Path
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = ["launch", "under_torchrun"]
 
 Work = Callable[..., None]  # of any arguments, with the process group as `process_group`
 INTERRUPTED = 130
+TOLD_FIRST = 1.0  # seconds: who talks to a rank that is gone fails too, and should not be seen before it by the launcher, which looks ten times a second
 
 
 def launch(count: int, device: str, work: Work, *arguments: Any) -> None:
@@ -33,6 +35,10 @@ def launch(count: int, device: str, work: Work, *arguments: Any) -> None:
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ[variable] = "lo"
     logging.disable(logging.CRITICAL)  # torch would tell of failures in forty lines; they are told here
+    # Processes begin with Ctrl-C blocked, which they inherit from this thread, until they can end well; here another thread takes it.
+    resource_tracker.ensure_running()  # it would unblock
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = LaunchConfig(
@@ -50,27 +56,20 @@ def launch(count: int, device: str, work: Work, *arguments: Any) -> None:
             try:
                 elastic_launch(config, _rank_of_launch)(f"file://{folder}/ranks", device, work, arguments)
             except ChildFailedError as failed:
-                raise _cause(failed.failures) from None
+                raise _as_error(*failed.get_first_failure()) from None
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise typer.Exit(128 + stopped.sigval) from None
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         logging.disable(logging.NOTSET)
 
 
-def _cause(failures: dict[int, ProcessFailure]) -> BaseException:
-    """The failure that others come of, as an error. Who talks to a process that is gone fails too, and who is left is sent SIGTERM."""
-
-    def order(rank: int) -> tuple[bool, float]:
-        file = Path(failures[rank].error_file)  # torch counts time in seconds, files do not
-        return (True, file.stat().st_mtime_ns) if file.is_file() else (failures[rank].exitcode == -signal.SIGTERM, math.inf)
-
-    rank = min(failures, key=order)
-    failure = failures[rank]
+def _as_error(rank: int, failure: ProcessFailure) -> BaseException:
     if failure.exitcode == INTERRUPTED:
         return KeyboardInterrupt()
-    if failure.exitcode < 0 and not Path(failure.error_file).is_file():
+    if failure.exitcode < 0:
         return ValueError(f"rank {rank} must come to its end, got {failure.signal_name()}")  # such as that of a system short of memory
     kind, _, text = failure.message["message"].partition(": ")
     if kind == ValueError.__name__:
@@ -81,11 +80,21 @@ def _cause(failures: dict[int, ProcessFailure]) -> BaseException:
 def _rank_of_launch(meeting: str, device: str, work: Work, arguments: tuple[Any, ...]) -> None:
     os.setpgrp()  # Ctrl-C reaches the launcher, which passes it on: once, and not twice
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        record(_told)(meeting, device, work, arguments)
+    except BaseException as error:  # the launcher tells what was recorded
+        sys.stdout.flush()
+        if not isinstance(error, (ValueError, KeyboardInterrupt)):
+            time.sleep(TOLD_FIRST)
+        os._exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)  # threads of the group may still wait for other ranks
+
+
+def _told(meeting: str, device: str, work: Work, arguments: tuple[Any, ...]) -> None:
+    """With errors that a user can act on as ValueErrors."""
+    try:
         _rank(meeting, device, work, arguments)
     except OSError as error:
         raise ValueError(str(error)) from error
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
 
 
 def under_torchrun(device: str, work: Work, *arguments: Any) -> None:

@@ -307,3 +307,5 @@ def _held_interrupts() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(seen)
     finally:
         signal.signal(signal.SIGINT, before)
+    if seen:  # after the last look at it
+        raise KeyboardInterrupt
