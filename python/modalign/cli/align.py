@@ -26,6 +26,7 @@ from .prepare import COLUMNS
 from .processes import launch, under_torchrun
 from .settings import AlignSettings, read_settings
 from .summary import summary
+from .threads import use_threads
 
 __all__ = ["MODEL_FOLDER", "PROGRESS_FOLDER", "align"]
 
@@ -35,8 +36,10 @@ USUAL = AlignSettings()
 FEW = 20  # validation items, below which a choice made on them is said to be coarse
 
 
-def _words(text: str) -> tuple[int | str, ...]:
+def _words(name: str, text: str) -> tuple[int | str, ...]:
     """"100,200,all" as (100, 200, "all")."""
+    if not text.strip(" ,"):
+        raise ValueError(f"{name} must name at least one, got {text!r}")
     return tuple(int(word) if re.fullmatch(r"-?\d+", word) else word for word in (part.strip() for part in text.split(",")) if word)
 
 
@@ -76,7 +79,7 @@ def align(
         for name, value in context.params.items()
         if name not in ("config", "resume", "restart") and value is not None and context.get_parameter_source(name).name != "DEFAULT"
     }
-    given |= {name: _words(given[name]) for name in ("modalities", "pairs") if name in given}
+    given |= {name: _words(name, given[name]) for name in ("modalities", "pairs") if name in given}
     beside, settings = read_settings(config, given)
     if "data" not in beside:
         raise ValueError("DATA must be given, as an argument or in the configuration file, got none")
@@ -103,7 +106,7 @@ def run(
     folder = Path(beside.get("out") or Path("runs") / Path(source).name.replace("_", "-"))
     if first:
         demand_writable(folder, "--out")
-    torch.set_num_threads(beside["threads"])
+    use_threads(beside["threads"])
     dataset = load(source, beside.get("data_root"))
     chosen = check_parts(dataset, settings)
     held_out = min(len(chosen.splits(settings.first_seed, None if p == "all" else int(p)).validation) for p in settings.pairs)

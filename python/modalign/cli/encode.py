@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
 from ..data.encode import encode_folder
 from .prepare import COLUMNS, tell_foreign, tell_interrupted
+from .threads import use_threads
 
 __all__ = ["encode"]
 
@@ -31,7 +31,7 @@ def encode(
     An interrupted run is taken up by the same command.
     """
     console = Console()
-    torch.set_num_threads(threads)
+    use_threads(threads)
     try:
         with Progress(*COLUMNS, console=console) as bar:
             task = bar.add_task("reading", total=None)

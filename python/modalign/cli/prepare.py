@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +16,7 @@ from ..data.prepare import Prepared, fetch, source_of
 from ..data.prepare import prepare as prepare_one
 from ..data.shards import prepared
 from ..data.sources import SOURCES
+from .threads import use_threads
 
 __all__ = ["prepare"]
 
@@ -48,7 +48,7 @@ def prepare(
         raise ValueError(f"NAME must be one or more of {', '.join(SOURCES)}, got none")
     if data_root is None:
         raise ValueError("--data-root must name a folder (or the environment variable MODALIGN_DATA_ROOT), got none")
-    torch.set_num_threads(threads)
+    use_threads(threads)
     chosen = None if languages is None else [code.strip() for code in languages.split(",") if code.strip()]
     for name in names:
         source_of(name)  # a misspelt name is reported before hours of work on the others

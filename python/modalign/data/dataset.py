@@ -404,8 +404,11 @@ def locate(name: str | os.PathLike[str], root: str | os.PathLike[str] | None = N
             return place / key, place
     if is_feature_folder(Path(name)):
         return Path(name), None
+    from .sources import SOURCES
+
     known = available(root)
-    raise ValueError(f"load: name must be one of {', '.join(known)} or a folder of .npy or .safetensors files, got '{os.fspath(name)}'")
+    remedy = f"; `modalign prepare {bare} --data-root DIR` makes it, --data-root DIR or ${ROOT_VARIABLE} finds it" if bare in SOURCES else ""
+    raise ValueError(f"load: name must be one of {', '.join(known)} or a folder of .npy or .safetensors files, got '{bare}'{remedy}")
 
 
 def _load_reduced(folder: Path) -> PairedDataset:
