@@ -384,6 +384,10 @@ def test_search_command(run, tmp_path):
     ("arguments", "message"),
     [
         (["align", "photos"], "name must be one of emoji_mini, furniture_mini or a folder of .npy or .safetensors files, got 'photos'"),
+        (["align", "emoji"], "got 'emoji'; `modalign prepare emoji --data-root DIR` makes it, --data-root DIR or $MODALIGN_DATA_ROOT finds it"),
+        (["align", "emoji-mini", "--threads", "100000"], "modalign align: threads must be from 1 to the"),
+        (["align", "emoji-mini", "--modalities", " ,"], "modalign align: modalities must name at least one, got ' ,'"),
+        (["align", "emoji-mini", "--pairs", ""], "modalign align: pairs must name at least one, got ''"),
         (["align", "emoji-mini", "--temperature", "0"], "modalign align: temperature must be positive and pairwise_weight not negative, got 0.0"),
         (["align", "emoji-mini", "--width", "999"], "width must not exceed the narrowest modality, got 999"),
         (["align", "emoji-mini", "--out", __file__], "modalign align: --out must be a folder, got"),
@@ -391,7 +395,8 @@ def test_search_command(run, tmp_path):
         (["search", "nowhere", "cat"], "expected a saved model's configuration, got no such file"),
     ],
 )
-def test_commands_refuse_bad_input_in_one_line(arguments, message):
+def test_commands_refuse_bad_input_in_one_line(arguments, message, monkeypatch):
+    monkeypatch.delenv("MODALIGN_DATA_ROOT", raising=False)
     result = runner.invoke(app, arguments)
     assert result.exit_code == 1
     assert message in result.output.replace("\n", "")

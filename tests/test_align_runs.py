@@ -178,6 +178,20 @@ def test_what_cannot_be_resumed_is_named(tmp_path):
         models.fit_aligner(model, features, torch.arange(20), plan, seed=0, checkpoint=checkpoint)
 
 
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"seed": 0', b"\xff\xfe", b"[1, 2]"])
+@pytest.mark.parametrize("name", ["run.json", "all-0.json", "all-0-trained-choose.safetensors", "model/config.json"])
+def test_a_damaged_file_of_an_unfinished_run_is_named_with_the_way_out(tmp_path, name, content):
+    folder = tmp_path / "p"
+    os.close(RunStore(folder, {"data": "x"}).lock)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{folder / Path(name).parts[0]}: expected .*, got .*; --restart throws the run away"):
+        store = RunStore(folder, {"data": "x"}, resume=True)
+        store.result("all-0")
+        store.checkpoint("all-0-trained-choose")
+        store.model()
+
+
 # ------------------------------------------------------------------ settings
 
 
@@ -356,8 +370,12 @@ def test_one_seed_has_no_spread(tmp_path):
     experiment = run_experiment(made_up(missing=False), QUICK)
     results = summary(experiment, "test")
     headings, lines = joint_table(results)
-    assert headings == ["row", "query", "volume", "sum of cosines", "text alone", "touch alone"]
+    assert headings == ["row", "query", "volume", "ΔR@10", "sum of cosines", "ΔR@10", "text alone", "touch alone"]
     assert len(lines) == 12 and not any("±" in cell for line in lines for cell in line)
+    figures = results["rows"]["trained"]["directions"]["sound → others, joint (volume)"]
+    line = next(line for line in lines if line[:2] == ["trained", "sound → others"])
+    assert line[3] == f"{100 * figures['r10_difference']['mean']:+.1f}"
+    assert all(line[3] == line[5] == "–" for line in lines if line[0] in ("CCA", "chance"))
 
 
 def test_missing_modalities_are_learnt_from_where_they_are():
@@ -642,6 +660,12 @@ def test_search_compares_the_data_with_those_that_the_model_was_trained_on(tmp_p
     for whose, options in (("the data of MODEL", []), ("--data", ["--data", str(folder)])):
         other = searched(model, *options)
         expected = "text features of encoder 'miniature:ToyTextEncoder', as MODEL was trained on, got those of 'miniature:OtherTextEncoder' in cards"
+        assert other.exit_code == 1 and f"modalign search: {whose} must have {expected}" in other.output
+    described_folder(folder)
+    np.save(folder / "sound.npy", sound[:, 1:])
+    for whose, options in (("the data of MODEL", []), ("--data", ["--data", str(folder)])):
+        other = searched(model, *options)
+        expected = "sound features of 8 columns, as MODEL was trained on, got 7 columns in cards"
         assert other.exit_code == 1 and f"modalign search: {whose} must have {expected}" in other.output
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, permutations
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._files import write_json
+from .._files import read_tensors, write_json
 from ..data import PairedDataset, Split
 from ..metrics import Retrieval, chance_retrieval, joint_retrieval, retrieval
 from ..models import (
@@ -121,7 +122,8 @@ class RunStore:
             raise ValueError(f"{folder}: is in use by another run; choose another --out") from error
         self.resumed = resume and kept.is_file()
         if self.resumed:
-            before = json.loads(kept.read_text(encoding="utf-8"))
+            with self._reading(kept):
+                before = dict(json.loads(kept.read_text(encoding="utf-8")))
             for key in sorted(set(before) | set(identity)):
                 if before.get(key) != identity.get(key):
                     raise ValueError(
@@ -134,7 +136,8 @@ class RunStore:
 
     def result(self, unit: str) -> SeedResult | None:
         path = self.folder / f"{unit}.json"
-        return SeedResult.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        with self._reading(path):
+            return SeedResult.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
     def keep(self, unit: str, result: SeedResult) -> None:
         write_json(self.folder / f"{unit}.json", asdict(result))
@@ -142,7 +145,25 @@ class RunStore:
             path.unlink()
 
     def checkpoint(self, name: str) -> Checkpoint:
-        return Checkpoint(self.folder / f"{name}.safetensors", self.seconds)
+        path = self.folder / f"{name}.safetensors"
+        if path.is_file():
+            with self._reading(path):
+                read_tensors(path)
+        return Checkpoint(path, self.seconds)
+
+    def model(self) -> GramAligner:
+        with self._reading(self.folder / "model"):
+            return GramAligner.from_pretrained(self.folder / "model")
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _reading(path: Path) -> Iterator[None]:
+        """A file that is damaged is named, with the way out."""
+        try:
+            yield
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            found = str(error).removeprefix(f"{path}: ")
+            raise ValueError(f"{path}: expected what an unfinished run keeps, got something else ({found}); --restart throws the run away") from error
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
@@ -252,7 +273,7 @@ def run_experiment(
                     model.save_pretrained(store.folder / "model")
                 store.keep(unit, result)
         elif keeps_model and store:
-            experiment.model = GramAligner.from_pretrained(store.folder / "model")
+            experiment.model = store.model()
         experiment.results.setdefault(pairs, []).append(result)
     if progress is not None:
         progress("done", len(units) * per_unit, len(units) * per_unit)

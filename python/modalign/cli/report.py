@@ -235,14 +235,18 @@ def _with_spread(figure: dict[str, float], factor: float, seeds: int, sign: str 
 
 def cells(figures: dict[str, Any], row: str) -> list[str]:
     """R@1, R@5, R@10 in percent, median rank, and the paired difference of R@10 to CCA, with their spread over seeds."""
+    seeds = figures["r10_difference"]["seeds"]
+    return [*(_with_spread(figures[k], 100, seeds) for k in ("r1", "r5", "r10")), _with_spread(figures["median"], 1, seeds), _difference(figures, row)]
+
+
+def _difference(figures: dict[str, Any], row: str) -> str:
+    """Of R@10 to CCA within a seed, which has none to itself."""
     difference = figures["r10_difference"]
-    seeds = difference["seeds"]
-    shown = DASH if row in (BASELINE, "chance") else _with_spread(difference, 100, seeds, "+")
-    return [*(_with_spread(figures[k], 100, seeds) for k in ("r1", "r5", "r10")), _with_spread(figures["median"], 1, seeds), shown]
+    return DASH if row in (BASELINE, "chance") else _with_spread(difference, 100, difference["seeds"], "+")
 
 
 def joint_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """R@10 of the joint scores beside that of every single pair, per row: (headings, lines). Empty for two modalities."""
+    """R@10 of the joint scores, with their differences to CCA, beside that of every single pair, per row: (headings, lines). Empty for two modalities."""
     directions = list(results["rows"]["trained"]["directions"])
     joint = [way for way in directions if ", joint" in way]
     if not joint:
@@ -250,15 +254,16 @@ def joint_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     anchor = joint[0].split(" → ")[0]
     headings, lines = ["row", "query"], []
     forward = [way for way in directions if ", joint" not in way and way.startswith(f"{anchor} → ")]
-    headings += ["volume", "sum of cosines", *(f"{way.split(' → ')[1]} alone" for way in forward)]
+    headings += ["volume", HEADINGS[-1], "sum of cosines", HEADINGS[-1], *(f"{way.split(' → ')[1]} alone" for way in forward)]
     for row, entry in results["rows"].items():
         ways = entry["directions"]
         for back in (False, True):
             route = f"others → {anchor}" if back else f"{anchor} → others"
-            chosen = [f"{route}, joint (volume)", f"{route}, joint (sum of cosines)"]
-            chosen += [" → ".join(reversed(way.split(" → "))) if back else way for way in forward]
-            seeds = ways[chosen[0]]["r10_difference"]["seeds"]
-            lines.append([LABELS[row], route, *(_with_spread(ways[way]["r10"], 100, seeds) for way in chosen)])
+            scores = [ways[f"{route}, joint (volume)"], ways[f"{route}, joint (sum of cosines)"]]
+            alone = [ways[" → ".join(reversed(way.split(" → "))) if back else way] for way in forward]
+            seeds = scores[0]["r10_difference"]["seeds"]
+            with_differences = [cell for figures in scores for cell in (_with_spread(figures["r10"], 100, seeds), _difference(figures, row))]
+            lines.append([LABELS[row], route, *with_differences, *(_with_spread(figures["r10"], 100, seeds) for figures in alone)])
     return headings, lines
 
 

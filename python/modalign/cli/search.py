@@ -67,7 +67,7 @@ def search(
     aligner, dataset = GramAligner.from_pretrained(folder), load(source, root)
     if dataset.pictures is not None:
         demand_writable(sheet, "--out", ".png")
-    changed = _changed(dataset, list(aligner.config.modalities), extra, "--data" if data else "the data of MODEL")
+    changed = _changed(dataset, aligner.config.modalities, extra, "--data" if data else "the data of MODEL")
     if changed and not data:
         warn(f"the data of {dataset.name} are not those that the model was trained on: they have changed")
     for name, code in extra.get("encoder_code", {}).items():
@@ -99,14 +99,17 @@ def search(
     console.print(f"wrote {sheet}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _changed(dataset: PairedDataset, names: list[str], trained_on: Mapping[str, Any], whose: str) -> bool:
-    """Whether the data differ from those that a model was trained on, as far as it knows them. Features of another encoder raise."""
+def _changed(dataset: PairedDataset, widths: Mapping[str, int], trained_on: Mapping[str, Any], whose: str) -> bool:
+    """Whether the data differ from those that a model was trained on, as far as it knows them. Features of another encoder or width raise."""
+    for name, width in widths.items():
+        if name in dataset.modalities and (found := dataset.modalities[name].shape[1]) != width:
+            raise ValueError(f"{whose} must have {name} features of {width} columns, as MODEL was trained on, got {found} columns in {dataset.name}")
     for name, encoder in trained_on.get("encoders", {}).items():
         if (found := dataset.encoders.get(name, encoder)) != encoder:
             wanted = f"{name} features of encoder '{encoder}', as MODEL was trained on"
             raise ValueError(f"{whose} must have {wanted}, got those of '{found}' in {dataset.name}")
-    known = [name for name in names if name in dataset.modalities]
-    return "sha256" in trained_on and (known != names or dataset.select(names).digest() != trained_on["sha256"])
+    known = [name for name in widths if name in dataset.modalities]
+    return "sha256" in trained_on and (known != list(widths) or dataset.select(known).digest() != trained_on["sha256"])
 
 
 def _modality_of(kind: str, model: GramAligner) -> str:
