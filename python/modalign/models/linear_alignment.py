@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops._results import Neighbors
-from ..ops.gram_topk import _smallest as smallest
+from ..ops._selection import smallest
 
 __all__ = ["LinearAlignment", "LinearAlignmentConfig"]
 

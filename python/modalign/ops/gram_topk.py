@@ -11,6 +11,7 @@ from . import _arguments as arguments
 from . import _volume_panels as volume_panels
 from ._registration import accumulation_dtype, refuse_forward_mode
 from ._results import Neighbors
+from ._selection import smallest
 from .gram_volume import reference_gram_volume
 
 __all__ = ["gram_topk", "reference_gram_topk"]
@@ -94,7 +95,7 @@ def gram_topk(
         for panel in volume_panels.panels(B, rows):
             best: tuple[Tensor, Tensor] | None = None
             for candidates in volume_panels.panels(C, columns):
-                values, indices = _smallest(volume_panels.volumes(anchor, vectors, present, normalize, panel, candidates), k)
+                values, indices = smallest(volume_panels.volumes(anchor, vectors, present, normalize, panel, candidates), k)
                 best = _merged(best, (values, indices + candidates.start), k)
             found.append(best)
         return Neighbors(*(torch.cat(parts) for parts in zip(*found, strict=True)))
@@ -106,21 +107,6 @@ def _check_k(op: str, k: object, C: int) -> int:
     if not 0 <= k <= C:
         raise ValueError(f"{op}: k must be from 0 to the number of candidates C = {C}, got {k}")
     return k
-
-
-def _smallest(volume: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k smallest of each row in order; all, if there are fewer. torch.topk finds the right values but any of the indices that share the last one."""
-    width = volume.shape[1]
-    k = min(k, width)
-    values, indices = volume.topk(k, largest=False)
-    last = values[:, -1:]
-    tied = (volume == last) | (volume.isnan() & last.isnan())
-    lowest = torch.where(tied, torch.arange(width, dtype=torch.int32, device=volume.device), width).topk(k, largest=False).values
-    before = (values < last) | (last.isnan() & ~values.isnan())
-    place = torch.arange(k, device=volume.device) - before.sum(1, keepdim=True)
-    indices = torch.where(before, indices, lowest.gather(1, place.clamp(min=0))).sort(1).values
-    values, order = volume.gather(1, indices).sort(dim=1, stable=True)
-    return values, indices.gather(1, order)
 
 
 def _merged(best: tuple[Tensor, Tensor] | None, found: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:

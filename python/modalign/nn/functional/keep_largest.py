@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...ops import _arguments as arguments
-from ...ops.gram_topk import _smallest as smallest
+from ...ops._selection import smallest
 
 __all__ = ["keep_largest"]
 
