@@ -10,6 +10,7 @@ gives exactly the gradient of the global loss, also where batches differ in size
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -220,29 +221,33 @@ def _accuracy(row_best: Tensor, column_best: Tensor, column_lse: Tensor, target:
 
 
 class _Block:
-    """The candidates of one rank on their way round the ring: tensors that travel together."""
+    """What belongs to the candidates of one rank, on its way round the ring: tensors that travel together."""
 
-    def __init__(self, tensors: list[Tensor], sizes: list[int], group: Any) -> None:
-        self.tensors, self.sizes, self.group = [tensor.contiguous() for tensor in tensors], sizes, group
+    def __init__(self, tensors: list[Tensor], sizes: list[int], group: Any, tag: int = 0) -> None:
+        self.tensors, self.sizes, self.group, self.tag = [tensor.contiguous() for tensor in tensors], sizes, group, tag
         self.rank, self.world = dist.get_rank(group), len(sizes)
         self.owner = self.rank
 
-    def receive_next(self) -> tuple[list[Tensor], list[Any]]:
-        """Begin to send this block to the next rank and to receive the one before."""
-        if self.world == 1:
-            return self.tensors, []
-        before, after = (self.rank - 1) % self.world, (self.rank + 1) % self.world
+    def begin_step(self) -> None:
+        """Begin to send this block to the next rank and to receive the one before. The tensors may be read until the step ends."""
         size = self.sizes[(self.owner - 1) % self.world]
-        incoming = [tensor.new_empty(size, *tensor.shape[1:]) for tensor in self.tensors]
-        requests = [dist.isend(tensor, group=self.group, group_dst=after, tag=tag) for tag, tensor in enumerate(self.tensors)]
-        requests += [dist.irecv(tensor, group=self.group, group_src=before, tag=tag) for tag, tensor in enumerate(incoming)]
-        return incoming, requests
+        self.incoming = [tensor.new_empty(size, *tensor.shape[1:]) for tensor in self.tensors]
+        if self.world == 1:
+            self.incoming, self.requests = self.tensors, []
+            return
+        before, after = (self.rank - 1) % self.world, (self.rank + 1) % self.world
+        sent = [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=after, tag=self.tag + n) for n, tensor in enumerate(self.tensors)]
+        received = [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=before, tag=self.tag + n) for n, tensor in enumerate(self.incoming)]
+        self.requests = dist.batch_isend_irecv(sent + received)
 
-    def step(self, arrival: tuple[list[Tensor], list[Any]]) -> None:
-        self.tensors, requests = arrival
-        for request in requests:
+    def end_step(self) -> None:
+        for request in self.requests:
             request.wait()
-        self.owner = (self.owner - 1) % self.world
+        self.tensors, self.owner = self.incoming, (self.owner - 1) % self.world
+
+
+def _candidates(others: Sequence[Tensor], present: Tensor | None, sizes: list[int], group: Any) -> _Block:
+    return _Block([*others] + ([] if present is None else [present.to(torch.uint8)]), sizes, group)
 
 
 def checked_target(name: str, target: Tensor, total: int) -> Tensor:
@@ -299,10 +304,12 @@ class _Ring(torch.autograd.Function):
         sigmoid = name == "siglip_loss"
         statistics = scale.new_zeros(sizes[rank], 2, dtype=torch.float64)  # of the block's columns: log-sum-exp, sum
         statistics[:, 0] = -torch.inf
-        block = _Block([*others, statistics] + ([] if present is None else [present.to(torch.uint8)]), sizes, group)
+        block, carried = _candidates(others, present, sizes, group), _Block([statistics], sizes, group, tag=m + 1)
         for hop in range(world):
-            candidates, mask = block.tensors[:m], block.tensors[m + 1].bool() if present is not None else None
+            candidates, mask = block.tensors[:m], block.tensors[m].bool() if present is not None else None
             local = _within(target, starts[block.owner], sizes[block.owner])
+            if hop + 1 < world:  # the next block arrives while this one is worked on
+                block.begin_step()
             found = getattr(torch.ops.modalign, name)(anchor, candidates, scale, bias, local, mask, *options, 0)
             block_loss, block_row_lse, block_column_lse, block_row_sum, block_column_sum, block_label, block_best, _, block_classes, *_ = found
             here = block_best >= 0
@@ -312,9 +319,13 @@ class _Ring(torch.autograd.Function):
                 loss, row_lse, row_sum = loss + block_loss, torch.logaddexp(row_lse, block_row_lse), row_sum + block_row_sum
                 label, labelled = torch.where(here, block_label, label), labelled | here
                 classes = torch.stack([classes[0] + block_classes[0], classes[1], classes[2] + block_classes[2], classes[3]])
-            block.tensors[m] = torch.stack([torch.logaddexp(block.tensors[m][:, 0], block_column_lse), block.tensors[m][:, 1] + block_column_sum], 1)
-            block.step(block.receive_next())
-        column_lse, column_sum = all_gather(block.tensors[m], sizes, group).unbind(1)
+            (statistics,) = carried.tensors
+            carried.tensors = [torch.stack([torch.logaddexp(statistics[:, 0], block_column_lse), statistics[:, 1] + block_column_sum], 1)]
+            carried.begin_step()
+            carried.end_step()
+            if hop + 1 < world:
+                block.end_step()
+        column_lse, column_sum = all_gather(carried.tensors[0], sizes, group).unbind(1)
         if sigmoid:  # participation is all that a column's log-sum-exp says
             column_lse = torch.where(column_lse == -torch.inf, column_lse, 0)
             row_lse = torch.where(row_lse == -torch.inf, row_lse, 0)
@@ -350,10 +361,12 @@ class _Ring(torch.autograd.Function):
         grad_anchor = anchor.new_zeros(anchor.shape, dtype=real)
         grad_scale = scale.new_zeros(2)
         gathered = anchor.new_zeros((others[0].shape[0], ctx.m, anchor.shape[1]), dtype=real)
-        block = _Block([*others, gathered] + ([] if present is None else [present.to(torch.uint8)]), ctx.sizes, ctx.group)
-        for _hop in range(len(ctx.sizes)):
-            candidates, mask = block.tensors[: ctx.m], block.tensors[ctx.m + 1].bool() if present is not None else None
+        block, carried = _candidates(others, present, ctx.sizes, ctx.group), _Block([gathered], ctx.sizes, ctx.group, tag=ctx.m + 1)
+        for hop in range(len(ctx.sizes)):
+            candidates, mask = block.tensors[: ctx.m], block.tensors[ctx.m].bool() if present is not None else None
             start, size = ctx.starts[block.owner], ctx.sizes[block.owner]
+            if hop + 1 < len(ctx.sizes):
+                block.begin_step()
             columns = slice(start, start + size)
             basis, factor = _basis(ctx.name, anchor, candidates, mask, eps)
             for row_share, column_share, anchors, others_too in passes:
@@ -365,9 +378,13 @@ class _Ring(torch.autograd.Function):
                 if anchors:
                     grad_anchor = grad_anchor + from_anchor
                 if others_too:
-                    block.tensors[ctx.m] = block.tensors[ctx.m] + from_others.detach()
-            block.step(block.receive_next())
-        grad_others = tie_to(block.tensors[ctx.m].to(anchor.dtype), [grad_scale])  # home again
+                    carried.tensors = [carried.tensors[0] + from_others.detach()]
+            if any(need_others):
+                carried.begin_step()
+                carried.end_step()
+            if hop + 1 < len(ctx.sizes):
+                block.end_step()
+        grad_others = tie_to(carried.tensors[0].to(anchor.dtype), [grad_scale])  # home again
         return (
             *[None] * 6,
             grad_scale[0] if need_scale else None,
