@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from modalign.bench import environment
-from modalign.data.storage import write_json
+from modalign._files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = "80-real;86-real;89-real;90a-real;90-virtual"

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from modalign import data
+from modalign import _files, data
 from modalign.data import encoders, storage
 from modalign.data.dataset import ROOT
 from modalign.data.points import DESCRIPTOR_WIDTH, describe_points, read_obj, sample_surface, unit_ball
@@ -171,7 +171,7 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, before):
     target = tmp_path / "results.json"
     if before is not None:
         target.write_text(before)
-    with pytest.raises(Interrupted), storage.atomic_path(target) as temporary:
+    with pytest.raises(Interrupted), _files.atomic_path(target) as temporary:
         temporary.write_text("half of the n")
         raise Interrupted
     assert [path.name for path in tmp_path.iterdir()] == ([target.name] if before else [])
@@ -179,11 +179,11 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, before):
 
 
 def test_a_finished_write_is_readable_and_complete(tmp_path):
-    storage.write_json(tmp_path / "new" / "a.json", {"é": 1})
+    _files.write_json(tmp_path / "new" / "a.json", {"é": 1})
     assert json.loads((tmp_path / "new" / "a.json").read_text(encoding="utf-8")) == {"é": 1}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
     with pytest.raises(ValueError):
-        storage.write_json(tmp_path / "b.json", float("nan"))
+        _files.write_json(tmp_path / "b.json", float("nan"))
     assert not (tmp_path / "b.json").exists()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,9 +17,10 @@ from typer.testing import CliRunner
 
 import miniature
 from modalign import data
+from modalign._files import read_tensors
 from modalign.cli import app
 from modalign.data import encode, encoders, shards
-from modalign.data.storage import read_tensors, sha256
+from modalign.data.storage import sha256
 
 runner = CliRunner()
 REPOSITORY = Path(__file__).parent.parent
@@ -30,6 +33,16 @@ COLOURS = ("red", "green", "blue", "gold", "black", "navy", "teal", "plum", "per
 class OneRow(miniature.ToyPictureEncoder):
     def __call__(self, pictures):
         return super().__call__(pictures)[:1]
+
+
+class Leaving:
+    def __call__(self, pictures):
+        sys.exit("no licence")
+
+
+class LeavingAtOnce:
+    def __init__(self):
+        sys.exit(3)
 
 
 class Integers(miniature.ToyPictureEncoder):
@@ -222,6 +235,8 @@ def test_a_picture_broken_further_down(pictures, tmp_path):
         ("Silent", "must be callable with a list of inputs, got an object of Silent that is not"),
         ("WithSettings", "'test_encode:WithSettings' must be made without arguments, got TypeError: "),
         ("Failing", "encoder 'test_encode:Failing': must take a list of inputs, got AttributeError: 'Image' object has no attribute 'no_such_"),
+        ("Leaving", "encoder 'test_encode:Leaving': must take a list of inputs, got SystemExit: no licence (test_encode.py, line "),
+        ("LeavingAtOnce", "'test_encode:LeavingAtOnce' must be made without arguments, got SystemExit: 3 (test_encode.py, line "),
         ("Missing", "'Missing' must be in module 'test_encode', got"),
     ],
 )
@@ -304,49 +319,62 @@ def test_files_that_it_did_not_write_stay(pictures, tmp_path):
 
 
 def test_a_run_killed_while_it_writes_knows_its_files(pictures, tmp_path, monkeypatch):
+    unlink = Path.unlink
+
     def killed(path, *rest, **options):
-        raise KeyboardInterrupt
+        if path.name == "own.json":  # the last of the swap
+            raise KeyboardInterrupt
+        return unlink(path, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write_bytes", killed)  # SHA256SUMS, the last one
+        patch.setattr(Path, "unlink", killed)
         assert run(tmp_path).exit_code == 130 and (tmp_path / "out/text_fr.safetensors").exists()
     (tmp_path / "captions.csv").write_text((tmp_path / "captions.csv").read_text().replace(",caption_fr", ",caption_de"))
     result = run(tmp_path)
     assert result.exit_code == 0 and "left alone" not in result.output and not (tmp_path / "out/text_fr.safetensors").exists()
 
 
-def test_a_folder_whose_writing_was_interrupted_is_no_data_set(pictures, tmp_path, monkeypatch):
-    """Wherever the kill falls between the first file of the folder and the last: the same command again makes it whole."""
+def test_a_run_that_is_killed_or_finds_the_disk_full_loses_nothing(pictures, tmp_path, monkeypatch):
+    """At every file that it writes, moves or removes: what was there is there still, or is refused until the same command has made the folder whole."""
     assert run(tmp_path).exit_code == 0
-    whole = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
-    kills = 0
+    out = tmp_path / "out"
+    whole = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    stops, kept, refused = 0, 0, 0
     while True:
-        left = kills
+        left = stops
 
-        def killing(write):
-            def written(path, *rest, **options):
+        def stopping(act, place, kill):
+            def acted(path, *rest, **options):
                 nonlocal left
-                if Path(path).parent == tmp_path / "out":
+                if out in Path(place(path, *rest)).parents:
                     if left == 0:
-                        raise KeyboardInterrupt
+                        raise KeyboardInterrupt if kill else OSError(errno.ENOSPC, "No space left on device", str(path))
                     left -= 1
-                return write(path, *rest, **options)
+                return act(path, *rest, **options)
 
-            return written
+            return acted
 
         with monkeypatch.context() as patch:
-            for name in ("write_tensors", "write_json", "write_bytes"):
-                patch.setattr(shards, name, killing(getattr(shards, name)))
+            for name in ("write_tensors", "write_json", "write_checksums"):
+                patch.setattr(shards, name, stopping(getattr(shards, name), lambda path, *rest: path / "x" if path.is_dir() else path, stops % 2))
+            patch.setattr(os, "replace", stopping(os.replace, lambda path, to: to if Path(to).parent == out else "/", True))
+            patch.setattr(Path, "unlink", stopping(Path.unlink, lambda path, *rest: path if path.parent == out or path.name == "own.json" else "/", True))
             result = run(tmp_path, "--force")
         if result.exit_code == 0:
             break
-        assert result.exit_code == 130
-        with pytest.raises(ValueError, match="expected a finished folder, got one whose writing was interrupted; run the same command again"):
-            data.load(tmp_path / "out" if kills % 2 else "out", tmp_path)  # by path and by name
-        assert run(tmp_path).exit_code == 0 and len(data.load(tmp_path / "out")) == len(COLOURS)
-        kills += 1
-    assert kills >= 4  # every matrix, items.json, SHA256SUMS
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == whole
+        if result.exit_code == 1:
+            assert "expected room for more, got a full disk" in result.output and "what is done is kept: make room, run the same command" in result.output
+        if (out / ".cache/own.json").exists():
+            refused += 1
+            with pytest.raises(ValueError, match="expected a finished folder, got one whose writing was interrupted; run the same command again"):
+                data.load(out if stops % 2 else "out", tmp_path)  # by path and by name
+        else:
+            kept += 1
+            assert len(data.load(out)) == len(COLOURS) and {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == whole
+        assert run(tmp_path).exit_code == 0 and len(data.load(out)) == len(COLOURS)
+        stops += 1
+    assert kept >= 5 and refused >= 8
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == whole
 
 
 @pytest.mark.parametrize("option", ["--force", "--tokens"])
@@ -428,6 +456,13 @@ def test_an_interrupted_force_is_taken_up(pictures, tmp_path, monkeypatch):
     assert result.exit_code == 130 and "continue by the same command without --force" in result.output
     assert "wrote" in run(tmp_path).output and encoded == [4, 4, 4, 4, 2]
     assert "already encoded" in run(tmp_path).output
+
+
+@pytest.mark.parametrize("threads", ["0", "100000"])
+def test_more_threads_than_cores(pictures, tmp_path, threads):
+    result = run(tmp_path, "--threads", threads)
+    assert result.exit_code and not (tmp_path / "out").exists()
+    assert threads == "0" or "threads must be from 1 to the" in result.output and result.output.strip().endswith("got 100000")
 
 
 def test_too_few_items_for_align(pictures, tmp_path):

@@ -260,6 +260,23 @@ def test_tokens_and_layers_that_do_not_fit(folder, name, tensors, message):
         getattr(data.from_folder(folder), name.split(".")[1])("text")
 
 
+def test_a_damaged_array_is_named_whatever_its_reader_raises(folder):
+    """Every byte of the header turned, and the file cut at every length: one message, or an array that is refused for what it holds."""
+    path = next(folder.glob("*.npy"))
+    whole = path.read_bytes()
+    header = whole.index(b"\n") + 1
+    damaged = [whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1 :] for i in range(header) for bit in (1, 4, 0x20, 0x80)]
+    refused = 0
+    for content in [*damaged, *(whole[:length] for length in range(0, len(whole), 7))]:
+        path.write_bytes(content)
+        try:
+            data.load(folder)
+        except ValueError as error:
+            assert path.name in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > len(damaged) / 2
+
+
 def test_too_few_items_and_what_is_no_folder(tmp_path):
     for name in ("a", "b"):
         np.save(tmp_path / f"{name}.npy", np.ones((5, 3)))

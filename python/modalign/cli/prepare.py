@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from ..data.prepare import Prepared, fetch, source_of
 from ..data.prepare import prepare as prepare_one
-from ..data.shards import prepared
+from ..data.shards import complete
 from ..data.sources import SOURCES
 from .threads import use_threads
 
@@ -42,7 +43,7 @@ def prepare(
     """
     console = Console()
     if show:
-        console.print(overview(data_root))
+        show_sets(console, data_root)
         return
     if not names:
         raise ValueError(f"NAME must be one or more of {', '.join(SOURCES)}, got none")
@@ -99,14 +100,18 @@ def tell_foreign(console: Console, names: Sequence[str]) -> None:
         console.print(f"left alone, since this command did not write them: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
 
 
-def overview(root: Path | None) -> Table:
-    table = Table(title=f"data root: {escape(str(root))}" if root else "no --data-root given", title_justify="left")
-    for heading in ("set", "package", "licence", "MB to get", "MB unpacked", "there", "prepared"):
-        table.add_column(heading, justify="right" if heading.startswith("MB") else "left", overflow="fold")
+def show_sets(console: Console, root: Path | None) -> None:
+    """Sets, their packages and what is there, in 80 columns; licences below. Files are not read: `modalign.data.load` compares their checksums."""
+    title = f"data root: {escape(str(root))}" if root else "no --data-root given"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("set", "package", "MB to get", "unpacked", "there", "prepared"):
+        table.add_column(heading, justify="right" if heading in ("MB to get", "unpacked") else "left", overflow="fold")
     for source in SOURCES.values():
         for number, package in enumerate(source.packages):
             there = "yes" if package.present(root or Path("/nonexistent")) else "no"
-            done = "yes" if root and prepared(root / source.name) else "no"
-            first = (source.name, source.licence, done) if number == 0 else ("", "", "")
-            table.add_row(first[0], package.name, first[1], f"{package.megabytes[0]:g}", f"{package.megabytes[1]:g}", there, first[2])
-    return table
+            done = "yes" if root and complete(root / source.name) else "no"
+            name, done = (source.name, done) if number == 0 else ("", "")
+            table.add_row(name, package.name, f"{package.megabytes[0]:g}", f"{package.megabytes[1]:g}", there, done)
+    console.print(table)
+    for source in SOURCES.values():
+        console.print(f"{source.name}: {source.licence}", markup=False, highlight=False)

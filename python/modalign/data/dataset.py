@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._files import read_tensors
 from .basis import FeatureBasis
 from .folder import UNFINISHED, FeatureFolder, is_feature_folder
 from .pictures import PictureArray, PictureSheet
-from .storage import read_tensors, verify_checksums
+from .storage import verify_checksums
 
 if TYPE_CHECKING:
     from PIL.Image import Image

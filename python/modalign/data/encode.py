@@ -16,7 +16,7 @@ from .shards import Encoding, Progress, file_identity
 from .sources import Item, Modality
 from .sources._items import item_text
 
-__all__ = ["Encoded", "encode_folder", "read_captions"]
+__all__ = ["EncodedFolder", "encode_folder", "read_captions"]
 
 REQUIRED_COLUMNS = ("file", "caption")
 LANGUAGE_COLUMN = re.compile(r"caption_([a-z][a-z0-9_]*)", re.IGNORECASE | re.ASCII)
@@ -24,7 +24,7 @@ KINDS = {"picture": ("EfficientNet-Lite0", "ViT-S/14"), "text": ("all-MiniLM-L6-
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedFolder:
     folder: Path
     items: int
     without_text: int
@@ -108,7 +108,7 @@ def encode_folder(
     tokens: bool = False,
     force: bool = False,
     progress: Progress = lambda done, total: None,
-) -> Encoded:
+) -> EncodedFolder:
     """Encode the pictures and captions of a CSV file into the folder `out`, taking up an interrupted run where it stopped (`force`: anew)."""
     for option, name, kind in (("--encoder", encoder, "picture"), ("--text-encoder", text_encoder, "text")):
         place = ENCODERS.get(name, name)
@@ -138,6 +138,6 @@ def encode_folder(
     )
     without = Counter("text" in item.inputs for item in items)[False]
     if not force and encoding.finished():
-        return Encoded(out, len(items), without, new=False)
+        return EncodedFolder(out, len(items), without, new=False)
     encoding.run(progress, anew=force)
-    return Encoded(out, len(items), without, True, tuple(encoding.foreign))
+    return EncodedFolder(out, len(items), without, True, tuple(encoding.foreign))

@@ -32,7 +32,7 @@ __all__ = ["FORMAT_VERSION", "FeatureFolder", "is_feature_folder"]
 
 FORMAT_VERSION = 2
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-UNFINISHED = ".cache/own.json"  # there from the first file that is written or removed to the last one
+UNFINISHED = ".cache/own.json"  # there while new files take the places of old ones
 PICTURES = "pictures.safetensors"
 KINDS = ("tokens", "layers")
 UNREADABLE = {".pt": "pickled", ".pth": "pickled", ".pkl": "pickled", ".pickle": "pickled", ".npz": "a zip of arrays", ".bin": "of unknown content"}
@@ -256,8 +256,8 @@ def _read_npy(path: Path) -> Tensor:
 
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: expected a .npy file of numbers, got one that does not read ({error})") from error
+    except Exception as error:  # numpy's reader raises what its parser and its allocator raise
+        raise ValueError(f"{path}: expected a .npy file of numbers, got one that does not read ({' '.join(str(error).split())})") from error
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise ValueError(f"{path}: expected a .npy file of numbers, got {array.dtype}")
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))

@@ -50,8 +50,6 @@ class Pad:
 @dataclass(frozen=True)
 class Footprint:
     name: str
-    description: str
-    tags: str
     pads: list[Pad]
     lines: dict[str, list[tuple[float, float, float, float]]] = field(default_factory=dict)  # by layer, in mm
 
@@ -117,8 +115,7 @@ def read_footprint(path: Path) -> Footprint:
             lines.setdefault(layer[0][1], []).append((start[0], start[1], end[0], end[1]))
     except (ValueError, IndexError, OSError) as error:
         raise ValueError(f"{path}: expected a KiCad footprint, got one that does not parse ({error})") from error
-    texts = {key: next((child[1] for child in children(expression, key) if len(child) > 1), "") for key in ("descr", "tags")}
-    return Footprint(str(expression[1]), str(texts["descr"]), str(texts["tags"]), pads, lines)
+    return Footprint(str(expression[1]), pads, lines)
 
 
 def draw_footprint(footprint: Footprint, side: int = 256) -> Image:

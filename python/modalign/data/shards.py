@@ -8,11 +8,13 @@ encoder or another setting makes another fingerprint, and what lies under the ol
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
 import inspect
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,22 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import write_bytes, write_json, write_tensors
+from .._files import write_json, write_tensors
 from .encoders import ENCODERS, Encoded, EncoderUnavailable, on_white_square, told
-from .folder import FORMAT_VERSION, UNFINISHED
+from .folder import FORMAT_VERSION, PICTURES, UNFINISHED
 from .sources import Item, Modality
-from .storage import CHECKSUMS, read_checksums, sha256, verify_checksums
+from .storage import CHECKSUMS, read_checksums, sha256, verify_checksums, write_checksums
 
-__all__ = ["Encoding", "encoder_code", "encoder_identity", "file_identity", "prepared"]
+__all__ = ["Encoding", "complete", "encoder_code", "encoder_identity", "file_identity", "prepared"]
 
 CACHE = ".cache"
-OWN = "own.json"  # in the cache: names of files that a killed run may have written
+OWN = "own.json"  # in the cache while files change places: names of those that are ours
+NEW = "new"  # in the cache: the folder to be
 LOCK = ".lock"  # stays, as a mark that the folder is ours
 SHARD = 256  # items
 BATCH = 32  # items whose inputs are in memory at once
 PICTURE = "picture"
 PICTURE_SIDE = 128
-# Features, layers and tokens of one item and its small picture, generously; twice, since shards and result lie side by side for a moment.
+# Features, layers and tokens of one item and its small picture, generously; twice, since shards and result lie side by side for a while.
 BYTES_PER_ITEM = 2 * 250_000
 Progress = Callable[[int, int], None]
 
@@ -83,9 +86,14 @@ def own_identity() -> dict[str, str]:
     return {"modalign": digest, **versions}
 
 
+def complete(folder: Path) -> bool:
+    """Whether the folder is a finished one, by the files that are there."""
+    return (folder / CHECKSUMS).is_file() and not (folder / UNFINISHED).is_file()
+
+
 def prepared(folder: Path, fingerprint: str | None = None) -> bool:
     """Whether the folder is a finished one (made by these very settings, where a fingerprint is given), with every file as it was written."""
-    if (folder / UNFINISHED).is_file():
+    if not complete(folder):
         return False
     try:
         about = json.loads((folder / "items.json").read_text(encoding="utf-8"))
@@ -133,7 +141,7 @@ class Encoding:
 
     def run(self, progress: Progress = lambda done, total: None, *, anew: bool = False) -> dict[str, list[str]]:
         """Encode what is missing (`anew`: everything), write the folder, remove the cache. Returns what was left out or absent: reasons and names."""
-        with self._alone():
+        with self._alone(), self._full_disk_told():
             self._own()
             if anew:
                 shutil.rmtree(self.cache, ignore_errors=True)
@@ -145,8 +153,8 @@ class Encoding:
                     tensors, notes = self._encode(start, progress)
                     write_tensors(path, tensors, {"notes": json.dumps(notes)})
                 progress(min(start + SHARD, len(self.items)), len(self.items))
-            report = self._write()
-            (self.folder / CACHE / OWN).unlink()  # before the shards: killed between the two, the folder is whole and is taken
+            report = self._write(self.folder / CACHE / NEW)
+            self._take_over(self.folder / CACHE / NEW)
             shutil.rmtree(self.folder / CACHE)
         return report
 
@@ -168,10 +176,20 @@ class Encoding:
                 raise ValueError(f"{self.folder}: expected a folder that no other run is writing, got one that is being written now") from error
             yield
 
+    @contextlib.contextmanager
+    def _full_disk_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            free = f"{shutil.disk_usage(self.folder).free / 1e9:.1f} GB"
+            raise ValueError(f"{self.folder}: expected room for more, got a full disk ({free} free); what is done is kept: make room, run the same command") from error
+
     def _own(self) -> tuple[set[str], list[str]]:
         """Files that are ours to replace (written by the last run, or by one that was killed while it wrote), and those that this run may write."""
         planned = [f"{name}{kind}.safetensors" for name in self.modalities for kind in ("", ".tokens", ".layers")]
-        planned += [f"{PICTURE}s.safetensors", "items.json", CHECKSUMS]
+        planned += [PICTURES, "items.json", CHECKSUMS]
         ours = {CHECKSUMS}
         if (self.folder / CHECKSUMS).is_file():
             ours |= set(read_checksums(self.folder))
@@ -252,8 +270,10 @@ class Encoding:
         if PICTURE in used:
             import numpy as np
 
-            small = [np.array(on_white_square(inputs[row][PICTURE], PICTURE_SIDE)) for row in rows[PICTURE]]
-            tensors["pictures"] = torch.from_numpy(np.array(small, dtype=np.uint8).reshape(-1, PICTURE_SIDE, PICTURE_SIDE, 3))
+            small = np.full((len(items), PICTURE_SIDE, PICTURE_SIDE, 3), 255, dtype=np.uint8)  # an item without one is seen as a white square
+            for row in rows[PICTURE]:
+                small[row] = on_white_square(inputs[row][PICTURE], PICTURE_SIDE)
+            tensors["pictures"] = torch.from_numpy(small)[kept]
         return tensors
 
     def _call(self, encoder: str, inputs: Sequence[Any], tokens: bool, layers: bool) -> Encoded:
@@ -276,29 +296,22 @@ class Encoding:
                     found.append(shard.get_tensor(name))
         return found
 
-    def _write(self) -> dict[str, list[str]]:
-        """Files first, then items.json, SHA256SUMS last: until then the folder does not count as a data set."""
+    def _write(self, new: Path) -> dict[str, list[str]]:
+        """Make the whole folder, while the one that it will replace is as it was."""
         from safetensors import safe_open
 
-        ours, planned = self._own()
-        write_json(self.folder / CACHE / OWN, sorted({*ours, *planned}))
-        temporary = {(f".{Path(file).stem}-", Path(file).suffix) for file in {*ours, *planned}}
-        for file in sorted(self.folder.iterdir()):  # an earlier version may have had other modalities, a killed one has left a temporary file
-            if file.is_file() and (file.name in ours or (file.name[: file.name.rfind("-") + 1], file.suffix) in temporary):
-                file.unlink()
-        self.foreign = sorted(file.name for file in self.folder.iterdir() if file.name not in (CACHE, LOCK))
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
         kept = torch.cat(self._column("kept"))
-        count = int(kept.sum())
-        if count == 0:
+        if not bool(kept.any()):
             raise ValueError(f"{self.folder}: expected at least one item that can be encoded, got none of {len(self.items)}")
         described = {}
         for name, modality in self.modalities.items():
             present = torch.cat(self._column(f"{name}.present"))[kept]
             if bool(present.any()):
-                described[name] = self._write_modality(name, modality, present)
-        pictures = self._column("pictures")
-        if sum(len(part) for part in pictures) == count:
-            write_tensors(self.folder / "pictures.safetensors", {"pictures": torch.cat(pictures)})
+                described[name] = self._write_modality(new, name, modality, present)
+        if any(modality.input == PICTURE and name in described for name, modality in self.modalities.items()) or PICTURE in self.required:
+            write_tensors(new / PICTURES, {"pictures": torch.cat(self._column("pictures"))})
         items = [item_entry(item) for item, keep in zip(self.items, kept.tolist(), strict=True) if keep]
         report: dict[str, list[str]] = {}
         for number in range(-(-len(self.items) // SHARD)):
@@ -307,32 +320,43 @@ class Encoding:
                     report.setdefault(name, []).append(f"{item}: {reason}")
         about = self.about | {"default": [name for name in self.about["default"] if name in described]}
         head = {"format": FORMAT_VERSION, **about, "fingerprint": self.fingerprint, "modalities": described, "unreadable": report}
-        write_json(self.folder / "items.json", head | {"items": items}, indent=None)
-        written = [file for file in sorted(planned) if (self.folder / file).is_file()]
-        write_bytes(self.folder / CHECKSUMS, "".join(f"{sha256(self.folder / file)}  {file}\n" for file in written).encode())
+        write_json(new / "items.json", head | {"items": items}, indent=None)
+        write_checksums(new)
         return report
 
-    def _write_modality(self, name: str, modality: Modality, present: Tensor) -> dict[str, Any]:
+    def _take_over(self, new: Path) -> None:
+        """The new files change places with those of an earlier run. Nothing can fail here for want of room; a kill leaves a folder that is not read until
+        the same command has made it whole."""
+        ours, planned = self._own()
+        write_json(self.folder / CACHE / OWN, sorted({*ours, *planned}))
+        for file in sorted(ours):  # an earlier version may have had other modalities
+            (self.folder / file).unlink(missing_ok=True)
+        self.foreign = sorted(file.name for file in self.folder.iterdir() if file.name not in (CACHE, LOCK))
+        for file in sorted(new.iterdir()):
+            os.replace(file, self.folder / file.name)
+        (self.folder / CACHE / OWN).unlink()
+
+    def _write_modality(self, new: Path, name: str, modality: Modality, present: Tensor) -> dict[str, Any]:
         features = torch.cat(self._column(f"{name}.features"))
         entry: dict[str, Any] = {"encoder": modality.encoder, "width": features.shape[1]}
         if modality.encoder not in ENCODERS:
             entry["encoder_code"] = encoder_code(self.encoders[modality.encoder])
         if bool(present.all()):
-            write_tensors(self.folder / f"{name}.safetensors", {"features": features})
+            write_tensors(new / f"{name}.safetensors", {"features": features})
         else:
             matrix = torch.zeros(len(present), features.shape[1])
             matrix[present] = features
-            write_tensors(self.folder / f"{name}.safetensors", {"features": matrix, "present": present})
+            write_tensors(new / f"{name}.safetensors", {"features": matrix, "present": present})
         if tokens := self._column(f"{name}.tokens"):
             lengths = torch.zeros(len(present), dtype=torch.int64)
             lengths[present] = torch.cat(self._column(f"{name}.lengths"))
             offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-            write_tensors(self.folder / f"{name}.tokens.safetensors", {"tokens": torch.cat(tokens), "offsets": offsets})
+            write_tensors(new / f"{name}.tokens.safetensors", {"tokens": torch.cat(tokens), "offsets": offsets})
             entry["tokens_encoder"] = modality.tokens
         if layers := self._column(f"{name}.layers"):
             stacked = torch.zeros(len(present), *layers[0].shape[1:], dtype=torch.float16)
             stacked[present] = torch.cat(layers)
-            write_tensors(self.folder / f"{name}.layers.safetensors", {"layers": stacked})
+            write_tensors(new / f"{name}.layers.safetensors", {"layers": stacked})
             entry["layers"] = stacked.shape[1]
         if modality.language is not None:
             entry["language"] = modality.language
@@ -356,7 +380,7 @@ def run_encoder(name: str, encoder: Any, inputs: Sequence[Any], tokens: bool, la
                 encoded = encoder.encode(inputs)
             else:
                 encoded = Encoded(encoder(inputs), encoder.tokens(inputs) if tokens else None)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if name in ENCODERS or isinstance(error, EncoderUnavailable):
             raise
         raise ValueError(f"encoder '{name}': must take a list of inputs, got {told(error)}") from error

@@ -1,4 +1,4 @@
-"""Files of a data folder: eight-bit matrices and checksums, beside the atomic writes that everything uses."""
+"""Files of a data folder: eight-bit matrices and checksums."""
 
 from __future__ import annotations
 
@@ -10,21 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._files import atomic_path, read_tensors, write_bytes, write_json, write_tensors
+from .._files import write_bytes
 
-__all__ = [
-    "atomic_path",
-    "write_bytes",
-    "write_json",
-    "write_tensors",
-    "read_tensors",
-    "quantize",
-    "dequantize",
-    "sha256",
-    "read_checksums",
-    "write_checksums",
-    "verify_checksums",
-]
+__all__ = ["dequantize", "quantize", "read_checksums", "sha256", "verify_checksums", "write_checksums"]
 
 CHECKSUMS = "SHA256SUMS"
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .._files import atomic_path, write_bytes, write_json, write_tensors
 from .basis import FeatureBasis
 from .dataset import PairedDataset, caption_groups
 from .encoders import on_white_square
-from .storage import atomic_path, write_bytes, write_checksums, write_json, write_tensors
+from .storage import write_checksums
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -63,7 +63,7 @@ def _current_folder_importable() -> Iterator[None]:
         sys.path.remove(os.getcwd())
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """What went wrong in somebody's own encoder, and where, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
@@ -81,7 +81,7 @@ def make(name: str) -> Callable[[Sequence[Any]], Tensor]:
     with _current_folder_importable():
         try:
             found = importlib.import_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if name in ENCODERS:
                 raise
             lost = isinstance(error, ModuleNotFoundError) and error.name is not None and f"{module}.".startswith(f"{error.name}.")
@@ -92,7 +92,7 @@ def make(name: str) -> Callable[[Sequence[Any]], Tensor]:
             raise ValueError(f"encoders.make: '{attribute}' must be in module '{module}', got {found.__file__} without it")
         try:
             encoder = encoder_class() if isinstance(encoder_class, type) else encoder_class
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if name in ENCODERS or isinstance(error, EncoderUnavailable):
                 raise
             raise ValueError(f"encoders.make: '{name}' must be made without arguments, got {told(error)}") from error

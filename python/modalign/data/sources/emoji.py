@@ -23,6 +23,7 @@ MAX_ADVANCE = 140  # a wider string is a sequence that the font does not have an
 SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 
 
+VARIATION = "\ufe0f"  # asks for a picture; CLDR leaves it out, and so do items, which are joined by their characters
 Named = dict[str, tuple[str, list[str]]]  # name and keywords by character sequence
 
 
@@ -93,7 +94,7 @@ def read_characters(english: Named, others: Mapping[str, Named], drawing: Callab
             if their_name:
                 translated[language] = their_name
                 inputs[f"text_{language}"] = functools.partial(item_text, their_name, their_words)
-        items.append(Item(name, words, inputs, translated, about={"character": sequence}))
+        items.append(Item(name, words, inputs, translated, about={"character": sequence.replace(VARIATION, "")}))
     return Reading(items, left_out)
 
 

