@@ -29,6 +29,7 @@ from modalign import bench
     grid=[dict(N=64, D=8)],
     reference=lambda x: x * x,
     flops=lambda p, pass_, size: p["N"] * p["D"],
+    rules={"N at least 2": lambda p: p["N"] >= 2, "D even": lambda p: p["D"] % 2 == 0},
     dense_flops=lambda p, pass_, size: 4 * p["N"] * p["D"],
     bytes=lambda p, pass_, size: 2 * size * p["N"] * p["D"],
     passes=["fwd"],
@@ -121,6 +122,63 @@ def test_own_cases_machine_floor_sparsity_and_missing_peer(mine):
     rate, bandwidth = figures["matmul"][0]["flop_per_second"]["median"], figures["copy"][0]["byte_per_second"]["median"]
     assert ours["floor"] == {"source": "machine", "seconds": pytest.approx(max(1024 * 8 / rate, 2 * 4 * 1024 * 8 / bandwidth))}
     assert ours["ratio_to_floor"]["median"] == pytest.approx(ours["seconds"]["median"] / ours["floor"]["seconds"])
+
+
+def test_sizes_that_a_case_does_not_have_are_refused_by_its_rules(mine):
+    expected = "modalign bench run: sizes of the case square must have N at least 2 and D even, got N=1 D=7"
+    assert expected in call("run", "square", "--cases", mine, "--set", "N=1,D=7", code=1)
+    assert "sizes of the case gram_volume must have D at least k, got B=1 C=1 D=1 k=3" in call("run", "gram_volume", "--set", "B=1,C=1,D=1", code=1)
+    assert "sizes of the case gram_contrastive_loss must have k at least 2" in call("run", "gram_contrastive_loss", "--set", "k=1", code=1)
+    assert "sizes of the case gram_topk must have k from 1 to C" in call("run", "gram_topk", "--set", "k=300,C=200", code=1)
+
+
+def test_a_provider_that_falls_back_to_plain_torch_has_no_speed(tmp_path):
+    """Nine modalities are more than the kernels take."""
+    out = tmp_path / "x.json"
+    options = ["--set", "B=8,C=8,D=16,k=9", "--quick", "--pass", "fwd", "--threads", 1, "--rounds", 1, "--providers", "ours,eager", "--out", out]
+    shown = call("run", "gram_volume", *options)
+    rows = {row["provider"]: row for row in bench.read_results(out)["rows"]}
+    assert rows["ours"]["status"] == "no kernel" and "seconds" not in rows["ours"] and rows["eager"]["status"] == "ok"
+    assert "ours: no kernel: modalign::gram_volume takes no part at these sizes; plain torch does the work" in shown
+    call("report", out, "--out", tmp_path / "x.html")
+    assert "No kernel of ours ran, so without a speed" in (tmp_path / "x.html").read_text()
+
+
+def test_a_gradient_of_zero_is_no_division(tmp_path):
+    options = ["--set", "B=1", "--quick", "--threads", 1, "--rounds", 1, "--providers", "ours,eager", "--out", tmp_path / "x.json"]
+    call("run", "clip_loss", *options)
+    assert all(row["status"] == "ok" for row in bench.read_results(tmp_path / "x.json")["rows"])
+
+
+def test_memory_below_what_a_process_shows_is_not_a_figure():
+    assert tables.cell(small(peak_memory_bytes=24_576)["rows"][0], "memory") == "< 1 MB"
+    assert tables.cell(small(peak_memory_bytes=76e6)["rows"][0], "memory") == "76 MB"
+
+
+def test_a_target_that_was_just_missed_is_told_with_the_digits_that_show_it():
+    for ratio, shown in ((0.9512, "0.951"), (0.95001, "0.95001"), (0.914, "0.91"), (0.95, "0.95")):
+        row = small(ratio_to_floor={"median": ratio, "q20": 0.9, "q80": 1.0}, target={"ratio": 0.95, "met": ratio <= 0.95})["rows"][0]
+        assert f"took {shown} (" in report.verdicts([row]) and tables.cell(row, "floor").startswith(f"{shown} (")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (None, "must be a JSON file, got nothing of that name"),
+        ("", "must be JSON, got Expecting value"),
+        ("{}", "must be"),
+        ("[1]", "must be"),
+        (b"\xff\xfe", "must be JSON, got"),
+    ],
+)
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_files_that_hold_no_results(tmp_path, command, content, found):
+    file = tmp_path / "x.json"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    shown = call(command, *[file] * (1 + (command == "compare")), code=1)
+    assert f"modalign bench {command}: bench results: " in shown and found in shown and "Errno" not in shown
+    assert "must be a JSON file, got a folder" in call(command, *[tmp_path] * (1 + (command == "compare")), code=1)
 
 
 def test_target_at_the_size_of_the_grid(mine):
@@ -274,7 +332,7 @@ def test_case_that_another_file_declares_is_refused(mine):
         (["triangle_area", "--set", "k=2.5"], "--set k must be a whole number such as 4096 or 4k, got '2.5'"),
         (["triangle_area", "--set", "B=0"], "case triangle_area must give inputs with numbers, got input 0 empty at B=0 "),
         (["triangle_area", "--set", "D=0"], "case triangle_area must give inputs with numbers, got input 0 empty at "),
-        (["gram_volume", "--set", "k=1"], "case gram_volume must have a reference at B=192 C=160 D=64 k=1, got "),
+        (["gram_volume", "--set", "k=1"], "sizes of the case gram_volume must have k at least 2, got B=192 C=160 D=64 k=1"),
         (["triangle_area", "--set", "B=1G,D=1M"], "the sizes must leave room for a reference in float64, got B=1073741824 "),
         (["triangle_area", "--set", "B=99999999999999999999"], "case triangle_area must give inputs at B=99999999999999999999 "),
         (["triangle_area", "--device", "tpu"], "--device must be cpu, or cuda where torch sees a GPU, got 'tpu'"),
@@ -371,13 +429,17 @@ def test_kernel_beside_something_else_has_no_speed(monkeypatch):
     assert entry["status"] == "mismatch" and "every bit" in entry["reason"] and "kernel_seconds" not in entry
 
 
-def test_kernel_command(tmp_path):
+def test_kernel_command(tmp_path, monkeypatch):
     out = tmp_path / "kernels.json"
     cuda = _load.kernel_catalogue()[:1]
     shown = call("kernel", "gram_volume", "tile_product", *cuda, "tile_product", "--sizes", "1,8,1", "--rounds", 1, "--out", out)
     entries = bench.read_results(out)["kernels"]
     assert [entry["kernel"] for entry in entries] == ["gram_volume", "gram_volume", "tile_product", "tile_product", *cuda]
     assert all(entry["status"] == "needs a GPU" for entry in entries[4:]) and ("needs a GPU" in shown) == bool(cuda)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        for entry in [one for key in cuda for one in kernel.measure_kernel(key)]:
+            assert entry["status"] == "by profiler" and "modalign bench run CASE --device cuda --profile FOLDER" in entry["reason"]
     assert "name must be one of ['clip_loss', 'clip_loss_bwd', " in call("kernel", "nothing", code=1)
     assert "sizes and width must be at least 1, got [0] and 64" in call("kernel", "tile_product", "--sizes", "0", code=1)
     assert "--sizes must name at least one, got ','" in call("kernel", "tile_product", "--sizes", ",", code=1)
@@ -595,7 +657,7 @@ def test_report_is_one_page_with_everything(mine):
     ):
         assert words in page, words
     assert str(ROOT) not in page
-    assert "must be JSON" in call("report", mine, code=1) and "No such file" in call("report", "absent.json", code=1)
+    assert "must be JSON" in call("report", mine, code=1) and "absent.json must be a JSON file, got nothing of that name" in call("report", "absent.json", code=1)
 
 
 def test_report_keeps_files_of_one_name(tmp_path, monkeypatch):

@@ -82,6 +82,10 @@ def vectors(p, pass_, size):
 costs = dict(flops=products, bytes=vectors)
 
 
+def modalities(count):
+    return {f"k = {count}": lambda p: p["k"] == count}
+
+
 def draw(maker, B, D, k):
     """Unit rows, the modalities of a sample with something in common."""
     shared = maker.unit(B, D).float()
@@ -97,6 +101,7 @@ def draw(maker, B, D, k):
     grid=[dict(B=2048, D=512, k=k) for k in (3, 4, 5)],
     quick=[dict(B=160, D=64, k=3)],
     reference=gram_whitened,
+    rules={"k at least 2": lambda p: p["k"] >= 2, "D at least k": lambda p: p["D"] >= p["k"]},
     targets=[bench.Target(1.05, pass_="fwd+bwd", where={"k": k}) for k in (3, 4, 5)],
     **costs,
 )
@@ -105,17 +110,17 @@ def gram_contrastive_loss(maker, B, D, k):
     return anchor, others
 
 
-@bench.case(grid=[dict(B=2048, D=512, k=3)], quick=[dict(B=160, D=64, k=3)], reference=triangle_projected, **costs)
+@bench.case(grid=[dict(B=2048, D=512, k=3)], quick=[dict(B=160, D=64, k=3)], reference=triangle_projected, rules=modalities(3), **costs)
 def triangle_contrastive_loss(maker, B, D, k):
     return tuple(draw(maker, B, D, k))
 
 
-@bench.case(grid=[dict(B=8192, D=512, k=2)], quick=[dict(B=160, D=64, k=2)], reference=clip_formula, targets=[bench.Target(1.1, pass_="fwd+bwd")], **costs)
+@bench.case(grid=[dict(B=8192, D=512, k=2)], quick=[dict(B=160, D=64, k=2)], reference=clip_formula, rules=modalities(2), targets=[bench.Target(1.1, pass_="fwd+bwd")], **costs)
 def clip_loss(maker, B, D, k):
     return tuple(draw(maker, B, D, k))
 
 
-@bench.case(grid=[dict(B=8192, D=512, k=2)], quick=[dict(B=160, D=64, k=2)], reference=siglip_formula, targets=[bench.Target(1.1, pass_="fwd+bwd")], **costs)
+@bench.case(grid=[dict(B=8192, D=512, k=2)], quick=[dict(B=160, D=64, k=2)], reference=siglip_formula, rules=modalities(2), targets=[bench.Target(1.1, pass_="fwd+bwd")], **costs)
 def siglip_loss(maker, B, D, k):
     return tuple(draw(maker, B, D, k))
 
@@ -132,10 +137,10 @@ for case, eager in (
     bench.provider(case, name="eager")(eager)
     bench.compiled(case)(eager)
 
-bench.ours(gram_contrastive_loss)(functools.partial(ops.gram_contrastive_loss, temperature=TEMPERATURE, label_smoothing=0.1))
-bench.ours(triangle_contrastive_loss)(functools.partial(ops.triangle_contrastive_loss, temperature=TEMPERATURE, label_smoothing=0.1))
-bench.ours(clip_loss)(functools.partial(ops.clip_loss, logit_scale=SCALE, label_smoothing=0.1))
-bench.ours(siglip_loss)(functools.partial(ops.siglip_loss, logit_scale=SCALE, logit_bias=BIAS))
+bench.ours(gram_contrastive_loss, runs="modalign::gram_contrastive_loss")(functools.partial(ops.gram_contrastive_loss, temperature=TEMPERATURE, label_smoothing=0.1))
+bench.ours(triangle_contrastive_loss, runs="modalign::triangle_contrastive_loss")(functools.partial(ops.triangle_contrastive_loss, temperature=TEMPERATURE, label_smoothing=0.1))
+bench.ours(clip_loss, runs="modalign::clip_loss")(functools.partial(ops.clip_loss, logit_scale=SCALE, label_smoothing=0.1))
+bench.ours(siglip_loss, runs="modalign::siglip_loss")(functools.partial(ops.siglip_loss, logit_scale=SCALE, logit_bias=BIAS))
 
 
 @bench.matmul_floor(gram_contrastive_loss, triangle_contrastive_loss, clip_loss, siglip_loss)

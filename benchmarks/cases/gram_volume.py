@@ -83,10 +83,15 @@ def volume_bytes(p, pass_, size):
     return size * (vectors + volumes if pass_ == "fwd" else 2 * vectors + volumes)
 
 
+VOLUMES = {"k at least 2": lambda p: p["k"] >= 2, "D at least k": lambda p: p["D"] >= p["k"]}
+TRIANGLES = {"k = 3": lambda p: p["k"] == 3}
+
+
 @bench.case(
     grid=[dict(B=2048, C=2048, D=512, k=k) for k in (3, 4, 5, 2)],
     quick=[dict(B=192, C=160, D=64, k=3), dict(B=192, C=160, D=64, k=2)],
     reference=whitened,
+    rules=VOLUMES,
     flops=matmul_flops,
     bytes=volume_bytes,
     # The tile engine alone (k = 2) keeps up with torch.mm; more modalities share one packing of the anchors and leave less to write than the
@@ -101,6 +106,7 @@ def gram_volume(maker, B, C, D, k):
     grid=[dict(B=512, C=512, D=512, k=3, near_zero=share) for share in (0, 1, 100)],
     quick=[dict(B=100, C=100, D=64, k=3, near_zero=share) for share in (0, 1, 100)],
     reference=whitened,
+    rules=VOLUMES,
     flops=matmul_flops,
     bytes=volume_bytes,
 )
@@ -124,6 +130,7 @@ def gram_volume_near_zero(maker, B, C, D, k, near_zero):
     grid=[dict(B=512, C=512, D=256, k=3)],
     quick=[dict(B=64, C=96, D=32, k=3)],
     reference=triangle_projected,
+    rules=TRIANGLES,
     flops=matmul_flops,
     bytes=volume_bytes,
 )
@@ -135,6 +142,7 @@ def triangle_area(maker, B, C, D, k):
     grid=[dict(N=16384, D=512, k=k) for k in (3, 5)],
     quick=[dict(N=256, D=64, k=3)],
     reference=paired_whitened,
+    rules=VOLUMES,
     bytes=lambda p, pass_, size: size * p["N"] * ((1 if pass_ == "fwd" else 2) * p["k"] * p["D"] + 1),
 )
 def paired_gram_volume(maker, N, D, k):
@@ -154,9 +162,9 @@ for case, eager in ((triangle_area, triangle_projected), (paired_gram_volume, pa
     bench.provider(case, name="eager")(eager)
     bench.compiled(case)(eager)
 
-bench.ours(*volume_cases)(ops.gram_volume)
-bench.ours(triangle_area)(ops.triangle_area)
-bench.ours(paired_gram_volume)(ops.paired_gram_volume)
+bench.ours(*volume_cases, runs="modalign::gram_volume")(ops.gram_volume)
+bench.ours(triangle_area, runs="modalign::triangle_area")(ops.triangle_area)
+bench.ours(paired_gram_volume, runs="modalign::paired_gram_volume")(ops.paired_gram_volume)
 
 
 @bench.matmul_floor(gram_volume, gram_volume_near_zero, triangle_area)

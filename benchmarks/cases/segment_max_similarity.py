@@ -4,11 +4,9 @@ segments, and the floor: torch.mm of the same products, 2 S L A D forward and 4 
 segment_max_similarity   S segments of L rows on average: 64 images of 196 patches and 1024 tokens; 2048 images of 8 regions and 512 attributes
 """
 
-import contextlib
-
 import torch
 
-from modalign import _load, bench, ops
+from modalign import bench, ops
 from modalign.ops.segment_max_similarity import formula_segment_max_similarity
 
 
@@ -43,25 +41,9 @@ def segment_max_similarity(maker, S, L, A, D):
 # ------------------------------------------------------------------------------------------------------------------------------------------ providers
 
 
-def narrower():
-    """AVX2 is what most machines have; this shows it where the machine runs something wider."""
-    return None if _load.instruction_set() == "avx512" else "the machine's own choice is not wider than avx2"
-
-
-@contextlib.contextmanager
-def avx2():
-    with _load.use_instruction_set("avx2"):
-        yield
-
-
-def ours(x, offsets, y):
-    return ops.segment_max_similarity(x, offsets, y).values
-
-
 bench.provider(segment_max_similarity, name="formula", kind="formula")(lambda x, offsets, y: formula_segment_max_similarity(x, offsets, y).values)
 bench.provider(segment_max_similarity, name="eager")(loop)
-bench.provider(segment_max_similarity, name="ours", kind="ours")(ours)
-bench.provider(segment_max_similarity, name="ours (avx2)", kind="ours", unavailable=narrower, context=avx2)(ours)
+bench.ours(segment_max_similarity, runs="modalign::segment_max_similarity")(lambda x, offsets, y: ops.segment_max_similarity(x, offsets, y).values)
 
 
 @bench.matmul_floor(segment_max_similarity)

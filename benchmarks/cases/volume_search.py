@@ -27,6 +27,7 @@ def topk_of_matrix(anchor, others, k):
     grid=[dict(B=512, C=8192, D=512, m=2, k=10)],
     quick=[dict(B=100, C=300, D=64, m=2, k=10)],
     reference=topk_of_matrix,
+    rules={"k from 1 to C": lambda p: 1 <= p["k"] <= p["C"], "m at least 1": lambda p: p["m"] >= 1, "D above m": lambda p: p["D"] > p["m"]},
     flops=lambda p, pass_, size: 2 * p["B"] * p["C"] * p["m"] * p["D"],
     bytes=lambda p, pass_, size: size * (p["B"] + p["m"] * p["C"]) * p["D"] + (size + 8) * p["B"] * p["k"],
     passes=["fwd"],
@@ -39,12 +40,12 @@ bench.provider(gram_topk, name="eager")(topk_of_matrix)
 bench.compiled(gram_topk)(topk_of_matrix)
 
 
-@bench.provider(gram_topk, name="gram_volume and torch.topk", kind="ours")
+@bench.provider(gram_topk, name="gram_volume and torch.topk", kind="ours", runs="modalign::gram_volume")
 def topk_of_our_matrix(anchor, others, k):
     return ops.gram_volume(anchor, others).topk(k, largest=False).values
 
 
-@bench.provider(gram_topk, name="ours", kind="ours")
+@bench.provider(gram_topk, name="ours", kind="ours", runs="modalign::gram_volume")
 def selected(anchor, others, k):
     return ops.gram_topk(anchor, others, k).values
 

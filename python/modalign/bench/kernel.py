@@ -124,7 +124,7 @@ def measure_kernel(
 ) -> list[dict[str, Any]]:
     """One entry per size and dtype, as in `kernels` of the results schema: N = B = C rows, candidates or both, of `width` numbers.
 
-    A CUDA kernel is listed as one that needs a GPU. ValueError names the kernels where there is none of this name.
+    A CUDA kernel is listed with the command that times it. ValueError names the kernels where there is none of this name.
     """
     known = names()
     if name not in known:
@@ -136,8 +136,8 @@ def measure_kernel(
                 "beside": "",
                 "parameters": {},
                 "dtype": "",
-                "status": "needs a GPU",
-                "reason": "kernels on a GPU are timed by the profiler: modalign bench run CASE --device cuda --profile FOLDER",
+                "status": "by profiler" if torch.cuda.is_available() else "needs a GPU",
+                "reason": "kernels on a GPU are timed by torch's profiler: modalign bench run CASE --device cuda --profile FOLDER",
             }
         ]
     try:

@@ -45,12 +45,13 @@ def avx2() -> Iterator[None]:
         yield
 
 
-def ours(*of: Case | str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """The decorated function as provider "ours", and again on AVX2, which most machines have, where this one runs something wider."""
+def ours(*of: Case | str, runs: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """The decorated function as provider "ours", and again on AVX2, which most machines have, where this one runs something wider. runs: the op whose
+    kernels it is timed for."""
 
     def declare(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        provider(*of, name="ours", kind="ours")(function)
-        provider(*of, name="ours (avx2)", kind="ours", unavailable=not_wider, context=avx2)(function)
+        provider(*of, name="ours", kind="ours", runs=runs)(function)
+        provider(*of, name="ours (avx2)", kind="ours", runs=runs, unavailable=not_wider, context=avx2)(function)
         return function
 
     return declare

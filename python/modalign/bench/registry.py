@@ -45,7 +45,8 @@ class Target:
 class Case:
     """make(maker, **parameters) gives the inputs, a tuple of tensors or lists of tensors; every floating one is differentiated. reference takes
     them in float64 and is differentiable. flops and bytes count what the problem needs, not what a provider does. Where sparsity makes the problem
-    smaller, dense_flops counts what it would need without: rows then hold the useful rate (flops) and the dense-equivalent one (dense_flops)."""
+    smaller, dense_flops counts what it would need without: rows then hold the useful rate (flops) and the dense-equivalent one (dense_flops). rules are
+    what its parameters must have beyond what make says: {"k at least 2": lambda p: p["k"] >= 2}."""
 
     name: str
     make: Callable[..., tuple[Any, ...]]
@@ -58,6 +59,7 @@ class Case:
     passes: tuple[str, ...] = PASSES
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     targets: tuple[Target, ...] = ()
+    rules: Mapping[str, Callable[[Parameters], bool]] = field(default_factory=dict)
     file: str = ""
 
     @property
@@ -89,7 +91,8 @@ class Provider:
     """function(*inputs) gives the result, and its backward is autograd's. A floor instead has prepare(sets, parameters, dtype, device), which gives
     {"fwd": f, "bwd": f}: functions of the number of the input set; under "plan" it may say what they run. requires is the module that it imports,
     and install what to install for it where the package has another name; without the module its rows say "not installed". unavailable() is None or
-    another reason why it cannot run here; plan() says what runs, read inside `context`."""
+    another reason why it cannot run here; plan() says what runs, read inside `context`. runs is an op that must take part, as
+    "modalign::clip_loss": where it does not, the provider fell back and gets no speed."""
 
     name: str
     function: Callable[..., Tensor] | None = None
@@ -100,6 +103,7 @@ class Provider:
     unavailable: Callable[[], str | None] = lambda: None
     plan: Callable[[], str] | None = None
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    runs: str = ""
     compiled: bool = False  # the first call of a shape is expensive and does not count, in memory either
 
     def standing(self) -> tuple[str, str]:

@@ -89,7 +89,7 @@ def verdicts(rows: Sequence[Row]) -> str:
                 _list(
                     [
                         f"{word}: {row['provider']} at most {row['target']['ratio']:g} of the floor's time, took "
-                        f"{row['ratio_to_floor']['median']:.2f} ({tables.label(row)})"
+                        f"{tables.beside(row['ratio_to_floor']['median'], row['target']['ratio'])} ({tables.label(row)})"
                         for row in chosen
                     ],
                     kind,
@@ -98,6 +98,7 @@ def verdicts(rows: Sequence[Row]) -> str:
     for kind, status, title in (
         ("bad", "mismatch", "Wrong results, so without a speed"),
         ("bad", "failed", "Failed"),
+        ("odd", "no kernel", "No kernel of ours ran, so without a speed"),
         ("odd", "not installed", "Not installed"),
         ("odd", "unavailable", "Cannot run here"),
         ("odd", "out of memory", "Out of memory"),

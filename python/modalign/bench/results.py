@@ -104,7 +104,10 @@ def _no_number(name: str) -> None:
 def read_results(path: str | Path) -> dict[str, Any]:
     """Read what this version or an older one wrote. ValueError where it is something else."""
     try:
-        results = json.loads(Path(path).read_text(), parse_constant=_no_number)
+        results = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
+    except OSError as error:
+        found = "a folder" if Path(path).is_dir() else "one that does not open" if Path(path).exists() else "nothing of that name"
+        raise ValueError(f"bench results: {path} must be a JSON file, got {found}") from error
     except ValueError as error:
         raise ValueError(f"bench results: {path} must be JSON, got {error}") from error
     try:

@@ -87,6 +87,8 @@ def check_options(cases: Sequence[Case], options: Options) -> None:
         raise ValueError(f"bench: the options must leave something to run of every case, got no size or no pass that they agree with of {', '.join(empty)}")
     for case in cases:
         for point, pass_ in itertools.product(_grid(case, options), _passes(case, options)):
+            if broken := [rule for rule, holds in case.rules.items() if not holds(point)]:
+                raise ValueError(f"bench: sizes of the case {case.name} must have {' and '.join(broken)}, got {listed(point)}")
             costs_of(case, point, pass_, torch.float32)
 
 
@@ -181,6 +183,8 @@ class Point:
         for name, one in self.runs(floor=False).items():
             if problem := check.verdict(one, self.errors[name], formula_errors):
                 self.standing[name] = "mismatch", problem
+            elif one.runs and not check.runs(one):
+                self.standing[name] = "no kernel", f"{one.runs} takes no part at these sizes; plain torch does the work"
 
     def probe(self) -> None:
         """Peak memory of every provider and pass."""

@@ -27,6 +27,7 @@ Row = dict[str, Any]
 DASH = "–"
 MARK = " (noisy)"
 NOISY = "(noisy): the times of the row or of its floor spread by more than 10 %, something else was running"
+SMALLEST_PEAK = 1e6
 LEFT = ("case", "pass", "provider", "plan", "floor_source", "reason")
 
 
@@ -44,6 +45,11 @@ def byte_count(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def peak(count: float) -> str:
+    """Memory of a process is counted in pages and by what its allocators took in one piece: below this the figure is theirs."""
+    return f"< {byte_count(SMALLEST_PEAK)}" if count < SMALLEST_PEAK else byte_count(count)
+
+
 def _time(row: Row) -> str:
     if row["status"] != "ok":
         return row["status"]
@@ -55,11 +61,23 @@ def _rate(field: str, unit: str) -> Callable[[Row], str]:
     return lambda row: f"{row[field] / 1e9:.3g} {unit}" if row.get(field) else DASH
 
 
+def beside(figure: float, bound: float) -> str:
+    """As many digits as tell the two apart, two at least.
+
+    >>> beside(0.9512, 0.95), beside(0.914, 0.95)
+    ('0.951', '0.91')
+    """
+    digits = next((digits for digits in range(2, 9) if (round(figure, digits) > bound) == (figure > bound)), 9)
+    return f"{figure:.{digits}f}"
+
+
 def _ratio(row: Row) -> str:
     ratio = row.get("ratio_to_floor")
     if not ratio:
         return DASH
-    return f"{ratio['median']:.2f} ({ratio['q20']:.2f} … {ratio['q80']:.2f})" if row["kind"] != "floor" else "1"
+    target = row.get("target")
+    median = beside(ratio["median"], target["ratio"]) if target else f"{ratio['median']:.2f}"
+    return f"{median} ({ratio['q20']:.2f} … {ratio['q80']:.2f})" if row["kind"] != "floor" else "1"
 
 
 def _floor_source(row: Row) -> str:
@@ -106,7 +124,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "floor_source": ("which floor", _floor_source),
     "percent": ("% of floor", lambda row: f"{row['percent_of_floor']:.0f} %" if row.get("percent_of_floor") else DASH),
     "machine": ("% of machine", _of_machine),
-    "memory": ("peak memory", lambda row: byte_count(row["peak_memory_bytes"]) if row.get("peak_memory_bytes") is not None else DASH),
+    "memory": ("peak memory", lambda row: peak(row["peak_memory_bytes"]) if row.get("peak_memory_bytes") is not None else DASH),
     "error": ("error / RMS", _error("forward")),
     "gradient": ("gradient error / RMS", _error("backward")),
     "target": ("target", _target),
