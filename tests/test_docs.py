@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def test_table_of_losses_is_what_the_runs_gave():
     assert module.main(check=True) == 0, "run: python docs/loss_table.py"
     mix, pairs = module.scores("gram", "volume"), module.scores("clip", "sum of cosines")
     assert all(ours > theirs for ours, theirs in zip(mix, pairs, strict=True))  # what the page says under the table
+
+
+def test_table_of_views_is_what_the_run_gave():
+    spec = importlib.util.spec_from_file_location("text_weighted_views", ROOT / "examples/text_weighted_views.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    results = json.loads((ROOT / "benchmarks/results/text_weighted_views.json").read_text())
+    page = (DOCS / "losses/jma_loss.md").read_text()
+    assert f"<!-- views -->\n{module.table(results)}<!-- /views -->" in page and results["command"].replace("python ", "") in page
+    assert all(several > one for several, one in zip(results["r10"]["mean"], results["r10"]["one view"], strict=True))  # what the page says
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------ ops have pages

@@ -11,6 +11,7 @@ SAYS = {
     "swap_a_clip_loss": "peak memory of a step at batch 5000",
     "one_modality_missing": "with NaN in the gaps: the same loss and the same weights",
     "loss_over_two_processes": "process_group, ring",
+    "text_weighted_views": "| the mean weighted by the text |",
     "large_batch_in_chunks": "512 samples in chunks of 32: the gradients of the parameters agree",
 }
 
