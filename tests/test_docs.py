@@ -24,12 +24,16 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.fixture(scope="module")
-def op_table():
-    spec = importlib.util.spec_from_file_location("op_table", DOCS / "op_table.py")
+def module_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def op_table():
+    return module_of(DOCS / "op_table.py")
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------------- tables
@@ -47,19 +51,25 @@ def test_benchmark_tables_are_what_their_json_says(page, monkeypatch):
     assert tables.render(page.read_text()) == page.read_text(), f"run: python -m modalign.bench.tables {name_of(page)}"
 
 
+def test_table_of_prepared_sets_is_what_was_counted():
+    module = module_of(DOCS / "data_table.py")
+    assert module.main(["--check"]) == 0, "run: python docs/data_table.py"
+    found = json.loads(module.COUNTS.read_text())
+    page = module.PAGE.read_text()
+    for name, one in found.items():
+        assert re.search(rf"^\| `{name}` \| {one['items']:,} \|", page, re.MULTILINE), name  # the table above it
+    assert found["openmoji"]["in_emoji"] == found["emoji"]["items"]  # what the page says
+
+
 def test_table_of_losses_is_what_the_runs_gave():
-    spec = importlib.util.spec_from_file_location("loss_table", DOCS / "loss_table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_of(DOCS / "loss_table.py")
     assert module.main(check=True) == 0, "run: python docs/loss_table.py"
     mix, pairs = module.scores("gram", "volume"), module.scores("clip", "sum of cosines")
     assert all(ours > theirs for ours, theirs in zip(mix, pairs, strict=True))  # what the page says under the table
 
 
 def test_table_of_views_is_what_the_run_gave():
-    spec = importlib.util.spec_from_file_location("text_weighted_views", ROOT / "examples/text_weighted_views.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_of(ROOT / "examples/text_weighted_views.py")
     results = json.loads((ROOT / "benchmarks/results/text_weighted_views.json").read_text())
     page = (DOCS / "losses/jma_loss.md").read_text()
     assert f"<!-- views -->\n{module.table(results)}<!-- /views -->" in page and results["command"].replace("python ", "") in page
