@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from contrastive_cases import CONTRASTIVE, options_of, others_of
 from modalign import ops
@@ -84,6 +85,56 @@ def worker(rank, world):
         found[name, "default target"] = call(name, mine, scalars, plain, None, process_group=dist.group.WORLD, return_accuracy=True)
         found[name, "none"] = call(name, mine, scalars, options, target[here], process_group=dist.group.WORLD, reduction="none")
     return found
+
+
+class Heads(torch.nn.Module):
+    """Two heads and a learnable temperature in one model, as DistributedDataParallel wants it: everything inside its forward."""
+
+    def __init__(self, exchange="gather", group=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(width, 24), torch.nn.GELU(), torch.nn.Linear(24, 16)) for width in (20, 12))
+        self.log_scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.group = {} if group is None else {"process_group": group, "exchange": exchange}
+
+    def forward(self, *inputs):
+        x, y = (torch.utils.checkpoint.checkpoint(head, view, use_reentrant=False) for head, view in zip(self.heads, inputs, strict=True))
+        return ops.clip_loss(x, y, logit_scale=self.log_scale.exp(), normalize=True, **self.group)
+
+
+def trained(model, inputs, wrap):
+    """Two steps with the scaler of mixed precision."""
+    wrapped, scaler = wrap(model), torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        scaler.scale(wrapped(*inputs)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def whole_batch():
+    return [Maker(torch.float32, seed=5).randn(9, 20), Maker(torch.float32, seed=6).randn(9, 12)]
+
+
+def data_parallel(rank, world):
+    import torch.distributed as dist
+
+    here = [slice(0, 5), slice(5, 9)][rank]
+    inputs = [view[here] for view in whole_batch()]
+    return {
+        exchange: trained(Heads(exchange, dist.group.WORLD), inputs, torch.nn.parallel.DistributedDataParallel) for exchange in ("gather", "ring")
+    }
+
+
+def test_training_under_distributed_data_parallel(tmp_path):
+    """Unequal batches on two ranks, checkpointed encoders, a learnable temperature, a gradient scaler: the weights of one process with the whole batch."""
+    expected = trained(Heads(), whole_batch(), lambda model: model)
+    for found in run_ranks(2, "test_distributed:data_parallel", str(tmp_path)):
+        for exchange, weights in found.items():
+            for ours, theirs in zip(weights, expected, strict=True):
+                assert relative(ours, theirs.double()) < 1e-5, exchange
 
 
 @pytest.fixture(scope="module", params=list(SIZES))
