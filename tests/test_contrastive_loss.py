@@ -63,6 +63,20 @@ def test_one_sample_and_equal_logits():
         assert clip_loss(a, others[0], logit_scale=3.0).item() == pytest.approx(math.log(B), abs=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "siglip_loss"])
+@pytest.mark.parametrize("direction", ["both", "rows", "columns"])
+def test_one_sample_has_nothing_to_learn_from(name, direction):
+    """The loss is 0 whatever the vectors are, and so is the gradient: not the rounding of two halves that cancel."""
+    make = Maker(torch.float32, seed=1)
+    leaves = [10 * make.randn(1, 24), *(10 * other for other in others_of("triangle" if FORMS[name] != "product" else "product", make, 1, 24))]
+    for smoothing in (0.0, 0.1, 0.3):
+        for upstream in (1.0, 0.7):
+            given = [leaf.clone().requires_grad_() for leaf in leaves]
+            rest = [given[1:]] if FORMS[name] == "gram" else given[1:]
+            loss = upstream * LOSSES[name].call(given[0], *rest, label_smoothing=smoothing, direction=direction, **options_of(name, make))
+            assert loss.item() == 0 and not any(gradient.any() for gradient in torch.autograd.grad(loss, given))
+
+
 def test_perfect_alignment_of_orthogonal_samples():
     eye, B, tau = torch.eye(6, dtype=torch.float64), 6, 0.3
     assert gram_contrastive_loss(eye, [eye.clone()], temperature=tau).item() == pytest.approx(math.log(1 + (B - 1) * math.exp(-1 / tau)), rel=1e-12)

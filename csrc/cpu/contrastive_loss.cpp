@@ -382,7 +382,7 @@ struct LossUpstream {
   // The labelled pair's, with exp(z - lse) - 1 in one piece: in a nearly solved batch little is left of their difference.
   T of_label(T z, std::int64_t j) const {
     const T h = buffers.column_weight[j], along_row = std::expm1(z - lse.high - lse.low), along_column = std::expm1(z - buffers.column_high[j] - buffers.column_low[j]);
-    return row_part * g * (along_row + (smoothing - row_share)) + column_part * (h * along_column + (h - g) + (smoothing * g - h * column_share));
+    return row_part * g * (along_row + (smoothing - row_share)) + column_part * (h * (along_column + (smoothing - column_share)) + (1 - smoothing) * (h - g));
   }
   void end_row(std::int64_t slot) const {
     double scale = 0, bias = 0;

@@ -644,7 +644,7 @@ template <class Real> struct LossUpstream {
   MODALIGN_DEVICE Real of_label(const Row& line, const Column& here, Real z) const {
     const Real along_row = exponential_minus_1(z - line.lse.high - line.lse.low), along_column = exponential_minus_1(z - here.lse.high - here.lse.low);
     return row_part * line.weight * (along_row + (smoothing - here.row_share)) +
-           column_part * (here.weight * along_column + (here.weight - line.weight) + (smoothing * line.weight - here.weight * here.column_share));
+           column_part * (here.weight * (along_column + (smoothing - here.column_share)) + (Real(1) - smoothing) * (here.weight - line.weight));
   }
   MODALIGN_DEVICE PairUpstream<Real> at(const Row& line, const Column& here, std::int64_t, std::int64_t, std::int64_t j, Real value) const {
     if (!counts(line, here)) return {0, 0, 0};
