@@ -42,6 +42,12 @@ template <class T> inline Vector<T> load(const T* p) { Vector<T> v; std::memcpy(
 template <class T> inline void store(T* p, Vector<T> v) { std::memcpy(p, &v, sizeof v); }
 template <class T> inline Vector<T> broadcast(T x) { return x - Vector<T>{}; }
 
+// f(T{}) with what a dtype is accumulated in: double for double, float for everything else.
+template <class F>
+inline auto with_real(Scalar dtype, F f) {
+  return dtype == Scalar::f64 ? f(double{}) : f(float{});
+}
+
 // ---- 16-bit types -------------------------------------------------------------------------------------------------------------------------------------
 
 inline float widen_bf16(std::uint16_t h) {

@@ -255,11 +255,6 @@ struct PairValues {
 
 // ---- from a problem to its geometry -------------------------------------------------------------------------------------------------------------------
 
-template <class F>
-inline auto with_real(Scalar dtype, F f) {
-  return dtype == Scalar::f64 ? f(double{}) : f(float{});
-}
-
 inline Sizes sizes_of(const GramVolumeProblem& p) { return {p.B, p.C, p.D, p.m}; }
 inline Sizes sizes_of(const TriangleAreaProblem& p) { return {p.B, p.C, p.D, 2}; }
 inline std::int64_t work_of(const Sizes& s) { return s.B * s.C * s.m * s.D; }

@@ -13,6 +13,7 @@ from .gram_hard_negatives import gram_hard_negatives  # noqa: E402
 from .gram_target_rank import gram_target_rank  # noqa: E402
 from .gram_topk import gram_topk  # noqa: E402
 from .gram_volume import gram_volume  # noqa: E402
+from .knn import knn  # noqa: E402
 from .paired_gram_volume import paired_gram_volume  # noqa: E402
 from .pairwise_logsumexp import pairwise_logsumexp  # noqa: E402
 from .segment_max_similarity import segment_max_similarity  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "gram_target_rank",
     "gram_topk",
     "gram_volume",
+    "knn",
     "paired_gram_volume",
     "pairwise_logsumexp",
     "segment_max_similarity",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["smallest"]
+__all__ = ["merged", "smallest"]
 
 
 def smallest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -24,3 +24,11 @@ def smallest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     indices = torch.where(before, indices, lowest.gather(1, place.clamp(min=0))).sort(1).values
     values, order = x.gather(1, indices).sort(dim=1, stable=True)
     return values, indices.gather(1, order)
+
+
+def merged(best: tuple[Tensor, Tensor] | None, found: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest of both lists. `best` holds the lower indices and goes first, so a stable sort settles ties."""
+    if best is None:
+        return found
+    values, order = torch.cat([best[0], found[0]], 1).sort(dim=1, stable=True)
+    return values[:, :k], torch.cat([best[1], found[1]], 1).gather(1, order[:, :k])

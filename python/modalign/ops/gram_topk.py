@@ -11,7 +11,7 @@ from . import _arguments as arguments
 from . import _volume_panels as volume_panels
 from ._registration import accumulation_dtype, refuse_forward_mode
 from ._results import Neighbors
-from ._selection import smallest
+from ._selection import merged, smallest
 from .gram_volume import reference_gram_volume
 
 __all__ = ["gram_topk", "reference_gram_topk"]
@@ -96,7 +96,7 @@ def gram_topk(
             best: tuple[Tensor, Tensor] | None = None
             for candidates in volume_panels.panels(C, columns):
                 values, indices = smallest(volume_panels.volumes(anchor, vectors, present, normalize, panel, candidates), k)
-                best = _merged(best, (values, indices + candidates.start), k)
+                best = merged(best, (values, indices + candidates.start), k)
             found.append(best)
         return Neighbors(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
@@ -107,14 +107,6 @@ def _check_k(op: str, k: object, C: int) -> int:
     if not 0 <= k <= C:
         raise ValueError(f"{op}: k must be from 0 to the number of candidates C = {C}, got {k}")
     return k
-
-
-def _merged(best: tuple[Tensor, Tensor] | None, found: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k smallest of both lists. `best` holds the lower indices and goes first, so a stable sort settles ties."""
-    if best is None:
-        return found
-    values, order = torch.cat([best[0], found[0]], 1).sort(dim=1, stable=True)
-    return values[:, :k], torch.cat([best[1], found[1]], 1).gather(1, order[:, :k])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------- plain-torch formulas

@@ -1,0 +1,148 @@
+// Exact nearest neighbours on the CPU; compiled once per instruction set.
+//
+// Maths      ops/knn.h. One product serves all metrics: a scale and a bias per point make it a score.
+// Mapping    cpu/select.h: groups of rows are tasks, their tiles are compared with each row's k-th best while they are in cache.
+// Cost       2 N M D FLOPs; reads (N + M) D, writes N k. Memory beyond in- and outputs: the packed operands, (N + M) D, and the lists of the rows in progress.
+// Precision  products and norms are sums in float (double for double) in the order of the elements, one chain each: equal rows have equal bits wherever they stand.
+
+#include "cpu/knn.h"
+
+#include <cmath>
+
+#include "cpu/select.h"
+
+namespace modalign::cpu {
+inline namespace MODALIGN_ISA {
+namespace {
+
+template <class T> constexpr std::int64_t kTileColumns = 8 * kLanes<T>;
+
+// Sum of squares of the rows in a panel [depth][width], each the chain that a product of the row with itself is.
+template <class T, int width>
+void panel_squares(const T* panel, std::int64_t depth, T* squares) {
+  T sum[width] = {};
+  for (std::int64_t k = 0; k < depth; ++k)
+    for (int r = 0; r < width; ++r) sum[r] += panel[k * width + r] * panel[k * width + r];
+  for (int r = 0; r < width; ++r) squares[r] = sum[r];
+}
+
+template <class T>
+struct Buffers {
+  std::int64_t columns;   // with their padding
+  SelectionPlan plan;
+  T* row_panels;
+  T* column_panels;
+  T* row_square;   // |q_i|^2, with room for whole panels
+  T* scale;        // of every packed column
+  T* bias;
+  SelectionBuffers<T> lists;
+
+  Buffers(const KnnProblem& p, Arena& arena)
+      : columns(round_up(p.M, kPanelColumns<T>)),
+        plan(p.N, (columns + kTileColumns<T> - 1) / kTileColumns<T>, p.k, sizeof(Key<T>)),
+        row_panels(arena.take<T>(packed_rows_size(p.N, p.D))),
+        column_panels(arena.take<T>(packed_columns_size<T>(p.M, p.D))),
+        row_square(arena.take<T>(round_up(p.N, kRegisterRows))),
+        scale(arena.take<T>(columns)),
+        bias(arena.take<T>(columns)),
+        lists(plan, p.N, p.k, arena) {}
+};
+
+// Rows into panels of `width`; done(panel, first) follows each.
+template <int width, class T, class Done>
+void pack(Scalar dtype, const BatchedRows& from, std::int64_t count, std::int64_t D, T* panels, const Parallel& parallel, const Done& done) {
+  parallel_for(parallel, 0, (count + width - 1) / width, 4, [&](std::int64_t begin, std::int64_t end) {
+    Scratch<T> rows(width * D);
+    for (std::int64_t panel = begin; panel < end; ++panel) {
+      const std::int64_t first = panel * width;
+      const int here = static_cast<int>(minimum(width, count - first));
+      for (int r = 0; r < here; ++r) load_row<T>(dtype, from.data, (first + r) * from.row_stride, from.element_stride, D, rows + r * D);
+      pack_panel(width, here, D, [&](int r) { return rows + r * D; }, panels + first * D);
+      done(panels + first * D, first);
+    }
+  });
+}
+
+template <class T>
+void pack_operands(const KnnProblem& p, const Buffers<T>& to, const Parallel& parallel) {
+  pack<kRegisterRows>(p.dtype, p.queries, p.N, p.D, to.row_panels, parallel, [&](const T* panel, std::int64_t first) {
+    if (p.metric != Metric::dot) panel_squares<T, kRegisterRows>(panel, p.D, to.row_square + first);
+  });
+  constexpr int P = kPanelColumns<T>;
+  pack<P>(p.dtype, p.points, p.M, p.D, to.column_panels, parallel, [&](const T* panel, std::int64_t first) {
+    T square[P];
+    if (p.metric != Metric::dot) panel_squares<T, P>(panel, p.D, square);
+    for (int c = 0; c < P; ++c) {
+      const std::int64_t j = first + c;
+      T given = 0;
+      if (j < p.M && p.bias.data) given = static_cast<const T*>(p.bias.data)[j * p.bias.stride];
+      to.scale[j] = p.metric == Metric::cosine ? (square[c] == 0 ? T(0) : 1 / std::sqrt(square[c])) : T(1);
+      to.bias[j] = is_distance(p.metric) ? square[c] / -2 : given;
+      if (j >= p.M) to.scale[j] = 0, to.bias[j] = -std::numeric_limits<T>::infinity();
+    }
+  });
+}
+
+std::int64_t at(const OptionalVector& v, std::int64_t i) { return static_cast<const std::int64_t*>(v.data)[i * v.stride]; }
+
+template <class T>
+T value_of(Metric metric, T score, T row_square) {
+  switch (metric) {
+    case Metric::dot: return score;
+    case Metric::cosine: return row_square == 0 ? T(0) : score / std::sqrt(row_square);
+    default: break;
+  }
+  const T square = row_square - 2 * score, clamped = square < 0 ? T(0) : square;
+  return metric == Metric::euclidean ? std::sqrt(clamped) : clamped;
+}
+
+template <class T>
+void run(const KnnProblem& p, const KnnResult& to, const Buffers<T>& buffers, const Parallel& parallel) {
+  pack_operands(p, buffers, parallel);
+  const PackedPair<T> pair{buffers.row_panels, p.N, buffers.column_panels, buffers.columns, p.D, kTileColumns<T>};
+  const auto score = [&](const Tile<T>& tile) {
+    constexpr int L = kVectorLanes<T>;
+    for (std::int64_t i = 0; i < tile.rows; ++i)
+      for (std::int64_t c = 0; c < tile.columns; c += L) {
+        T* z = tile.data + i * tile.ld + c;
+        store(z, load(z) * load(buffers.scale + tile.column + c) + load(buffers.bias + tile.column + c));
+      }
+  };
+  const auto allowed = [&](std::int64_t i, std::int64_t j) {
+    if (p.skip.data && at(p.skip, i) == j) return false;
+    return !p.query_labels.data || at(p.query_labels, i) != at(p.point_labels, j);
+  };
+  const auto finish = [&](std::int64_t i, const Key<T>* keys, std::int64_t count) {
+    T* values = static_cast<T*>(to.values) + i * p.k;
+    for (std::int64_t n = 0; n < count; ++n) {
+      values[n] = value_of(p.metric, score_of<T>(keys[n]), buffers.row_square[i]);
+      to.indices[i * p.k + n] = index_of(keys[n]);
+    }
+    constexpr T infinity = std::numeric_limits<T>::infinity();
+    for (std::int64_t n = count; n < p.k; ++n) values[n] = is_distance(p.metric) ? infinity : -infinity, to.indices[i * p.k + n] = -1;
+  };
+  select_best<T>(pair, p.k, buffers.plan, buffers.lists, parallel, score, allowed, finish);
+}
+
+std::int64_t workspace_bytes(const KnnProblem& p) {
+  return with_real(p.dtype, [&](auto real) {
+    Arena arena(nullptr);
+    Buffers<decltype(real)>(p, arena);
+    return arena.used();
+  });
+}
+
+void knn(const KnnProblem& p, const KnnResult& to, void* workspace, const Parallel& parallel) {
+  with_real(p.dtype, [&](auto real) {
+    Arena arena(workspace);
+    run(p, to, Buffers<decltype(real)>(p, arena), parallel);
+  });
+}
+
+}  // namespace
+
+extern const KnnKernels kKnnKernels;
+const KnnKernels kKnnKernels = {workspace_bytes, knn};
+
+}  // inline namespace
+}  // namespace modalign::cpu

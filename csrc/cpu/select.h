@@ -1,0 +1,252 @@
+// Engine form (e): the best k of every row of a matrix of scores that is never stored.
+//
+// Order      larger score first, equal ones by rising index. That is a total order, and a product has one order of sums wherever its tile begins, so the result depends on
+//            the scores alone: not on tiles, on the order in which they are visited, on threads, or on k (the first 10 of k = 100 are those of k = 10).
+// Keys       score and index are packed into one integer, the score's bits so that they rise with it, the index downwards: one comparison decides.
+// Epilogue   a row has a list with room for some keys beyond k and a threshold, its k-th best so far. A group of columns is compared with the threshold, and only what
+//            reaches it is looked at; where the list is full the best k are found and the threshold rises. Randomly ordered columns give k (1 + ln(M / k)) survivors.
+// Tiles      are visited in bit-reversed order: columns that are sorted worst first would otherwise all survive.
+#pragma once
+
+#include <limits>
+
+#include "cpu/tile.h"
+
+namespace modalign::cpu {
+inline namespace MODALIGN_ISA {
+
+// ---- keys ---------------------------------------------------------------------------------------------------------------------------------------------
+
+template <class T> struct ScoreBits;
+template <> struct ScoreBits<float> { using Bits = std::uint32_t; using Key = std::uint64_t; };
+template <> struct ScoreBits<double> { using Bits = std::uint64_t; __extension__ using Key = unsigned __int128; };
+template <class T> using Key = typename ScoreBits<T>::Key;   // 0 is below every key
+
+template <class T>
+inline Key<T> key_of(T score, std::int64_t index) {
+  using Bits = typename ScoreBits<T>::Bits;
+  constexpr Bits sign = Bits(1) << (8 * sizeof(T) - 1);
+  score += T(0);   // -0 and 0 are equal
+  Bits bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  bits = bits & sign ? ~bits : bits | sign;
+  return Key<T>(bits) << 32 | (0xffffffffu - static_cast<std::uint32_t>(index));
+}
+template <class T>
+inline T score_of(Key<T> key) {
+  using Bits = typename ScoreBits<T>::Bits;
+  constexpr Bits sign = Bits(1) << (8 * sizeof(T) - 1);
+  Bits bits = static_cast<Bits>(key >> 32);
+  bits = bits & sign ? bits & ~sign : ~bits;
+  T score;
+  std::memcpy(&score, &bits, sizeof score);
+  return score;
+}
+template <class K> inline std::int64_t index_of(K key) { return 0xffffffffu - static_cast<std::uint32_t>(key); }
+
+template <class K> inline void exchange(K& a, K& b) { const K c = a; a = b; b = c; }
+
+// The k largest of n different keys to the front, the smallest of these at k - 1. (Hoare's selection, median of three. The standard library's functions would be merged
+// by the linker across instruction sets.)
+template <class K>
+inline void largest_first(K* keys, std::int64_t n, std::int64_t k) {
+  std::int64_t low = 0, high = n - 1;
+  while (low < high) {
+    const std::int64_t middle = low + (high - low) / 2;
+    if (keys[middle] > keys[low]) exchange(keys[middle], keys[low]);
+    if (keys[high] > keys[low]) exchange(keys[high], keys[low]);
+    if (keys[high] > keys[middle]) exchange(keys[high], keys[middle]);
+    const K pivot = keys[middle];
+    std::int64_t i = low, j = high;
+    while (i <= j) {
+      while (keys[i] > pivot) ++i;
+      while (pivot > keys[j]) --j;
+      if (i <= j) exchange(keys[i++], keys[j--]);
+    }
+    if (k - 1 <= j) high = j;
+    else if (k - 1 >= i) low = i;
+    else return;
+  }
+}
+
+// Falling order, in place: heap sort, short lists by insertion.
+template <class K>
+inline void sort_falling(K* keys, std::int64_t n) {
+  if (n <= 24) {
+    for (std::int64_t i = 1; i < n; ++i) {
+      const K key = keys[i];
+      std::int64_t j = i;
+      for (; j > 0 && key > keys[j - 1]; --j) keys[j] = keys[j - 1];
+      keys[j] = key;
+    }
+    return;
+  }
+  const auto sink = [&](std::int64_t root, std::int64_t size) {   // the smallest at the root
+    const K key = keys[root];
+    for (std::int64_t child; (child = 2 * root + 1) < size; root = child) {
+      if (child + 1 < size && keys[child + 1] < keys[child]) ++child;
+      if (!(keys[child] < key)) break;
+      keys[root] = keys[child];
+    }
+    keys[root] = key;
+  };
+  // `sink` moves the hole; the key lands where it stopped
+  for (std::int64_t root = n / 2 - 1; root >= 0; --root) sink(root, n);
+  for (std::int64_t size = n - 1; size > 0; --size) {
+    exchange(keys[0], keys[size]);
+    sink(0, size);
+  }
+}
+
+// ---- lists --------------------------------------------------------------------------------------------------------------------------------------------
+
+inline std::int64_t list_room(std::int64_t k) { return k + maximum(64, k <= 1024 ? k : k / 8); }
+
+template <class T>
+class BestOfRows {
+ public:
+  BestOfRows(std::int64_t rows, std::int64_t k) : k_(k), room_(list_room(k)), keys_(rows * room_), least_(rows), count_(rows), threshold_(rows) {}
+
+  void clear(std::int64_t rows) {
+    for (std::int64_t i = 0; i < rows; ++i) least_[i] = 0, count_[i] = 0, threshold_[i] = -std::numeric_limits<T>::infinity();
+  }
+
+  // A row of scores, whole panels of columns, of the points first, first + 1, ...; allowed(j) is asked of those alone that reach the threshold.
+  template <class Allowed>
+  void offer(std::int64_t i, const T* score, std::int64_t columns, std::int64_t first, const Allowed& allowed) {
+    constexpr int L = kVectorLanes<T>, G = kPanelColumns<T>;
+    for (std::int64_t c = 0; c < columns; c += G) {
+      const Vector<T> threshold = broadcast(threshold_[i]);
+      auto reached = load(score + c) >= threshold;
+      for (int l = L; l < G; l += L) reached |= load(score + c + l) >= threshold;
+      std::uint64_t words[kVectorBytes / 8], any = 0;
+      std::memcpy(words, &reached, sizeof words);
+      for (const std::uint64_t word : words) any |= word;
+      if (!any) continue;
+      for (std::int64_t j = c; j < c + G; ++j)
+        if (score[j] >= threshold_[i] && score[j] > -std::numeric_limits<T>::infinity() && allowed(first + j)) push(i, key_of(score[j], first + j));
+    }
+  }
+
+  void push(std::int64_t i, Key<T> key) {
+    if (key <= least_[i]) return;
+    Key<T>* list = keys_ + i * room_;
+    list[count_[i]++] = key;
+    if (count_[i] < room_) return;
+    largest_first(list, room_, k_);
+    count_[i] = k_;
+    least_[i] = list[k_ - 1];
+    threshold_[i] = score_of<T>(least_[i]);
+  }
+
+  // The list of row i in order, at most k keys.
+  Key<T>* sorted(std::int64_t i, std::int64_t* count) {
+    Key<T>* list = keys_ + i * room_;
+    if (count_[i] > k_) largest_first(list, count_[i], k_);
+    *count = minimum(count_[i], k_);
+    sort_falling(list, *count);
+    return list;
+  }
+
+ private:
+  std::int64_t k_, room_;
+  Scratch<Key<T>> keys_, least_;
+  Scratch<std::int64_t> count_;
+  Scratch<T> threshold_;
+};
+
+// ---- the walk -----------------------------------------------------------------------------------------------------------------------------------------
+
+// f(t) for t = 0 ... n - 1, in the order of their reversed bits.
+template <class F>
+inline void bit_reversed(std::int64_t n, const F& f) {
+  int bits = 0;
+  while ((std::int64_t(1) << bits) < n) ++bits;
+  for (std::int64_t i = 0; i < std::int64_t(1) << bits; ++i) {
+    std::int64_t t = 0;
+    for (int b = 0; b < bits; ++b) t |= (i >> b & 1) << (bits - 1 - b);
+    if (t < n) f(t);
+  }
+}
+
+// How rows and tiles of columns are dealt out to tasks. Groups of rows first; where these are few the columns are split as well, and lists are merged.
+struct SelectionPlan {
+  static constexpr std::int64_t kTasks = 32, kGroupRows = 8 * kTileRows, kListBytes = 8 << 20, kPartialBytes = 16 << 20, kLeastTiles = 4;
+  std::int64_t group_rows, groups, splits;
+
+  SelectionPlan(std::int64_t rows, std::int64_t tiles, std::int64_t k, std::int64_t key_bytes) {
+    const std::int64_t fair = round_up((rows + kTasks - 1) / kTasks, kRegisterRows), affordable = kListBytes / (list_room(k) * key_bytes) / kRegisterRows * kRegisterRows;
+    group_rows = maximum(kRegisterRows, minimum(maximum(kTileRows, minimum(fair, kGroupRows)), affordable));
+    groups = (rows + group_rows - 1) / group_rows;
+    splits = maximum(1, minimum(minimum(kTasks / maximum(1, groups), tiles / kLeastTiles), kPartialBytes / maximum(1, rows * k * key_bytes)));
+  }
+};
+
+template <class T>
+struct SelectionBuffers {
+  Key<T>* keys = nullptr;         // [splits][rows][k], where there is more than one split
+  std::int64_t* count = nullptr;  // [splits][rows]
+  SelectionBuffers(const SelectionPlan& plan, std::int64_t rows, std::int64_t k, Arena& arena) {
+    if (plan.splits == 1) return;
+    keys = arena.take<Key<T>>(plan.splits * rows * k);
+    count = arena.take<std::int64_t>(plan.splits * rows);
+  }
+};
+
+// The best k of every row: score(tile) turns products into scores in place (padding columns: -inf), allowed(i, j) says whether point j may be a neighbour of row i,
+// finish(i, keys, count) gets the list in order.
+template <class T, class Score, class Allowed, class Finish>
+inline void select_best(const PackedPair<T>& pair, std::int64_t k, const SelectionPlan& plan, const SelectionBuffers<T>& buffers, const Parallel& parallel, const Score& score,
+                        const Allowed& allowed, const Finish& finish) {
+  const std::int64_t tiles = pair.tiles();
+  parallel_for(parallel, 0, plan.groups * plan.splits, 1, [&](std::int64_t begin, std::int64_t end) {
+    Scratch<T> data(kTileRows * pair.tile_columns);
+    BestOfRows<T> best(plan.group_rows, k);
+    for (std::int64_t task = begin; task < end; ++task) {
+      const std::int64_t split = task % plan.splits, first = task / plan.splits * plan.group_rows, rows = minimum(plan.group_rows, pair.rows - first);
+      const std::int64_t first_tile = split * tiles / plan.splits;
+      best.clear(rows);
+      bit_reversed((split + 1) * tiles / plan.splits - first_tile, [&](std::int64_t t) {
+        const std::int64_t column = (first_tile + t) * pair.tile_columns;
+        for (std::int64_t r = 0; r < rows; r += kTileRows) {
+          const std::int64_t row = first + r;
+          const Tile<T> tile{row, minimum(kTileRows, rows - r), column, minimum(pair.tile_columns, pair.columns - column), data, pair.tile_columns};
+          tile_product<T>(pair.row_panels + row * pair.depth, tile.rows, pair.column_panels + column * pair.depth, tile.columns, pair.depth, data, tile.ld);
+          score(tile);
+          for (std::int64_t i = 0; i < tile.rows; ++i)
+            best.offer(r + i, data + i * tile.ld, tile.columns, column, [&](std::int64_t j) { return allowed(row + i, j); });
+        }
+      });
+      for (std::int64_t i = 0; i < rows; ++i) {
+        std::int64_t count;
+        const Key<T>* keys = best.sorted(i, &count);
+        if (plan.splits == 1) {
+          finish(first + i, keys, count);
+        } else {
+          const std::int64_t at = split * pair.rows + first + i;
+          std::memcpy(buffers.keys + at * k, keys, count * sizeof(Key<T>));
+          buffers.count[at] = count;
+        }
+      }
+    }
+  });
+  if (plan.splits == 1) return;
+  parallel_for(parallel, 0, pair.rows, 8, [&](std::int64_t begin, std::int64_t end) {
+    Scratch<Key<T>> keys(plan.splits * k);
+    for (std::int64_t i = begin; i < end; ++i) {
+      std::int64_t count = 0;
+      for (std::int64_t split = 0; split < plan.splits; ++split) {
+        const std::int64_t at = split * pair.rows + i;
+        std::memcpy(keys + count, buffers.keys + at * k, buffers.count[at] * sizeof(Key<T>));
+        count += buffers.count[at];
+      }
+      if (count > k) largest_first<Key<T>>(keys, count, k);
+      count = minimum(count, k);
+      sort_falling<Key<T>>(keys, count);
+      finish(i, keys, count);
+    }
+  });
+}
+
+}  // inline namespace
+}  // namespace modalign::cpu

@@ -1,0 +1,52 @@
+// What one call of knn or target_rank asks for: sizes, strides and pointers, and nothing of torch. ops/knn.cpp fills these structs once.
+//
+// A point is as near to a query as its score is large, and every metric is one score with a scale and a bias per point:
+//
+//     z_ij = (q_i . x_j) scale_j + bias_j
+//
+//     metric         scale_j     bias_j               value of a neighbour
+//     dot            1           b_j                  z
+//     cosine         1 / |x_j|   b_j                  z / |q_i|                  (a zero vector: 0)
+//     sqeuclidean    1           -|x_j|^2 / 2         max(|q_i|^2 - 2 z, 0)
+//     euclidean      1           -|x_j|^2 / 2         the square root of that
+//
+// b_j: given by the caller, 0 otherwise; not for distances. Norms are sums in the order of the products, so that a duplicate is at distance 0 exactly.
+//
+// Order      larger z first, equal ones by rising index: total, so that neighbours depend on the scores alone. NaN and -inf are never neighbours.
+// Left out   point j for query i where skip_i = j, or where both have labels and these are equal.
+#pragma once
+
+#include "ops/gram_volume.h"
+
+namespace modalign {
+
+constexpr std::int64_t kMaxPoints = (std::int64_t(1) << 31) - 1;   // kernels count points in 32 bits
+
+enum class Metric { dot, cosine, sqeuclidean, euclidean };
+
+inline bool is_distance(Metric metric) { return metric == Metric::sqeuclidean || metric == Metric::euclidean; }
+
+// An optional int64 or real vector with a stride in elements; data == nullptr: not given.
+struct OptionalVector {
+  const void* data;
+  std::int64_t stride;
+};
+
+struct KnnProblem {
+  Scalar dtype;
+  Metric metric;
+  std::int64_t N, M, D, k;
+  BatchedRows queries, points;   // [N, D], [M, D]; batch_stride is not used
+  OptionalVector bias;           // [M] accumulation type
+  OptionalVector skip;           // [N] int64, -1: none
+  OptionalVector query_labels;   // [N] int64
+  OptionalVector point_labels;   // [M] int64
+};
+
+// Contiguous; where fewer than k points are left, index -1 and value -inf (distances: inf).
+struct KnnResult {
+  void* values;            // [N, k] accumulation type
+  std::int64_t* indices;   // [N, k]
+};
+
+}  // namespace modalign
