@@ -386,6 +386,8 @@ def test_search_command(run, tmp_path):
         (["align", "photos"], "name must be one of emoji_mini, furniture_mini or a folder of .npy or .safetensors files, got 'photos'"),
         (["align", "emoji"], "got 'emoji'; `modalign prepare emoji --data-root DIR` makes it, --data-root DIR or $MODALIGN_DATA_ROOT finds it"),
         (["align", "emoji-mini", "--threads", "100000"], "modalign align: threads must be from 1 to the"),
+        (["align", "emoji-mini", "--nproc", "100000"], "modalign align: nproc must be from 1 to the"),
+        (["align", "emoji-mini", "--config", "nope.toml"], "modalign align: nope.toml: expected a TOML file, got one that does not open (No such file or directory)"),
         (["align", "emoji-mini", "--modalities", " ,"], "modalign align: modalities must name at least one, got ' ,'"),
         (["align", "emoji-mini", "--pairs", ""], "modalign align: pairs must name at least one, got ''"),
         (["align", "emoji-mini", "--temperature", "0"], "modalign align: temperature must be positive and pairwise_weight not negative, got 0.0"),

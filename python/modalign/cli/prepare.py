@@ -49,6 +49,8 @@ def prepare(
         raise ValueError(f"NAME must be one or more of {', '.join(SOURCES)}, got none")
     if data_root is None:
         raise ValueError("--data-root must name a folder (or the environment variable MODALIGN_DATA_ROOT), got none")
+    if data_root.exists() and not data_root.is_dir():
+        raise ValueError(f"--data-root must be a folder, got {data_root}")
     use_threads(threads)
     chosen = None if languages is None else [code.strip() for code in languages.split(",") if code.strip()]
     for name in names:

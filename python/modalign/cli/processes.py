@@ -20,6 +20,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 
+from ..bench.environment import all_threads
+
 __all__ = ["launch", "under_torchrun"]
 
 Work = Callable[..., None]  # of any arguments, with the process group as `process_group`
@@ -32,6 +34,8 @@ def launch(count: int, device: str, work: Work, *arguments: Any) -> None:
 
     Nobody else can reach them: they meet in a file of a private folder, and talk through the loopback interface.
     """
+    if device == "cpu" and count > all_threads():  # of GPUs each process asks for its own
+        raise ValueError(f"nproc must be from 1 to the {all_threads()} cores that this process may use, got {count}")
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ[variable] = "lo"
     logging.disable(logging.CRITICAL)  # torch would tell of failures in forty lines; they are told here

@@ -118,6 +118,8 @@ def read_settings(path: str | os.PathLike[str] | None, flags: Mapping[str, Any])
             content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: expected TOML, got a file that does not parse ({error})") from error
+        except OSError as error:
+            raise ValueError(f"{path}: expected a TOML file, got one that does not open ({error.strerror})") from error
         known = {item.name for item in fields(AlignSettings)} | set(BESIDE)
         unknown = sorted(set(content) - known)
         if unknown:
