@@ -463,5 +463,5 @@ WIDE = [
 
 CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY]
 
-# Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py and test_hard_negatives.py.
-SELECTIONS = ["clip_hard_negatives", "gram_hard_negatives", "gram_target_rank", "gram_topk", "knn"]
+# Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py, test_hard_negatives.py and test_knn.py.
+SELECTIONS = ["clip_hard_negatives", "gram_hard_negatives", "gram_target_rank", "gram_topk", "knn", "target_rank"]

@@ -1,9 +1,14 @@
 """Shared fixtures: a fixed seed for each test, and benchmark declarations that end with it."""
 
+import signal
+
 import pytest
 import torch
 
 from modalign.bench.registry import _cases, _providers, _sources
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background, and what is started from here would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Nearest neighbours: the order is that of a stable sort of all scores, to the last tie, for any k, threads and instruction set; and no matrix is stored."""
+"""Nearest neighbours and ranks: the order is that of a stable sort of all scores, to the last tie, for any k, threads and instruction set; and no matrix is stored."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from modalign import _load, info
-from modalign.ops import Neighbors, knn
+from modalign.ops import Neighbors, knn, target_rank
 from modalign.ops.knn import METRICS, _by_panels, reference_knn
+from modalign.ops.target_rank import _by_panels as rank_by_panels
+from modalign.ops.target_rank import reference_target_rank
 from modalign.testing import Maker, peak_memory
 
 F64 = torch.float64
@@ -162,6 +164,69 @@ def test_fewer_points_than_k_are_left():
     found = knn(points, k=3, metric="euclidean", exclude_labels=(labels, labels))
     assert found.indices[0].tolist() == [4, 5, -1] and found.values[0].tolist() == [4, 5, torch.inf]
     assert knn(points, k=3, metric="dot", exclude_labels=(labels * 0, labels * 0)).values.eq(-torch.inf).all()
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- ranks
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_rank_of_the_jth_neighbour_is_j(metric, dtype):
+    """To the last tie, for all points of a list of all."""
+    queries, points = whole_numbers(30, 10, 15).to(dtype), whole_numbers(200, 10, 16).to(dtype)
+    order = knn(queries, points, 200, metric=metric).indices
+    for place in (0, 1, 7, 100, 199):
+        assert (target_rank(queries, points, order[:, place], metric=metric) == place).all()
+
+
+@pytest.mark.parametrize("metric", ["dot", "sqeuclidean"])
+def test_ranks_with_points_left_out(metric):
+    queries, points = whole_numbers(300, 6, 17).float(), whole_numbers(700, 6, 18).float()
+    generator = torch.Generator().manual_seed(4)
+    target, skip = (torch.randint(-1, 700, (300,), generator=generator) for _ in range(2))
+    labels = torch.arange(300) % 5, torch.arange(700) % 5
+    target[3], skip[4] = -100, target[4]
+    for options in ({}, {"query_ids": skip}, {"exclude_labels": labels}):
+        found = target_rank(queries, points, target, metric=metric, **options)
+        assert torch.equal(found, reference_target_rank(queries.double(), points.double(), target, metric=metric, **options))
+        panels = rank_by_panels(queries, points, target, METRICS.index(metric), None, options.get("query_ids"), *options.get("exclude_labels", (None, None)))
+        assert torch.equal(found, panels) and (found[target < 0] == -1).all()
+    among = target_rank(points, None, (torch.arange(700) + 1) % 700, metric=metric, exclude_self=True)
+    assert torch.equal(among, reference_target_rank(points.double(), None, (torch.arange(700) + 1) % 700, metric=metric, exclude_self=True))
+
+
+def test_ranks_of_few_queries_and_of_what_has_none():
+    points = Maker(torch.float32, seed=8).randn(6000, 16)
+    target = torch.tensor([5999, 17, 17])
+    queries = points[torch.tensor([17, 3, 17])]
+    many = target_rank(queries, points, target)
+    assert many[2] == 0 and many[0] > 0
+    assert all(torch.equal(target_rank(queries[i : i + 1], points, target[i : i + 1])[0], many[i]) for i in range(3))
+    broken = points.clone()
+    broken[17] = torch.nan
+    assert target_rank(queries[1:2], broken, target[1:2]).tolist() == [-1]
+    assert target_rank(points[:0], points, target[:0]).shape == (0,)
+    assert target_rank(torch.ones(2, 1), torch.ones(50, 1), torch.tensor([0, 49])).tolist() == [0, 49]
+
+
+def test_ranks_refuse():
+    points = torch.ones(9, 3)
+    with pytest.raises(TypeError, match=r"target_rank: target must be an int64 tensor \[2\]"):
+        target_rank(points[:2], points, torch.zeros(2))
+    with pytest.raises(ValueError, match=r"target_rank: target must have shape \[2\]"):
+        target_rank(points[:2], points, torch.zeros(3, dtype=torch.int64))
+    for wrong in (9, -2):
+        with pytest.raises(RuntimeError, match=f"target_rank: target must hold indices from 0 to M - 1 = 8, -1 or -100, got {wrong} at row 1"):
+            target_rank(points[:2], points, torch.tensor([0, wrong]))
+
+
+def test_ranks_compiled_and_mapped():
+    points = Maker(torch.float32, seed=19).randn(40, 5)
+    target = torch.arange(40).flip(0)
+    expected = target_rank(points, None, target, metric="euclidean")
+    assert torch.equal(torch.compile(lambda x, t: target_rank(x, None, t, metric="euclidean"), fullgraph=True)(points, target), expected)
+    both = torch.vmap(lambda x: target_rank(x, None, target))(torch.stack([points, points + 1]))
+    assert torch.equal(both[0], target_rank(points, None, target)) and torch.equal(both[1], target_rank(points + 1, None, target))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- edges

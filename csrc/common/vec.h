@@ -9,7 +9,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -41,6 +41,26 @@ template <class T> constexpr int kLanes = 64 / static_cast<int>(sizeof(T));
 template <class T> inline Vector<T> load(const T* p) { Vector<T> v; std::memcpy(&v, p, sizeof v); return v; }
 template <class T> inline void store(T* p, Vector<T> v) { std::memcpy(p, &v, sizeof v); }
 template <class T> inline Vector<T> broadcast(T x) { return x - Vector<T>{}; }
+
+// Bit l says whether lane l of a comparison of Vector<T> holds.
+template <class T, class Comparison>
+inline std::uint32_t lane_bits(Comparison holds) {
+#if defined(__AVX512DQ__)
+  __m512i lanes;
+  std::memcpy(&lanes, &holds, sizeof lanes);
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask(lanes);
+  else return _mm512_movepi64_mask(lanes);
+#elif defined(__AVX__) && !defined(__AVX512F__)
+  __m256i lanes;
+  std::memcpy(&lanes, &holds, sizeof lanes);
+  if constexpr (sizeof(T) == 4) return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
+  else return static_cast<std::uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(lanes)));
+#else
+  std::uint32_t bits = 0;
+  for (int l = 0; l < kVectorLanes<T>; ++l) bits |= static_cast<std::uint32_t>(holds[l] != 0) << l;
+  return bits;
+#endif
+}
 
 // f(T{}) with what a dtype is accumulated in: double for double, float for everything else.
 template <class F>

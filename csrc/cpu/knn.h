@@ -10,6 +10,8 @@ namespace modalign::cpu {
 struct KnnKernels {
   std::int64_t (*workspace)(const KnnProblem&);
   void (*knn)(const KnnProblem&, const KnnResult&, void* workspace, const Parallel&);
+  std::int64_t (*rank_workspace)(const KnnProblem&);
+  void (*target_rank)(const KnnProblem&, std::int64_t* rank, void* workspace, const Parallel&);
 };
 
 const KnnKernels& knn_kernels();   // of the instruction set in use

@@ -3,7 +3,7 @@
 // Order      larger score first, equal ones by rising index. That is a total order, and a product has one order of sums wherever its tile begins, so the result depends on
 //            the scores alone: not on tiles, on the order in which they are visited, on threads, or on k (the first 10 of k = 100 are those of k = 10).
 // Keys       score and index are packed into one integer, the score's bits so that they rise with it, the index downwards: one comparison decides.
-// Epilogue   a row has a list with room for some keys beyond k and a threshold, its k-th best so far. A group of columns is compared with the threshold, and only what
+// Epilogue   a row has a list with room for some keys beyond k and a threshold, its k-th best so far. A vector of columns is compared with the threshold, and only what
 //            reaches it is looked at; where the list is full the best k are found and the threshold rises. Randomly ordered columns give k (1 + ln(M / k)) survivors.
 // Tiles      are visited in bit-reversed order: columns that are sorted worst first would otherwise all survive.
 #pragma once
@@ -114,18 +114,14 @@ class BestOfRows {
   // A row of scores, whole panels of columns, of the points first, first + 1, ...; allowed(j) is asked of those alone that reach the threshold.
   template <class Allowed>
   void offer(std::int64_t i, const T* score, std::int64_t columns, std::int64_t first, const Allowed& allowed) {
-    constexpr int L = kVectorLanes<T>, G = kPanelColumns<T>;
-    for (std::int64_t c = 0; c < columns; c += G) {
-      const Vector<T> threshold = broadcast(threshold_[i]);
-      auto reached = load(score + c) >= threshold;
-      for (int l = L; l < G; l += L) reached |= load(score + c + l) >= threshold;
-      std::uint64_t words[kVectorBytes / 8], any = 0;
-      std::memcpy(words, &reached, sizeof words);
-      for (const std::uint64_t word : words) any |= word;
-      if (!any) continue;
-      for (std::int64_t j = c; j < c + G; ++j)
-        if (score[j] >= threshold_[i] && score[j] > -std::numeric_limits<T>::infinity() && allowed(first + j)) push(i, key_of(score[j], first + j));
-    }
+    constexpr int L = kVectorLanes<T>;
+    T threshold = threshold_[i];
+    for (std::int64_t c = 0; c < columns; c += L)
+      for (std::uint32_t reached = lane_bits<T>(load(score + c) >= broadcast(threshold)); reached; reached &= reached - 1) {
+        const std::int64_t j = c + __builtin_ctz(reached);
+        if (score[j] > -std::numeric_limits<T>::infinity() && allowed(first + j)) push(i, key_of(score[j], first + j));
+        threshold = threshold_[i];
+      }
   }
 
   void push(std::int64_t i, Key<T> key) {
@@ -169,6 +165,18 @@ inline void bit_reversed(std::int64_t n, const F& f) {
   }
 }
 
+// f(tile) for the tiles of some rows with some tiles of columns, in this order of columns.
+template <class T, class F>
+inline void for_tiles_of(const PackedPair<T>& pair, std::int64_t first, std::int64_t rows, std::int64_t tile_of_columns, T* data, const F& f) {
+  const std::int64_t column = tile_of_columns * pair.tile_columns;
+  for (std::int64_t r = 0; r < rows; r += kTileRows) {
+    const std::int64_t row = first + r;
+    const Tile<T> tile{row, minimum(kTileRows, rows - r), column, minimum(pair.tile_columns, pair.columns - column), data, pair.tile_columns};
+    tile_product<T>(pair.row_panels + row * pair.depth, tile.rows, pair.column_panels + column * pair.depth, tile.columns, pair.depth, data, tile.ld);
+    f(tile);
+  }
+}
+
 // How rows and tiles of columns are dealt out to tasks. Groups of rows first; where these are few the columns are split as well, and lists are merged.
 struct SelectionPlan {
   static constexpr std::int64_t kTasks = 32, kGroupRows = 8 * kTileRows, kListBytes = 8 << 20, kPartialBytes = 16 << 20, kLeastTiles = 4;
@@ -207,15 +215,11 @@ inline void select_best(const PackedPair<T>& pair, std::int64_t k, const Selecti
       const std::int64_t first_tile = split * tiles / plan.splits;
       best.clear(rows);
       bit_reversed((split + 1) * tiles / plan.splits - first_tile, [&](std::int64_t t) {
-        const std::int64_t column = (first_tile + t) * pair.tile_columns;
-        for (std::int64_t r = 0; r < rows; r += kTileRows) {
-          const std::int64_t row = first + r;
-          const Tile<T> tile{row, minimum(kTileRows, rows - r), column, minimum(pair.tile_columns, pair.columns - column), data, pair.tile_columns};
-          tile_product<T>(pair.row_panels + row * pair.depth, tile.rows, pair.column_panels + column * pair.depth, tile.columns, pair.depth, data, tile.ld);
+        for_tiles_of<T>(pair, first, rows, first_tile + t, data, [&](const Tile<T>& tile) {
           score(tile);
           for (std::int64_t i = 0; i < tile.rows; ++i)
-            best.offer(r + i, data + i * tile.ld, tile.columns, column, [&](std::int64_t j) { return allowed(row + i, j); });
-        }
+            best.offer(tile.row - first + i, data + i * tile.ld, tile.columns, tile.column, [&](std::int64_t j) { return allowed(tile.row + i, j); });
+        });
       });
       for (std::int64_t i = 0; i < rows; ++i) {
         std::int64_t count;
@@ -244,6 +248,36 @@ inline void select_best(const PackedPair<T>& pair, std::int64_t k, const Selecti
       count = minimum(count, k);
       sort_falling<Key<T>>(keys, count);
       finish(i, keys, count);
+    }
+  });
+}
+
+// How many points of every row come before its target, whose score is given: larger scores, and equal ones of a lower index. NaN as score: none does.
+// count: [splits][rows], each split's part.
+template <class T, class Score, class Allowed>
+inline void count_before(const PackedPair<T>& pair, const T* target_score, const std::int64_t* target, const SelectionPlan& plan, std::int64_t* count, const Parallel& parallel,
+                         const Score& score, const Allowed& allowed) {
+  const std::int64_t tiles = pair.tiles();
+  parallel_for(parallel, 0, plan.groups * plan.splits, 1, [&](std::int64_t begin, std::int64_t end) {
+    Scratch<T> data(kTileRows * pair.tile_columns);
+    for (std::int64_t task = begin; task < end; ++task) {
+      const std::int64_t split = task % plan.splits, first = task / plan.splits * plan.group_rows, rows = minimum(plan.group_rows, pair.rows - first);
+      std::int64_t* counted = count + split * pair.rows;
+      for (std::int64_t i = first; i < first + rows; ++i) counted[i] = 0;
+      for (std::int64_t t = split * tiles / plan.splits; t < (split + 1) * tiles / plan.splits; ++t)
+        for_tiles_of<T>(pair, first, rows, t, data, [&](const Tile<T>& tile) {
+          score(tile);
+          constexpr int L = kVectorLanes<T>;
+          for (std::int64_t i = 0; i < tile.rows; ++i) {
+            const Vector<T> mine = broadcast(target_score[tile.row + i]);
+            for (std::int64_t c = 0; c < tile.columns; c += L)
+              for (std::uint32_t reached = lane_bits<T>(load(data + i * tile.ld + c) >= mine); reached; reached &= reached - 1) {
+                const std::int64_t j = tile.column + c + __builtin_ctz(reached);
+                const bool equal = data[i * tile.ld + j - tile.column] == mine[0];
+                counted[tile.row + i] += (!equal || j < target[tile.row + i]) && allowed(tile.row + i, j);
+              }
+          }
+        });
     }
   });
 }

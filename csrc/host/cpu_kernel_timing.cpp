@@ -6,6 +6,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <functional>
@@ -13,6 +14,7 @@
 
 #include "cpu/contrastive_loss.h"
 #include "cpu/gram_volume.h"
+#include "cpu/knn.h"
 #include "cpu/segment_max_similarity.h"
 #include "cpu/tile_forms.h"
 #include "host/on_instruction_set.h"
@@ -24,6 +26,7 @@ namespace modalign::cpu {
     extern const GramVolumeKernels kGramVolumeKernels;      \
     extern const ContrastiveKernels kContrastiveKernels;    \
     extern const SegmentMaxKernels kSegmentMaxKernels;      \
+    extern const KnnKernels kKnnKernels;                    \
     }
 MODALIGN_TABLES(portable)
 #ifdef MODALIGN_WITH_X86
@@ -37,6 +40,7 @@ MODALIGN_TABLES(avx512)
 const GramVolumeKernels& gram_volume_kernels() { return MODALIGN_CHOSEN(GramVolumeKernels, kGramVolumeKernels); }
 const ContrastiveKernels& contrastive_kernels() { return MODALIGN_CHOSEN(ContrastiveKernels, kContrastiveKernels); }
 const SegmentMaxKernels& segment_max_kernels() { return MODALIGN_CHOSEN(SegmentMaxKernels, kSegmentMaxKernels); }
+const KnnKernels& knn_kernels() { return MODALIGN_CHOSEN(KnnKernels, kKnnKernels); }
 }  // namespace modalign::cpu
 
 namespace modalign::host {
@@ -277,6 +281,24 @@ Call segment_call(const Request& request) {
     return call;
 }
 
+/// The ten nearest points by cosine, all where there are fewer. Output: values.
+Call knn_call(const Request& request) {
+    demand(request.inputs.size() == 2, request.kernel, "inputs must be queries [N, D] and points [M, D]");
+    KnnProblem p{};
+    p.dtype = request.dtype, p.metric = Metric::cosine, p.N = request.size(0, 0), p.M = request.size(1, 0), p.D = request.size(0, 1);
+    p.k = std::min<std::int64_t>(10, p.M);
+    demand(p.k >= 1, request.kernel, "inputs must hold at least one point");
+    p.queries = request.rows(0, p.N, p.D), p.points = request.rows(1, p.M, p.D);
+    const cpu::KnnKernels& kernels = cpu::knn_kernels();
+    py::array values = new_array(p.dtype == Scalar::f64 ? Scalar::f64 : Scalar::f32, {p.N, p.k}), indices = py::array(py::dtype("int64"), Shape{p.N, p.k});
+    Call call{{}, {values}, request.inputs, {}};
+    const KnnResult to{values.mutable_data(), static_cast<std::int64_t*>(indices.mutable_data())};
+    void* workspace = call.workspace(kernels.workspace(p));
+    call.run = [p, to, workspace, &kernels] { kernels.knn(p, to, workspace, cpu::kSerial); };
+    call.inputs.push_back(indices);
+    return call;
+}
+
 enum class Form { product, square_sum, log_sum_exp, weighted_values };
 
 template <class T, Form form>
@@ -332,6 +354,7 @@ const std::map<std::string, Call (*)(const Request&)>& cpu_kernels() {
         {"siglip_loss_bwd", loss_call<PairForm::product, PairLoss::sigmoid, true>},
         {"segment_max_similarity", segment_call<false>},
         {"segment_max_similarity_bwd", segment_call<true>},
+        {"knn", knn_call},
         {"tile_product", tile_call<Form::product>},
         {"tile_square_sum", tile_call<Form::square_sum>},
         {"tile_log_sum_exp", tile_call<Form::log_sum_exp>},

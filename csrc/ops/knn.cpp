@@ -1,4 +1,4 @@
-// knn: schema, one check, CPU entry point. ops/knn.h says what the numbers are.
+// knn and target_rank: schemas, one check, CPU entry points. ops/knn.h says what the numbers are.
 #include "ops/knn.h"
 
 #include <optional>
@@ -14,42 +14,40 @@ namespace {
 using Two = std::tuple<Tensor, Tensor>;
 using Optional = std::optional<Tensor>;
 
-constexpr const char* kOp = "knn";
-
 BatchedRows rows_of(const Tensor& t) { return {t.const_data_ptr(), 0, t.stride(0), t.stride(1)}; }
 
-OptionalVector check_vector(const char* argument, const Optional& t, std::int64_t size, const Tensor& like, ScalarType dtype) {
+OptionalVector check_vector(const char* op, const char* argument, const Optional& t, std::int64_t size, const Tensor& like, ScalarType dtype) {
   if (!t) return {};
-  check_like(kOp, argument, *t, like, dtype);
-  check_shape(kOp, argument, *t, {size});
+  check_like(op, argument, *t, like, dtype);
+  check_shape(op, argument, *t, {size});
   return {t->const_data_ptr(), t->stride(0)};
 }
 
-KnnProblem check(const Tensor& queries, const Tensor& points, std::int64_t k, std::int64_t metric, const Optional& bias, const Optional& skip, const Optional& query_labels,
-                 const Optional& point_labels) {
+KnnProblem check(const char* op, const Tensor& queries, const Tensor& points, std::int64_t k, std::int64_t metric, const Optional& bias, const Optional& skip,
+                 const Optional& query_labels, const Optional& point_labels) {
   KnnProblem p{};
-  p.dtype = check_floating(kOp, "queries", queries);
-  MODALIGN_CHECK(queries.dim() == 2, kOp, ": queries must have shape [N, D], got ", shape_of(queries));
-  check_like(kOp, "points", points, queries, queries.scalar_type());
-  MODALIGN_CHECK(points.dim() == 2 && points.size(1) == queries.size(1), kOp, ": points must have shape [M, D] with D = ", queries.size(1), ", got ", shape_of(points));
-  MODALIGN_CHECK(points.size(0) <= kMaxPoints, kOp, ": points must be fewer than 2^31, got ", points.size(0));
-  MODALIGN_CHECK(metric >= 0 && metric <= 3, kOp, ": metric must be 0 to 3, got ", metric);
+  p.dtype = check_floating(op, "queries", queries);
+  MODALIGN_CHECK(queries.dim() == 2, op, ": queries must have shape [N, D], got ", shape_of(queries));
+  check_like(op, "points", points, queries, queries.scalar_type());
+  MODALIGN_CHECK(points.dim() == 2 && points.size(1) == queries.size(1), op, ": points must have shape [M, D] with D = ", queries.size(1), ", got ", shape_of(points));
+  MODALIGN_CHECK(points.size(0) <= kMaxPoints, op, ": points must be fewer than 2^31, got ", points.size(0));
+  MODALIGN_CHECK(metric >= 0 && metric <= 3, op, ": metric must be 0 to 3, got ", metric);
   p.metric = static_cast<Metric>(metric);
   p.N = queries.size(0), p.M = points.size(0), p.D = queries.size(1), p.k = k;
-  MODALIGN_CHECK(k >= 1 && k <= p.M, kOp, ": k must be from 1 to the number of points, ", p.M, ", got ", k);
+  MODALIGN_CHECK(k >= 1 && k <= p.M, op, ": k must be from 1 to the number of points, ", p.M, ", got ", k);
   p.queries = rows_of(queries), p.points = rows_of(points);
-  MODALIGN_CHECK(!(bias && is_distance(p.metric)), kOp, ": bias must go with a similarity, got a distance");
-  MODALIGN_CHECK(query_labels.has_value() == point_labels.has_value(), kOp, ": query_labels and point_labels must be given together");
-  p.bias = check_vector("bias", bias, p.M, queries, accumulation_type(queries.scalar_type()));
-  p.skip = check_vector("skip", skip, p.N, queries, ScalarType::Long);
-  p.query_labels = check_vector("query_labels", query_labels, p.N, queries, ScalarType::Long);
-  p.point_labels = check_vector("point_labels", point_labels, p.M, queries, ScalarType::Long);
+  MODALIGN_CHECK(!(bias && is_distance(p.metric)), op, ": bias must go with a similarity, got a distance");
+  MODALIGN_CHECK(query_labels.has_value() == point_labels.has_value(), op, ": query_labels and point_labels must be given together");
+  p.bias = check_vector(op, "bias", bias, p.M, queries, accumulation_type(queries.scalar_type()));
+  p.skip = check_vector(op, "skip", skip, p.N, queries, ScalarType::Long);
+  p.query_labels = check_vector(op, "query_labels", query_labels, p.N, queries, ScalarType::Long);
+  p.point_labels = check_vector(op, "point_labels", point_labels, p.M, queries, ScalarType::Long);
   return p;
 }
 
 Two knn(const Tensor& queries, const Tensor& points, std::int64_t k, std::int64_t metric, const Optional& bias, const Optional& skip, const Optional& query_labels,
         const Optional& point_labels) {
-  const KnnProblem p = check(queries, points, k, metric, bias, skip, query_labels, point_labels);
+  const KnnProblem p = check("knn", queries, points, k, metric, bias, skip, query_labels, point_labels);
   Tensor values = new_tensor(queries, {p.N, p.k}, accumulation_type(queries.scalar_type())), indices = new_tensor(queries, {p.N, p.k}, ScalarType::Long);
   const KnnResult to{values.mutable_data_ptr(), static_cast<std::int64_t*>(indices.mutable_data_ptr())};
   const cpu::KnnKernels& kernels = cpu::knn_kernels();
@@ -58,13 +56,33 @@ Two knn(const Tensor& queries, const Tensor& points, std::int64_t k, std::int64_
   return {values, indices};
 }
 
+Tensor target_rank(const Tensor& queries, const Tensor& points, const Tensor& target, std::int64_t metric, const Optional& bias, const Optional& skip,
+                   const Optional& query_labels, const Optional& point_labels) {
+  constexpr const char* op = "target_rank";
+  KnnProblem p = check(op, queries, points, 1, metric, bias, skip, query_labels, point_labels);
+  p.target = check_vector(op, "target", target, p.N, queries, ScalarType::Long);
+  for (std::int64_t i = 0; i < p.N; ++i) {
+    const std::int64_t t = static_cast<const std::int64_t*>(p.target.data)[i * p.target.stride];
+    MODALIGN_CHECK((t >= -1 || t == -100) && t < p.M, op, ": target must hold indices from 0 to M - 1 = ", p.M - 1, ", -1 or -100, got ", t, " at row ", i);
+  }
+  Tensor rank = new_tensor(queries, {p.N}, ScalarType::Long);
+  const cpu::KnnKernels& kernels = cpu::knn_kernels();
+  const Tensor workspace = new_workspace(queries, kernels.rank_workspace(p));
+  kernels.target_rank(p, static_cast<std::int64_t*>(rank.mutable_data_ptr()), workspace.mutable_data_ptr(), kTorchParallel);
+  return rank;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(modalign, m) {
   m.def("knn(Tensor queries, Tensor points, int k, int metric, Tensor? bias, Tensor? skip, Tensor? query_labels, Tensor? point_labels) -> (Tensor, Tensor)");
+  m.def("target_rank(Tensor queries, Tensor points, Tensor target, int metric, Tensor? bias, Tensor? skip, Tensor? query_labels, Tensor? point_labels) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(modalign, CPU, m) { m.impl("knn", TORCH_BOX(&knn)); }
+STABLE_TORCH_LIBRARY_IMPL(modalign, CPU, m) {
+  m.impl("knn", TORCH_BOX(&knn));
+  m.impl("target_rank", TORCH_BOX(&target_rank));
+}
 
 namespace cpu {
 namespace portable { extern const KnnKernels kKnnKernels; }

@@ -14,6 +14,7 @@
 //
 // Order      larger z first, equal ones by rising index: total, so that neighbours depend on the scores alone. NaN and -inf are never neighbours.
 // Left out   point j for query i where skip_i = j, or where both have labels and these are equal.
+// Rank       of a target t_i: how many points that are not left out come before it, so 0 for the nearest; -1 without a target or where that is left out or no neighbour.
 #pragma once
 
 #include "ops/gram_volume.h"
@@ -41,6 +42,7 @@ struct KnnProblem {
   OptionalVector skip;           // [N] int64, -1: none
   OptionalVector query_labels;   // [N] int64
   OptionalVector point_labels;   // [M] int64
+  OptionalVector target;         // [N] int64, below 0: none; of target_rank, which has no k
 };
 
 // Contiguous; where fewer than k points are left, index -1 and value -inf (distances: inf).

@@ -34,6 +34,7 @@ class CpuKernel:
     beside: Callable[..., Any]
     overhead: bool
     dtypes: tuple[torch.dtype, ...]
+    backward: bool = True  # of those with an op
 
 
 def _pair(maker: Maker, n: int, D: int) -> list[Tensor]:
@@ -78,6 +79,7 @@ CPU_KERNELS = {
     "segment_max_similarity": CpuKernel(
         "ops.segment_max_similarity", _segments, lambda x, y: ops.segment_max_similarity(x, torch.arange(0, len(x) + 1, 2), y).values, True, ALL
     ),
+    "knn": CpuKernel("ops.knn", _two, lambda x, y: ops.knn(x, y, min(10, len(y))).values, True, ALL, backward=False),
     "tile_product": CpuKernel("torch: a @ b.mT", _tile, lambda a, b: a @ b.mT, False, REAL),
     "tile_square_sum": CpuKernel(
         "torch: (a @ b.mT)² summed in pairs", _tile, lambda a, b: (a @ b.mT).square().unflatten(-1, (-1, 2)).sum(-1), False, REAL
@@ -98,7 +100,7 @@ def names() -> dict[str, str]:
     found = {}
     for name in CPU_KERNELS:
         found[name] = "CPU"
-        if CPU_KERNELS[name].overhead:
+        if CPU_KERNELS[name].overhead and CPU_KERNELS[name].backward:
             found[name + "_bwd"] = "CPU"
     return {**found, **{key: "CUDA" for key in _load.kernel_catalogue()}}
 

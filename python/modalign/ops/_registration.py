@@ -167,6 +167,8 @@ def register_looping_vmap(qualified_name: str) -> None:
 
     def looped(info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[Any, Any]:
         results = [op(*(entry(value, dimension, index) for value, dimension in zip(given, in_dims, strict=True))) for index in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
         return tuple(torch.stack(group) for group in zip(*results, strict=True)), (0,) * len(results[0])
 
     torch.library.register_vmap(qualified_name, looped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -94,31 +95,39 @@ def knn(
     Paper: exact search by products and a running selection: Johnson, Douze, Jegou, "Billion-scale similarity search with GPUs", IEEE Big Data 2021.
     """
     op = "knn"
-    queries, points, labels = _checked(op, queries, points, k, metric, exclude_self, query_ids, exclude_labels)
+    queries, points, labels = checked(op, queries, points, metric, exclude_self, query_ids, exclude_labels)
+    _check_k(op, k, len(points), exclude_self)
+    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+        queries, points, *rest = prepared(op, queries, points, metric, bias, exclude_self, query_ids, center)
+        return Neighbors(*torch.ops.modalign.knn(queries, points, k, *rest, *labels))
+
+
+def prepared(
+    op: str, queries: Tensor, points: Tensor, metric: str, bias: object, exclude_self: bool, query_ids: Tensor | None, center: object
+) -> tuple[Tensor, Tensor, int, Tensor | None, Tensor | None]:
+    """What the raw ops take: queries, points, the metric's number, bias, who is left out by index."""
     real = accumulation_dtype(queries.dtype)
     if center not in (True, False, "auto"):
         raise ValueError(f'{op}: center must be "auto", True or False, got {arguments.describe(center)}')
     distance = metric in ("euclidean", "sqeuclidean")
     if center is True and not distance:
         raise ValueError(f'{op}: center must be "auto" or False with metric "{metric}", which changes when vectors move, got True')
-    if bias is not None:
-        bias = _check_bias(op, bias, points, real, distance)
+    bias = None if bias is None else _check_bias(op, bias, points, real, distance)
     refuse_forward_mode(op, (queries, points))
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        if bias is not None and metric == "cosine":  # a row's scale does not commute with what is added
-            queries = torch.nn.functional.normalize(queries.to(real), dim=1, eps=torch.finfo(real).tiny)
-            points = points.to(real)
-        if distance and center is not False:
-            shift = _center(points, real, center is True)
-            same = queries is points
-            points = points.to(real) - shift
-            queries = points if same else queries.to(real) - shift
-        skip = torch.arange(len(queries), device=queries.device) if exclude_self else query_ids
-        return Neighbors(*torch.ops.modalign.knn(queries, points, k, METRICS.index(metric), bias, skip, *labels))
+    if bias is not None and metric == "cosine":  # a row's scale does not commute with what is added
+        queries = torch.nn.functional.normalize(queries.to(real), dim=1, eps=torch.finfo(real).tiny)
+        points = points.to(real)
+    if distance and center is not False:
+        shift = _center(points, real, center is True)
+        same = queries is points
+        points = points.to(real) - shift
+        queries = points if same else queries.to(real) - shift
+    skip = torch.arange(len(queries), device=queries.device) if exclude_self else query_ids
+    return queries, points, METRICS.index(metric), bias, skip
 
 
-def _checked(
-    op: str, queries: object, points: object, k: object, metric: object, exclude_self: object, query_ids: object, exclude_labels: object
+def checked(
+    op: str, queries: object, points: object, metric: object, exclude_self: object, query_ids: object, exclude_labels: object
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | tuple[None, None]]:
     queries = check_matrix(op, "queries", queries, "[N, D]")
     if metric not in METRICS:
@@ -137,12 +146,6 @@ def _checked(
     N, M = len(queries), len(points)
     if M > MAX_POINTS:
         raise ValueError(f"{op}: points must be fewer than 2^31, got {M}")
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"{op}: k must be a whole number, got {arguments.describe(k)}")
-    most = M - 1 if exclude_self else M
-    if not 1 <= k <= most:
-        wanted = f"M - 1 = {most}, the other points" if exclude_self else f"M = {most}, the number of points"
-        raise ValueError(f"{op}: k must be from 1 to {wanted}, got {k}")
     if query_ids is not None:
         if exclude_self:
             raise ValueError(f"{op}: query_ids must not be given together with exclude_self, got both")
@@ -154,6 +157,15 @@ def _checked(
     _check_labels(op, "exclude_labels[0]", exclude_labels[0], N, queries)
     _check_labels(op, "exclude_labels[1]", exclude_labels[1], M, queries)
     return queries, points, tuple(exclude_labels)
+
+
+def _check_k(op: str, k: object, M: int, exclude_self: bool) -> None:
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"{op}: k must be a whole number, got {arguments.describe(k)}")
+    most = M - 1 if exclude_self else M
+    if not 1 <= k <= most:
+        wanted = f"M - 1 = {most}, the other points" if exclude_self else f"M = {most}, the number of points"
+        raise ValueError(f"{op}: k must be from 1 to {wanted}, got {k}")
 
 
 def _check_labels(op: str, name: str, value: object, size: int, like: Tensor) -> None:
@@ -194,23 +206,28 @@ def _fake(queries: Tensor, points: Tensor, k: int, *rest: Any) -> tuple[Tensor, 
 
 register_looping_vmap("modalign::knn")
 
-PANEL_BYTES = 64 << 20
+PANEL_BYTES, PANEL_ROWS = 64 << 20, 1024
 
 
-def _by_panels(
-    queries: Tensor, points: Tensor, k: int, metric: int, bias: Tensor | None, skip: Tensor | None, query_labels: Tensor | None, point_labels: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """What stands in for the kernel on a GPU: panels of products, the k best of each merged into those before."""
+def score_panels(
+    queries: Tensor,
+    points: Tensor,
+    least: int,
+    metric: int,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    query_labels: Tensor | None,
+    point_labels: Tensor | None,
+) -> Iterator[tuple[int, Tensor]]:
+    """(first point, scores) of panels of at least so many points, all panels of some queries one after the other; -inf for what is no neighbour."""
     real, name = accumulation_dtype(queries.dtype), METRICS[metric]
     x, y = queries.to(real), points.to(real)
     scale = y.square().sum(1).rsqrt() if name == "cosine" else None
     offset = -y.square().sum(1) / 2 if name in ("euclidean", "sqeuclidean") else bias
     index = torch.arange(len(y), device=y.device)
-    rows = 1024
-    columns = max(k, PANEL_BYTES // (4 * real.itemsize * rows))
-    found = []
-    for first in range(0, max(1, len(x)), rows):
-        here, best = slice(first, first + rows), None
+    columns = max(least, PANEL_BYTES // (4 * real.itemsize * PANEL_ROWS))
+    for first in range(0, max(1, len(x)), PANEL_ROWS):
+        here = slice(first, first + PANEL_ROWS)
         for start in range(0, len(y), columns):
             there = slice(start, start + columns)
             score = x[here] @ y[there].mT
@@ -222,11 +239,22 @@ def _by_panels(
                 score = score.masked_fill(skip[here, None] == index[there], -torch.inf)
             if query_labels is not None and point_labels is not None:
                 score = score.masked_fill(query_labels[here, None] == point_labels[there], -torch.inf)
-            values, indices = selection.smallest(-torch.where(score.isnan(), -torch.inf, score), k)
-            best = selection.merged(best, (values, indices + start), k)
-        found.append(best)
+            yield start, torch.where(score.isnan(), -torch.inf, score)
+
+
+def _by_panels(
+    queries: Tensor, points: Tensor, k: int, metric: int, bias: Tensor | None, skip: Tensor | None, query_labels: Tensor | None, point_labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What stands in for the kernel on a GPU: panels of products, the k best of each merged into those before."""
+    found: list[Any] = []
+    for start, score in score_panels(queries, points, k, metric, bias, skip, query_labels, point_labels):
+        values, indices = selection.smallest(-score, k)
+        if start == 0:
+            found.append(None)
+        found[-1] = selection.merged(found[-1], (values, indices + start), k)
     values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
-    indices, score, square = torch.where(values == torch.inf, -1, indices), -values, x.square().sum(1, keepdim=True)
+    name, square = METRICS[metric], queries.to(accumulation_dtype(queries.dtype)).square().sum(1, keepdim=True)
+    indices, score = torch.where(values == torch.inf, -1, indices), -values
     if name == "cosine":
         score = torch.where((square > 0) & (indices >= 0), score * square.rsqrt(), torch.where(indices >= 0, 0, score))
     elif name != "dot":
@@ -253,22 +281,31 @@ def reference_knn(
     exclude_labels: tuple[Tensor, Tensor] | None = None,
 ) -> Neighbors:
     """`knn` in plain torch: all scores and a stable sort; [N, M] of memory, [N, M, D] for distances."""
-    queries, points, labels = _checked("reference_knn", queries, points, k, metric, exclude_self, query_ids, exclude_labels)
-    real = accumulation_dtype(queries.dtype)
+    op = "reference_knn"
+    queries, points, labels = checked(op, queries, points, metric, exclude_self, query_ids, exclude_labels)
+    _check_k(op, k, len(points), exclude_self)
     with torch.no_grad():
-        x, y = queries.to(real), points.to(real)
-        if metric in ("euclidean", "sqeuclidean"):
-            score = -(x[:, None] - y).square().sum(-1)
-        else:
-            if metric == "cosine":
-                x, y = (torch.nn.functional.normalize(v, dim=1, eps=torch.finfo(real).tiny) for v in (x, y))
-            score = x @ y.mT + (0 if bias is None else bias)
-        skip = torch.arange(len(x), device=x.device) if exclude_self else query_ids
-        if skip is not None:
-            score = score.masked_fill(skip[:, None] == torch.arange(len(y), device=y.device), -torch.inf)
-        if labels[0] is not None:
-            score = score.masked_fill(labels[0][:, None] == labels[1], -torch.inf)
-        values, indices = selection.smallest(-torch.where(score.isnan(), -torch.inf, score), k)
+        score = reference_scores(queries, points, metric, bias, torch.arange(len(queries), device=queries.device) if exclude_self else query_ids, labels)
+        values, indices = selection.smallest(-score, k)
         indices = torch.where(values == torch.inf, -1, indices)
         values = values.sqrt() if metric == "euclidean" else values if metric == "sqeuclidean" else -values
         return Neighbors(values, indices)
+
+
+def reference_scores(
+    queries: Tensor, points: Tensor, metric: str, bias: Tensor | None, skip: Tensor | None, labels: tuple[Tensor, Tensor] | tuple[None, None]
+) -> Tensor:
+    """All scores [N, M], larger is nearer: similarities or negated squared distances, -inf for what is no neighbour."""
+    real = accumulation_dtype(queries.dtype)
+    x, y = queries.to(real), points.to(real)
+    if metric in ("euclidean", "sqeuclidean"):
+        score = -(x[:, None] - y).square().sum(-1)
+    else:
+        if metric == "cosine":
+            x, y = (torch.nn.functional.normalize(v, dim=1, eps=torch.finfo(real).tiny) for v in (x, y))
+        score = x @ y.mT + (0 if bias is None else bias)
+    if skip is not None:
+        score = score.masked_fill(skip[:, None] == torch.arange(len(y), device=y.device), -torch.inf)
+    if labels[0] is not None:
+        score = score.masked_fill(labels[0][:, None] == labels[1], -torch.inf)
+    return torch.where(score.isnan(), -torch.inf, score)

@@ -1,0 +1,151 @@
+"""How many points lie before each query's own, without the matrix of scores. [exact retrieval; Johnson et al., IEEE Big Data 2021]"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _arguments as arguments
+from ._registration import register_looping_vmap
+from .knn import checked, prepared, reference_scores, score_panels
+
+__all__ = ["reference_target_rank", "target_rank"]
+
+
+def target_rank(
+    queries: Tensor,
+    points: Tensor | None,
+    target: Tensor,
+    *,
+    metric: str = "cosine",
+    bias: Tensor | None = None,
+    exclude_self: bool = False,
+    query_ids: Tensor | None = None,
+    exclude_labels: tuple[Tensor, Tensor] | None = None,
+    center: bool | str = "auto",
+) -> Tensor:
+    r"""The place of point ``t_i`` in the list that `knn` would give for query i: the number of points before it, 0 for the nearest.
+
+    ::
+
+        rank_i = #{ j : z[i, j] > z[i, t_i], or z[i, j] = z[i, t_i] and j < t_i }
+
+    with the scores z of `knn`. Recall at k, mean reciprocal rank and the median rank follow from it, and neither a matrix nor a sorted list is made.
+
+    >>> import torch
+    >>> target_rank(torch.eye(4)[:3], torch.eye(4), torch.tensor([0, 3, -1]))
+    tensor([ 0,  3, -1])
+
+    Parameters
+    ----------
+    queries, points, metric, bias, exclude_self, query_ids, exclude_labels, center
+        See `knn`; ``points=None``: the queries among themselves.
+    target : Tensor int64 [N]
+        The point to find, 0 to M - 1; -1 (or -100) for a query without one.
+
+    Returns
+    -------
+    Tensor int64 [N]: 0 to M - 1, and -1 where there is no target, or where it is left out or no neighbour (NaN).
+
+    Gradient
+    --------
+    None: a count has none. Forward mode raises.
+
+    Edges
+    -----
+    Equal scores go by index, so points that all look alike give ``t_i`` and not 0. N = 0: empty. The rank of the j-th neighbour that `knn` returns is
+    j - 1, to the last tie.
+
+    Raises
+    ------
+    TypeError, ValueError
+        ``target_rank: <argument> must ..., got ...``; RuntimeError for a target out of range, whose values are looked at on the CPU only (on CUDA: -1).
+
+    Complexity
+    ----------
+    2 N M D FLOP; memory beyond the result: (N + M) D numbers. On CUDA panels of products, until the kernel is there.
+
+    Paper: Johnson, Douze, Jegou, "Billion-scale similarity search with GPUs", IEEE Big Data 2021, for exact search; the count is the rank of retrieval tables.
+    """
+    op = "target_rank"
+    queries, points, labels = checked(op, queries, points, metric, exclude_self, query_ids, exclude_labels)
+    _check_target(op, target, queries, points)
+    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+        queries, points, *rest = prepared(op, queries, points, metric, bias, exclude_self, query_ids, center)
+        return torch.ops.modalign.target_rank(queries, points, target, *rest, *labels)
+
+
+def _check_target(op: str, target: object, queries: Tensor, points: Tensor) -> None:
+    if not isinstance(target, Tensor) or target.dtype is not torch.int64:
+        raise TypeError(f"{op}: target must be an int64 tensor [{len(queries)}], got {arguments.describe(target)}")
+    if target.device != queries.device or tuple(target.shape) != (len(queries),):
+        raise ValueError(f"{op}: target must have shape [{len(queries)}] on {queries.device}, got {arguments.describe(target)}")
+    if len(points) == 0:
+        raise ValueError(f"{op}: points must be at least one, got none")
+
+
+# ------------------------------------------------------------------------------------------------------------------------- what torch needs to know
+
+
+@torch.library.register_fake("modalign::target_rank")
+def _fake(queries: Tensor, *rest: object) -> Tensor:
+    return queries.new_empty((queries.shape[0],), dtype=torch.int64)
+
+
+register_looping_vmap("modalign::target_rank")
+
+
+def _by_panels(
+    queries: Tensor,
+    points: Tensor,
+    target: Tensor,
+    metric: int,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    query_labels: Tensor | None,
+    point_labels: Tensor | None,
+) -> Tensor:
+    """What stands in for the kernel on a GPU. The panels are made twice: for the targets' scores, and to count."""
+    own = torch.full_like(target, -torch.inf, dtype=torch.float64)
+    rank, index = torch.zeros_like(target), torch.arange(len(points), device=points.device)
+    for count in (False, True):
+        first, before = 0, 0
+        for start, score in score_panels(queries, points, 1, metric, bias, skip, query_labels, point_labels):
+            first = before if start == 0 else first
+            here, at = slice(first, first + len(score)), index[start : start + score.shape[1]]
+            before = first + len(score)
+            wanted = target[here, None]
+            if count:
+                ahead = (score.double() > own[here, None]) | ((score.double() == own[here, None]) & (at < wanted))
+                rank[here] += ahead.sum(1)
+            else:
+                own[here] = torch.maximum(own[here], torch.where(at == wanted, score.double(), -torch.inf).amax(1))
+    return torch.where(own > -torch.inf, rank, -1)
+
+
+torch.library.impl("modalign::target_rank", "CUDA", _by_panels)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- plain-torch formulas
+
+
+def reference_target_rank(
+    queries: Tensor,
+    points: Tensor | None,
+    target: Tensor,
+    *,
+    metric: str = "cosine",
+    bias: Tensor | None = None,
+    exclude_self: bool = False,
+    query_ids: Tensor | None = None,
+    exclude_labels: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`target_rank` in plain torch: all scores."""
+    op = "reference_target_rank"
+    queries, points, labels = checked(op, queries, points, metric, exclude_self, query_ids, exclude_labels)
+    _check_target(op, target, queries, points)
+    with torch.no_grad():
+        score = reference_scores(queries, points, metric, bias, torch.arange(len(queries), device=queries.device) if exclude_self else query_ids, labels)
+        own = score.gather(1, target.clamp(min=0)[:, None])
+        ahead = (score > own) | ((score == own) & (torch.arange(len(points), device=points.device) < target[:, None]))
+        return torch.where((target >= 0) & (own[:, 0] > -torch.inf), ahead.sum(1), -1)
