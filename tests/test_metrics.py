@@ -12,7 +12,7 @@ from modalign.testing import Maker, devices, peak_memory
 
 on_each_device = pytest.mark.parametrize("device", devices())
 F64 = torch.float64
-SCORES = ("volume", "volume_root", "cosine_sum", "cosine_max")
+SCORES = ("volume", "volume_root", "cosine_sum", "max")
 
 
 def tuples(B, C, D=16, m=2, dtype=F64, device="cpu", noise=0.5):
@@ -37,7 +37,7 @@ def by_hand(anchor, others, score, present=None):
                 "volume": -volume,
                 "volume_root": -(volume ** (1 / len(vectors))),
                 "cosine_sum": sum(cosines),
-                "cosine_max": max(cosines, default=-float("inf")),
+                "max": max(cosines, default=-float("inf")),
             }[score]
     return found
 
@@ -155,7 +155,7 @@ FOUR, FIVE = torch.zeros(4, dtype=torch.int64), torch.zeros(5, dtype=torch.int64
         (lambda: joint_retrieval(A, [R], groups=FOUR), ValueError, r"candidate_groups must have shape \[5\] on cpu, got a int64 tensor of shape \(4,\)"),
         (lambda: joint_retrieval(A, [R], groups=FOUR.float()), TypeError, r"groups must be an int64 tensor \[4\], got a float32"),
         (lambda: joint_retrieval(A, [R], groups=FOUR, candidate_groups=FIVE + 1), ValueError, "every query must have a candidate of its group, got 4"),
-        (lambda: joint_retrieval(A, [A], score="cosine"), ValueError, "score must be one of volume, volume_root, cosine_sum, cosine_max, got str 'cosine'"),
+        (lambda: joint_retrieval(A, [A], score="cosine"), ValueError, "score must be one of volume, volume_root, cosine_sum, max, got str 'cosine'"),
         (lambda: joint_retrieval(A[:0], [A[:0]]), ValueError, "anchor and others must hold at least one row, got 0 and 0"),
         (lambda: joint_retrieval(A, [A * float("nan")]), ValueError, "vectors that are present must not hold NaN or infinities, got 16 scores"),
         (lambda: joint_retrieval(A, [A], present=torch.ones(4, 1)), TypeError, "present must be a bool tensor"),
@@ -210,7 +210,7 @@ def test_prompts_are_averaged_as_directions():
     assert zero_shot(queries, prompts, labels) == zero_shot(queries, means, labels)
     assert zero_shot(queries, prompts[:, :1], labels) == zero_shot(queries, prompts[:, 0], labels)
     assert zero_shot(queries, prompts, labels) != zero_shot(queries, prompts.mean(1), labels)
-    tuples_of_one = zero_shot([queries], prompts, labels, score="cosine_max")
+    tuples_of_one = zero_shot([queries], prompts, labels, score="max")
     assert tuples_of_one == zero_shot(queries, prompts, labels)
 
 

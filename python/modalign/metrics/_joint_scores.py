@@ -13,7 +13,7 @@ from ..ops._gram_schmidt import unit
 from ..ops._registration import accumulation_dtype
 from ..ops._volume_panels import panels
 
-SCORES = ("volume", "volume_root", "cosine_sum", "cosine_max")
+SCORES = ("volume", "volume_root", "cosine_sum", "max")
 
 
 def check_score(metric: str, score: object) -> str:

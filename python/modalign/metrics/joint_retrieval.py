@@ -59,7 +59,7 @@ def joint_retrieval(
     anchor : Tensor [B, D]
     others : sequence of m >= 1 Tensor [C, D]
         Row j of all of them is tuple j.
-    score : "volume", "volume_root", "cosine_sum" or "cosine_max"
+    score : "volume", "volume_root", "cosine_sum" or "max"
         ``-V[i, j]``; ``-V ** (1 / n_j)``, n_j the number of vectors with the anchor, which lets tuples with and without gaps be compared; the sum of the
         anchor's cosines with the others; the largest of them.
     groups, candidate_groups : int64 Tensors [B] and [C], optional

@@ -60,7 +60,7 @@ def zero_shot(
         One text vector per class, or those of P prompts: then the class has the unit mean of the unit vectors.
     labels : int64 Tensor [N]
         0 to K - 1.
-    score : "volume", "volume_root", "cosine_sum" or "cosine_max"
+    score : "volume", "volume_root", "cosine_sum" or "max"
         As in `joint_retrieval`, with the class's text as the anchor. "cosine_sum" of one modality is its cosine; "volume" takes all modalities together.
     present : bool Tensor [N, m], optional
         Which modalities a sample has, at least one.
