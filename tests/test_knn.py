@@ -271,7 +271,7 @@ def test_empty_and_strided():
         (dict(k=10), ValueError, "knn: k must be from 1 to M = 9, the number of points, got 10"),
         (dict(k=9, points=None, exclude_self=True), ValueError, "knn: k must be from 1 to M - 1 = 3, the other points, got 9"),
         (dict(k=2.0), TypeError, "knn: k must be a whole number, got float 2.0"),
-        (dict(metric="l2"), ValueError, "knn: metric must be one of dot, cosine, sqeuclidean, euclidean, got str 'l2'"),
+        (dict(metric="l2"), ValueError, "knn: metric must be one of dot, cosine, sqeuclidean, euclidean, csls, got str 'l2'"),
         (dict(exclude_self=True), ValueError, "knn: exclude_self must go without points, got both"),
         (dict(queries=torch.ones(4, 3, dtype=torch.int64)), TypeError, "knn: queries must be float16"),
         (dict(queries=torch.ones(4)), ValueError, r"knn: queries must have 2 or more dimensions \[N, D\]|knn: queries must have"),

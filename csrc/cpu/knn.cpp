@@ -107,27 +107,13 @@ PackedPair<T> pair_of(const KnnProblem& p, const Buffers<T>& buffers) {
 }
 
 template <class T>
-T value_of(Metric metric, T score, T row_square) {
-  switch (metric) {
-    case Metric::dot: return score;
-    case Metric::cosine: return row_square == 0 ? T(0) : score / std::sqrt(row_square);
-    default: break;
-  }
-  const T square = row_square - 2 * score, clamped = square < 0 ? T(0) : square;
-  return metric == Metric::euclidean ? std::sqrt(clamped) : clamped;
-}
-
-template <class T>
 void run(const KnnProblem& p, const KnnResult& to, const Buffers<T>& buffers, const Parallel& parallel) {
   pack_operands(p, buffers, parallel);
   const auto finish = [&](std::int64_t i, const Key<T>* keys, std::int64_t count) {
-    T* values = static_cast<T*>(to.values) + i * p.k;
-    for (std::int64_t n = 0; n < count; ++n) {
-      values[n] = value_of(p.metric, score_of<T>(keys[n]), buffers.row_square[i]);
-      to.indices[i * p.k + n] = index_of(keys[n]);
-    }
-    constexpr T infinity = std::numeric_limits<T>::infinity();
-    for (std::int64_t n = count; n < p.k; ++n) values[n] = is_distance(p.metric) ? infinity : -infinity, to.indices[i * p.k + n] = -1;
+    T* scores = static_cast<T*>(to.scores) + i * p.k;
+    for (std::int64_t n = 0; n < count; ++n) scores[n] = score_of<T>(keys[n]), to.indices[i * p.k + n] = index_of(keys[n]);
+    for (std::int64_t n = count; n < p.k; ++n) scores[n] = -std::numeric_limits<T>::infinity(), to.indices[i * p.k + n] = -1;
+    if (p.metric != Metric::dot) static_cast<T*>(to.squares)[i] = buffers.row_square[i];
   };
   select_best<T>(pair_of(p, buffers), p.k, buffers.plan, buffers.lists, parallel, [&](const Tile<T>& tile) { score(buffers, tile); },
                  [&](std::int64_t i, std::int64_t j) { return allowed(p, i, j); }, finish);

@@ -281,18 +281,18 @@ Call segment_call(const Request& request) {
     return call;
 }
 
-/// The ten nearest points by cosine, all where there are fewer. Output: values.
+/// The ten nearest points by inner product, all where there are fewer. Output: these products.
 Call knn_call(const Request& request) {
     demand(request.inputs.size() == 2, request.kernel, "inputs must be queries [N, D] and points [M, D]");
     KnnProblem p{};
-    p.dtype = request.dtype, p.metric = Metric::cosine, p.N = request.size(0, 0), p.M = request.size(1, 0), p.D = request.size(0, 1);
+    p.dtype = request.dtype, p.metric = Metric::dot, p.N = request.size(0, 0), p.M = request.size(1, 0), p.D = request.size(0, 1);
     p.k = std::min<std::int64_t>(10, p.M);
     demand(p.k >= 1, request.kernel, "inputs must hold at least one point");
     p.queries = request.rows(0, p.N, p.D), p.points = request.rows(1, p.M, p.D);
     const cpu::KnnKernels& kernels = cpu::knn_kernels();
     py::array values = new_array(p.dtype == Scalar::f64 ? Scalar::f64 : Scalar::f32, {p.N, p.k}), indices = py::array(py::dtype("int64"), Shape{p.N, p.k});
     Call call{{}, {values}, request.inputs, {}};
-    const KnnResult to{values.mutable_data(), static_cast<std::int64_t*>(indices.mutable_data())};
+    const KnnResult to{values.mutable_data(), static_cast<std::int64_t*>(indices.mutable_data()), nullptr};
     void* workspace = call.workspace(kernels.workspace(p));
     call.run = [p, to, workspace, &kernels] { kernels.knn(p, to, workspace, cpu::kSerial); };
     call.inputs.push_back(indices);

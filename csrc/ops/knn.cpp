@@ -11,7 +11,7 @@
 namespace modalign {
 namespace {
 
-using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Optional = std::optional<Tensor>;
 
 BatchedRows rows_of(const Tensor& t) { return {t.const_data_ptr(), 0, t.stride(0), t.stride(1)}; }
@@ -45,15 +45,17 @@ KnnProblem check(const char* op, const Tensor& queries, const Tensor& points, st
   return p;
 }
 
-Two knn(const Tensor& queries, const Tensor& points, std::int64_t k, std::int64_t metric, const Optional& bias, const Optional& skip, const Optional& query_labels,
+Three knn(const Tensor& queries, const Tensor& points, std::int64_t k, std::int64_t metric, const Optional& bias, const Optional& skip, const Optional& query_labels,
         const Optional& point_labels) {
   const KnnProblem p = check("knn", queries, points, k, metric, bias, skip, query_labels, point_labels);
-  Tensor values = new_tensor(queries, {p.N, p.k}, accumulation_type(queries.scalar_type())), indices = new_tensor(queries, {p.N, p.k}, ScalarType::Long);
-  const KnnResult to{values.mutable_data_ptr(), static_cast<std::int64_t*>(indices.mutable_data_ptr())};
+  const ScalarType real = accumulation_type(queries.scalar_type());
+  Tensor scores = new_tensor(queries, {p.N, p.k}, real), indices = new_tensor(queries, {p.N, p.k}, ScalarType::Long);
+  Tensor squares = new_tensor(queries, {p.metric == Metric::dot ? 0 : p.N}, real);
+  const KnnResult to{scores.mutable_data_ptr(), static_cast<std::int64_t*>(indices.mutable_data_ptr()), squares.mutable_data_ptr()};
   const cpu::KnnKernels& kernels = cpu::knn_kernels();
   const Tensor workspace = new_workspace(queries, kernels.workspace(p));
   kernels.knn(p, to, workspace.mutable_data_ptr(), kTorchParallel);
-  return {values, indices};
+  return {scores, indices, squares};
 }
 
 Tensor target_rank(const Tensor& queries, const Tensor& points, const Tensor& target, std::int64_t metric, const Optional& bias, const Optional& skip,
@@ -75,7 +77,7 @@ Tensor target_rank(const Tensor& queries, const Tensor& points, const Tensor& ta
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(modalign, m) {
-  m.def("knn(Tensor queries, Tensor points, int k, int metric, Tensor? bias, Tensor? skip, Tensor? query_labels, Tensor? point_labels) -> (Tensor, Tensor)");
+  m.def("knn(Tensor queries, Tensor points, int k, int metric, Tensor? bias, Tensor? skip, Tensor? query_labels, Tensor? point_labels) -> (Tensor, Tensor, Tensor)");
   m.def("target_rank(Tensor queries, Tensor points, Tensor target, int metric, Tensor? bias, Tensor? skip, Tensor? query_labels, Tensor? point_labels) -> Tensor");
 }
 

@@ -4,13 +4,14 @@
 //
 //     z_ij = (q_i . x_j) scale_j + bias_j
 //
-//     metric         scale_j     bias_j               value of a neighbour
+//     metric         scale_j     bias_j               what the value of a neighbour is, made of z by the caller
 //     dot            1           b_j                  z
 //     cosine         1 / |x_j|   b_j                  z / |q_i|                  (a zero vector: 0)
 //     sqeuclidean    1           -|x_j|^2 / 2         max(|q_i|^2 - 2 z, 0)
 //     euclidean      1           -|x_j|^2 / 2         the square root of that
 //
-// b_j: given by the caller, 0 otherwise; not for distances. Norms are sums in the order of the products, so that a duplicate is at distance 0 exactly.
+// b_j: given by the caller, 0 otherwise; not for distances. |q_i|^2 is a second result: a sum in the order of the products, so that a duplicate is at distance 0 exactly.
+// The scores are what lists of several calls are merged by (values may be equal where scores are not): knn of a union is the merge of the parts' lists.
 //
 // Order      larger z first, equal ones by rising index: total, so that neighbours depend on the scores alone. NaN and -inf are never neighbours.
 // Left out   point j for query i where skip_i = j, or where both have labels and these are equal.
@@ -45,10 +46,11 @@ struct KnnProblem {
   OptionalVector target;         // [N] int64, below 0: none; of target_rank, which has no k
 };
 
-// Contiguous; where fewer than k points are left, index -1 and value -inf (distances: inf).
+// Contiguous; where fewer than k points are left, index -1 and score -inf.
 struct KnnResult {
-  void* values;            // [N, k] accumulation type
+  void* scores;            // [N, k] accumulation type
   std::int64_t* indices;   // [N, k]
+  void* squares;           // [N] |q_i|^2; untouched for dot
 };
 
 }  // namespace modalign

@@ -79,7 +79,7 @@ CPU_KERNELS = {
     "segment_max_similarity": CpuKernel(
         "ops.segment_max_similarity", _segments, lambda x, y: ops.segment_max_similarity(x, torch.arange(0, len(x) + 1, 2), y).values, True, ALL
     ),
-    "knn": CpuKernel("ops.knn", _two, lambda x, y: ops.knn(x, y, min(10, len(y))).values, True, ALL, backward=False),
+    "knn": CpuKernel("ops.knn", _two, lambda x, y: ops.knn(x, y, min(10, len(y)), metric="dot").values, True, ALL, backward=False),
     "tile_product": CpuKernel("torch: a @ b.mT", _tile, lambda a, b: a @ b.mT, False, REAL),
     "tile_square_sum": CpuKernel(
         "torch: (a @ b.mT)² summed in pairs", _tile, lambda a, b: (a @ b.mT).square().unflatten(-1, (-1, 2)).sum(-1), False, REAL

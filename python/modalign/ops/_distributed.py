@@ -68,28 +68,32 @@ def all_gather(tensor: Tensor, sizes: list[int], group: Any) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
 
 
-def reduce_scatter(tensor: Tensor, sizes: list[int], group: Any) -> Tensor:
-    """This rank's rows of the sum over ranks, added in the order of the ranks."""
-    rank, most = dist.get_rank(group), max(sizes)
-    parts = torch.split(tensor, sizes)
-    outgoing = [torch.cat([part, part.new_zeros(most - part.shape[0], *part.shape[1:])]) for part in parts]
-    incoming = [torch.empty_like(part) for part in outgoing]
+def send_to_owners(parts: list[Tensor], rows: int, group: Any) -> list[Tensor]:
+    """parts[r] goes to rank r; what comes back is the part of `rows` rows that every rank had for this one."""
+    rank = dist.get_rank(group)
+    outgoing = [part.contiguous() for part in parts]
+    incoming = [part.new_empty(rows, *part.shape[1:]) for part in parts]
     if dist.get_backend(group) == "gloo":  # has no all_to_all of lists
         requests = []
-        for other in range(len(sizes)):
+        for other in range(len(parts)):
             if other == rank:
                 incoming[rank] = outgoing[rank]
                 continue
-            requests.append(dist.isend(outgoing[other].contiguous(), group=group, group_dst=other))
+            requests.append(dist.isend(outgoing[other], group=group, group_dst=other))
             requests.append(dist.irecv(incoming[other], group=group, group_src=other))
         for request in requests:
             request.wait()
     else:
-        dist.all_to_all(incoming, [part.contiguous() for part in outgoing], group=group)
-    total = incoming[0]
-    for part in incoming[1:]:
+        dist.all_to_all(incoming, outgoing, group=group)
+    return incoming
+
+
+def reduce_scatter(tensor: Tensor, sizes: list[int], group: Any) -> Tensor:
+    """This rank's rows of the sum over ranks, added in the order of the ranks."""
+    total, *parts = send_to_owners(list(torch.split(tensor, sizes)), sizes[dist.get_rank(group)], group)
+    for part in parts:
         total = total + part
-    return total[: sizes[rank]]
+    return total
 
 
 def log_sum_exp(partial: Tensor, group: Any) -> Tensor:
@@ -220,7 +224,7 @@ def _accuracy(row_best: Tensor, column_best: Tensor, column_lse: Tensor, target:
 # --------------------------------------------------------------------------------------------------------------------------------------------- ring
 
 
-class _Block:
+class Block:
     """What belongs to the candidates of one rank, on its way round the ring: tensors that travel together."""
 
     def __init__(self, tensors: list[Tensor], sizes: list[int], group: Any, tag: int = 0) -> None:
@@ -246,8 +250,8 @@ class _Block:
         self.tensors, self.owner = self.incoming, (self.owner - 1) % self.world
 
 
-def _candidates(others: Sequence[Tensor], present: Tensor | None, sizes: list[int], group: Any) -> _Block:
-    return _Block([*others] + ([] if present is None else [present.to(torch.uint8)]), sizes, group)
+def _candidates(others: Sequence[Tensor], present: Tensor | None, sizes: list[int], group: Any) -> Block:
+    return Block([*others] + ([] if present is None else [present.to(torch.uint8)]), sizes, group)
 
 
 def checked_target(name: str, target: Tensor, total: int) -> Tensor:
@@ -304,7 +308,7 @@ class _Ring(torch.autograd.Function):
         sigmoid = name == "siglip_loss"
         statistics = scale.new_zeros(sizes[rank], 2, dtype=torch.float64)  # of the block's columns: log-sum-exp, sum
         statistics[:, 0] = -torch.inf
-        block, carried = _candidates(others, present, sizes, group), _Block([statistics], sizes, group, tag=m + 1)
+        block, carried = _candidates(others, present, sizes, group), Block([statistics], sizes, group, tag=m + 1)
         for hop in range(world):
             candidates, mask = block.tensors[:m], block.tensors[m].bool() if present is not None else None
             local = _within(target, starts[block.owner], sizes[block.owner])
@@ -361,7 +365,7 @@ class _Ring(torch.autograd.Function):
         grad_anchor = anchor.new_zeros(anchor.shape, dtype=real)
         grad_scale = scale.new_zeros(2)
         gathered = anchor.new_zeros((others[0].shape[0], ctx.m, anchor.shape[1]), dtype=real)
-        block, carried = _candidates(others, present, ctx.sizes, ctx.group), _Block([gathered], ctx.sizes, ctx.group, tag=ctx.m + 1)
+        block, carried = _candidates(others, present, ctx.sizes, ctx.group), Block([gathered], ctx.sizes, ctx.group, tag=ctx.m + 1)
         for hop in range(len(ctx.sizes)):
             candidates, mask = block.tensors[: ctx.m], block.tensors[ctx.m].bool() if present is not None else None
             start, size = ctx.starts[block.owner], ctx.sizes[block.owner]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["merged", "smallest"]
+__all__ = ["best_of", "merged", "smallest"]
 
 
 def smallest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -32,3 +32,10 @@ def merged(best: tuple[Tensor, Tensor] | None, found: tuple[Tensor, Tensor], k: 
         return found
     values, order = torch.cat([best[0], found[0]], 1).sort(dim=1, stable=True)
     return values[:, :k], torch.cat([best[1], found[1]], 1).gather(1, order[:, :k])
+
+
+def best_of(score: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest scores of lists beside each other, whatever their order, equal ones by index."""
+    indices, order = indices.sort(dim=1)
+    score, best = score.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return score[:, :k], indices.gather(1, best[:, :k])

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _arguments as arguments
+from . import _knn_arguments as check
+from . import _knn_search as search
 from . import _selection as selection
-from ._contrastive import check_matrix
-from ._registration import accumulation_dtype, autocast_is_on, refuse_forward_mode, register_looping_vmap, to_autocast
+from ._knn_batches import item_by_item
+from ._knn_search import METRICS, Query
+from ._registration import accumulation_dtype, refuse_forward_mode, register_looping_vmap
 from ._results import Neighbors
 
-__all__ = ["METRICS", "knn", "reference_knn"]
-
-METRICS = ("dot", "cosine", "sqeuclidean", "euclidean")  # in the order of csrc/ops/knn.h
-MAX_POINTS = 2**31 - 1  # kernels count points in 32 bits
-CENTER_BLOCK = 4096  # rows whose sum is one term of the mean
+__all__ = ["knn", "reference_knn"]
 
 
 def knn(
     queries: Tensor,
-    points: Tensor | None = None,
+    points: Tensor | NDArray[Any] | Iterable[Tensor | NDArray[Any]] | None = None,
     k: int = 10,
     *,
     metric: str = "cosine",
@@ -31,12 +33,17 @@ def knn(
     exclude_self: bool = False,
     query_ids: Tensor | None = None,
     exclude_labels: tuple[Tensor, Tensor] | None = None,
+    lengths: Tensor | tuple[Tensor, Tensor] | None = None,
     center: bool | str = "auto",
+    csls_neighbors: int = 10,
+    workspace_bytes: int | None = None,
+    process_group: Any = None,
+    exchange: str = "gather",
 ) -> Neighbors:
     r"""The k nearest points of every query, nearest first, equally near ones by index.
 
     A tile of products is made, compared with the k-th best of each of its rows so far, and forgotten: nothing of N x M is stored. The order is total
-    (score, then lower index), so the result does not depend on threads or on k: the first 10 of k = 100 are those of k = 10.
+    (score, then lower index), so the result does not depend on threads, chunks, processes or k: the first 10 of k = 100 are those of k = 10.
 
     >>> import torch
     >>> knn(torch.tensor([[0.0], [1.0], [3.0]]), k=1, metric="euclidean", exclude_self=True)
@@ -48,30 +55,47 @@ def knn(
 
     Parameters
     ----------
-    queries : Tensor [N, D]
-    points : Tensor [M, D], optional
-        M < 2^31. Default: the queries are searched among themselves.
+    queries : Tensor [N, D], or [B, N, D]
+        Three dimensions: each item of the batch is searched alone, and the points have three dimensions too.
+    points : Tensor [M, D] (or [B, M, D]), array [M, D], or iterable of either with [rows, D], optional
+        M < 2^31. Default: the queries are searched among themselves. Arrays, also memory-mapped ones, and iterables are read chunk after chunk.
     k : int
         1 to M; with `exclude_self` to M - 1.
-    metric : "cosine", "dot", "euclidean" or "sqeuclidean"
-        The first two are similarities, larger is nearer; a zero vector has cosine 0 with everything.
+    metric : "cosine", "dot", "euclidean", "sqeuclidean" or "csls"
+        The first two are similarities, larger is nearer; a zero vector has cosine 0 with everything. "csls" is
+        ``2 cos(q, x) - r(q) - r(x)``: twice the cosine less the mean cosines of both to their `csls_neighbors` nearest of the other side, so that points
+        near to everything are not everyone's neighbour.
     bias : Tensor [M] in the accumulation dtype, optional
-        Added to the similarity of every query with that point.
+        Added to the similarity of every query with that point; for "cosine" and "dot".
     exclude_self : bool
         Without `points`: no query is its own neighbour. An equal row with another index still is one.
     query_ids : Tensor int64 [N], optional
         The point that is left out for a query, by its index; -1 for none.
     exclude_labels : (Tensor int64 [N], Tensor int64 [M]), optional
         Points with the query's label are left out, such as the captions of one image. Without `points` the two may be one tensor.
+    lengths : Tensor int64 [B], or a pair of them, optional
+        Sizes of the items of a batch: of the queries, and of the points (the same without `points`). With three dimensions rows behind an item's length are
+        padding, and indices count within the item. With two dimensions items lie one behind the other, and indices count through all of them. Either way
+        k may exceed an item's points, and bias, query_ids and exclude_labels have the rows of the queries and points.
     center : "auto", True or False
         For distances, which do not change when all vectors move: the mean of the points is subtracted first, where the points are far from the origin
         (|mean|^2 > 4 times their mean squared distance from it), always, or never. Digits that a product loses there are kept by it.
+    csls_neighbors : int
+        For "csls": neighbours in each mean, without a query itself under `exclude_self`; at most the fewer of queries and points.
+    workspace_bytes : int, optional
+        Points and queries are taken in blocks whose copies need no more than this (but blocks have 512 rows or more). Default: tensors at once, other points
+        in blocks of 64 MiB.
+    process_group : torch.distributed.ProcessGroup, optional
+        Every rank holds some of the queries and of the points (of its own `bias` and labels), any number of each; indices and `query_ids` count the points
+        of all ranks, rank after rank. Each rank gets the neighbours of its queries.
+    exchange : "gather" or "ring"
+        Between ranks: all queries meet each rank's points and the lists go back, or the points travel round.
 
     Returns
     -------
     Neighbors(values, indices)
         values [N, k] in the accumulation dtype, float32 (float64 for float64): similarities or distances. indices int64 [N, k]. Where fewer than k points
-        are left, index -1 and value -inf (distances: inf). A named tuple with ``.to(device)``.
+        are left, index -1 and value -inf (distances: inf). A named tuple with ``.to(device)``. Batched: [B, N, k].
 
     Gradient
     --------
@@ -85,123 +109,155 @@ def knn(
     Raises
     ------
     TypeError, ValueError
-        ``knn: <argument> must ..., got ...``.
+        ``knn: <argument> must ..., got ...``; on every rank, if it is so on one. An iterator can be read once: with automatic centring or "csls", which need
+        the points twice, it is refused.
 
     Complexity
     ----------
     2 N M D FLOP. Memory beyond the result: (N + M) D numbers and 2 k keys for each row in progress. On CUDA panels of products and torch.topk, until the
     kernel is there.
 
-    Paper: exact search by products and a running selection: Johnson, Douze, Jegou, "Billion-scale similarity search with GPUs", IEEE Big Data 2021.
+    Papers: exact search by products and a running selection: Johnson, Douze, Jegou, "Billion-scale similarity search with GPUs", IEEE Big Data 2021. CSLS:
+    Conneau et al., "Word Translation Without Parallel Data", ICLR 2018, section 2.3.
     """
     op = "knn"
-    queries, points, labels = checked(op, queries, points, metric, exclude_self, query_ids, exclude_labels)
-    _check_k(op, k, len(points), exclude_self)
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        queries, points, *rest = prepared(op, queries, points, metric, bias, exclude_self, query_ids, center)
-        return Neighbors(*torch.ops.modalign.knn(queries, points, k, *rest, *labels))
+    if lengths is not None or getattr(queries, "ndim", 2) == 3:
+        if workspace_bytes is not None or process_group is not None or not (points is None or isinstance(points, Tensor)):
+            raise ValueError(f"{op}: a batch must be of tensors in one process and without workspace_bytes, got more")
+        check.check_k(op, k, None, False)
+        labels = (None, None) if exclude_labels is None else exclude_labels
+        beside = {"bias": bias, "query_ids": query_ids, "exclude_labels[0]": labels[0], "exclude_labels[1]": labels[1]}
+
+        def one(x: Tensor, y: Tensor | None, k: int, own: dict[str, Tensor | None]) -> Neighbors:
+            pair = None if exclude_labels is None else (own["exclude_labels[0]"], own["exclude_labels[1]"])
+            options = dict(metric=metric, exclude_self=exclude_self, center=center, csls_neighbors=csls_neighbors)
+            return knn(x, y, k, bias=own["bias"], query_ids=own["query_ids"], exclude_labels=pair, **options)
+
+        return item_by_item(op, one, queries, points, k, lengths, beside, exclude_self, torch.inf if metric in check.DISTANCES else -torch.inf)
+    if exchange not in ("gather", "ring"):
+        raise ValueError(f'{op}: exchange must be "gather" or "ring", got {arguments.describe(exchange)}')
+    several = process_group is not None and dist.get_world_size(process_group) > 1
+    streamed = workspace_bytes is not None or not (points is None or isinstance(points, Tensor))
+    workspace = _check_workspace(op, workspace_bytes)
+
+    def checked() -> tuple[tuple[_Asked, Any], list[int]]:
+        x = check.check_queries(op, queries, metric, exclude_self, points, query_ids, (*METRICS, "csls"))
+        beside = {"bias": bias, "exclude_labels[1]": exclude_labels[1] if isinstance(exclude_labels, (tuple, list)) and len(exclude_labels) == 2 else None}
+        y = search.Chunks(op, x if points is None else points, x, workspace, beside) if streamed and not several else check.check_points(op, points, x)
+        M = len(y) if isinstance(y, Tensor) else y.known()
+        labels = check.check_excluded(op, exclude_labels, x, M)
+        check.check_bias(op, bias, x, M, metric)
+        check.check_center(op, center, metric)
+        check.check_k(op, k, None if several else M, exclude_self)
+        fewest = None if several or M is None else min(len(x), M) - exclude_self
+        means = check.check_csls_neighbors(op, csls_neighbors, fewest) if metric == "csls" else 0
+        if isinstance(y, search.Chunks) and y.once and (metric == "csls" or (metric in check.DISTANCES and center is not False)):
+            why = 'metric "csls"' if metric == "csls" else f"center={center!r}"
+            raise ValueError(f"{op}: points must be readable twice with {why}, got an iterator, which is not; give a list, an array, or an object with __iter__")
+        refuse_forward_mode(op, (x, *([y] if isinstance(y, Tensor) else [])))
+        asked = _Asked(x, k, metric, bias, exclude_self, query_ids, labels, center)
+        flags = [exclude_self, query_ids is not None, exclude_labels is not None, bias is not None]
+        dtype, which, centers = arguments.FLOATING_DTYPES.index(x.dtype), (*METRICS, "csls").index(metric), (False, True, "auto").index(center)
+        return (asked, y), [x.shape[1], dtype, k, which, *map(int, flags), centers, means, int(exchange == "ring")]
+
+    device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
+    asked, y = search.agree(op, checked, device, process_group) if several else checked()[0]
+    layout = partial(_in_shards, op, group=process_group, exchange=exchange, workspace=workspace) if several else partial(_in_chunks, op) if streamed else at_once
+    with torch.no_grad(), torch.autocast(asked.queries.device.type, enabled=False):
+        return _csls(asked, y, csls_neighbors, layout) if metric == "csls" else layout(asked, y)
 
 
-def prepared(
-    op: str, queries: Tensor, points: Tensor, metric: str, bias: object, exclude_self: bool, query_ids: Tensor | None, center: object
-) -> tuple[Tensor, Tensor, int, Tensor | None, Tensor | None]:
-    """What the raw ops take: queries, points, the metric's number, bias, who is left out by index."""
-    real = accumulation_dtype(queries.dtype)
-    if center not in (True, False, "auto"):
-        raise ValueError(f'{op}: center must be "auto", True or False, got {arguments.describe(center)}')
-    distance = metric in ("euclidean", "sqeuclidean")
-    if center is True and not distance:
-        raise ValueError(f'{op}: center must be "auto" or False with metric "{metric}", which changes when vectors move, got True')
-    bias = None if bias is None else _check_bias(op, bias, points, real, distance)
-    refuse_forward_mode(op, (queries, points))
-    if bias is not None and metric == "cosine":  # a row's scale does not commute with what is added
-        queries = torch.nn.functional.normalize(queries.to(real), dim=1, eps=torch.finfo(real).tiny)
-        points = points.to(real)
-    if distance and center is not False:
-        shift = _center(points, real, center is True)
-        same = queries is points
-        points = points.to(real) - shift
-        queries = points if same else queries.to(real) - shift
-    skip = torch.arange(len(queries), device=queries.device) if exclude_self else query_ids
-    return queries, points, METRICS.index(metric), bias, skip
+class _Asked(NamedTuple):
+    """The arguments that say what is searched; where the points lie is another matter."""
+
+    queries: Tensor
+    k: int
+    metric: str
+    bias: Tensor | None
+    exclude_self: bool
+    query_ids: Tensor | None
+    labels: tuple[Tensor, Tensor] | tuple[None, None]
+    center: object
+
+    def query(self, queries: Tensor, first: int = 0) -> Query:
+        own = torch.arange(first, first + len(queries), device=queries.device) if self.exclude_self else self.query_ids
+        return Query(queries, self.k, self.metric, own, self.labels[0])
 
 
-def checked(
-    op: str, queries: object, points: object, metric: object, exclude_self: object, query_ids: object, exclude_labels: object
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | tuple[None, None]]:
-    queries = check_matrix(op, "queries", queries, "[N, D]")
-    if metric not in METRICS:
-        raise ValueError(f"{op}: metric must be one of {', '.join(METRICS)}, got {arguments.describe(metric)}")
-    arguments.check_flag(op, "exclude_self", exclude_self)
-    if points is not None:
-        points = check_matrix(op, "points", points, "[M, D]")
-        if exclude_self:
-            raise ValueError(f"{op}: exclude_self must go without points, got both; query_ids says which point is a query's own")
-        if autocast_is_on(queries.device.type):
-            queries, points = to_autocast(queries), to_autocast(points)
-        arguments.check_alike(op, "points", points, "queries", queries)
-    elif autocast_is_on(queries.device.type):
-        queries = to_autocast(queries)
-    points = queries if points is None else points
-    N, M = len(queries), len(points)
-    if M > MAX_POINTS:
-        raise ValueError(f"{op}: points must be fewer than 2^31, got {M}")
-    if query_ids is not None:
-        if exclude_self:
-            raise ValueError(f"{op}: query_ids must not be given together with exclude_self, got both")
-        _check_labels(op, "query_ids", query_ids, N, queries)
-    if exclude_labels is None:
-        return queries, points, (None, None)
-    if not isinstance(exclude_labels, (tuple, list)) or len(exclude_labels) != 2:
-        raise TypeError(f"{op}: exclude_labels must be a pair of int64 tensors, got {arguments.describe(exclude_labels)}")
-    _check_labels(op, "exclude_labels[0]", exclude_labels[0], N, queries)
-    _check_labels(op, "exclude_labels[1]", exclude_labels[1], M, queries)
-    return queries, points, tuple(exclude_labels)
+def _check_workspace(op: str, workspace_bytes: object) -> int:
+    if workspace_bytes is None:
+        return search.CHUNK_BYTES
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"{op}: workspace_bytes must be None or a whole number, got {arguments.describe(workspace_bytes)}")
+    if workspace_bytes < 0:
+        raise ValueError(f"{op}: workspace_bytes must be 0 or more, got {workspace_bytes}")
+    return workspace_bytes
 
 
-def _check_k(op: str, k: object, M: int, exclude_self: bool) -> None:
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"{op}: k must be a whole number, got {arguments.describe(k)}")
-    most = M - 1 if exclude_self else M
-    if not 1 <= k <= most:
-        wanted = f"M - 1 = {most}, the other points" if exclude_self else f"M = {most}, the number of points"
-        raise ValueError(f"{op}: k must be from 1 to {wanted}, got {k}")
+# ------------------------------------------------------------------------------------------------------------------------------- where points lie
 
 
-def _check_labels(op: str, name: str, value: object, size: int, like: Tensor) -> None:
-    if not isinstance(value, Tensor) or value.dtype is not torch.int64:
-        raise TypeError(f"{op}: {name} must be an int64 tensor [{size}], got {arguments.describe(value)}")
-    if value.device != like.device or tuple(value.shape) != (size,):
-        raise ValueError(f"{op}: {name} must have shape [{size}] on {like.device}, got {arguments.describe(value)}")
+def at_once(asked: _Asked, points: Tensor) -> Neighbors:
+    x, change = check.standardised(
+        asked.queries, asked.metric, asked.bias, asked.center, lambda always: search.mean_of(points.split(search.CENTER_BLOCK), points, always)
+    )
+    query = asked.query(x)
+    score, indices, squares = search.whole(query, change(points), asked.bias, asked.labels[1])
+    return Neighbors(search.finished(query, score, indices, squares), indices)
 
 
-def _check_bias(op: str, bias: object, points: Tensor, real: torch.dtype, distance: bool) -> Tensor:
-    if distance:
-        raise ValueError(f"{op}: bias must go with a similarity, got a distance as metric")
-    if not isinstance(bias, Tensor) or bias.dtype is not real:
-        raise TypeError(f"{op}: bias must be a {str(real).removeprefix('torch.')} tensor [M], got {arguments.describe(bias)}")
-    if bias.device != points.device or tuple(bias.shape) != (len(points),):
-        raise ValueError(f"{op}: bias must have shape [{len(points)}] on {points.device}, got {arguments.describe(bias)}")
-    return bias
+def _in_chunks(op: str, asked: _Asked, points: search.Chunks) -> Neighbors:
+    x, change = check.standardised(
+        asked.queries, asked.metric, asked.bias, asked.center, lambda always: search.mean_of((rows for _, rows in points), asked.queries, always)
+    )
+    query = asked.query(x)
+    score, indices, count = search.in_chunks(query, ((first, change(rows)) for first, rows in points), points.rows, asked.bias, asked.labels[1])
+    check.check_k(op, asked.k, count, asked.exclude_self)
+    return Neighbors(search.finished(query, score, indices, search.squares_of(query)), indices)
 
 
-def _center(points: Tensor, real: torch.dtype, always: bool) -> Tensor:
-    """The mean of the points, or 0 where it is not far from them in their own measure. Blocks of rows in order: the same bits for any thread count."""
-    sums = torch.stack([block.double().sum(0) for block in points.split(CENTER_BLOCK)])
-    squares = torch.stack([block.double().square().sum() for block in points.split(CENTER_BLOCK)])
-    mean = sums.cumsum(0)[-1] / len(points)
-    spread = squares.cumsum(0)[-1] / len(points) - mean.square().sum()
-    far = mean.square().sum() > 4 * spread
-    return torch.where(far | always, mean, 0).to(real)
+def _in_shards(op: str, asked: _Asked, points: Tensor, group: Any, exchange: str, workspace: int) -> Neighbors:
+    sizes = search.gather_sizes(len(points), points, group)
+    check.check_k(op, asked.k, sum(sizes), asked.exclude_self)
+    x, change = check.standardised(asked.queries, asked.metric, asked.bias, asked.center, lambda always: search.mean_of_shards(points, sizes, always, group))
+    query = asked.query(x, sum(sizes[: dist.get_rank(group)]))
+    rows = search.chunk_rows(workspace, x)
+    score, indices = search.in_shards(query, change(points), asked.bias, asked.labels[1], sizes, group, exchange, rows)
+    return Neighbors(search.finished(query, score, indices, search.squares_of(query)), indices)
+
+
+def _csls(asked: _Asked, points: Any, neighbors: int, layout: Callable[..., Neighbors]) -> Neighbors:
+    """The cosines with half the points' means taken off, made CSLS after the search."""
+    own, theirs = csls_means(asked.queries, points, neighbors, asked.exclude_self, layout)
+    found = layout(asked._replace(metric="cosine", bias=theirs / -2), points)
+    return Neighbors(2 * found.values - own[:, None], found.indices)
+
+
+def csls_means(queries: Tensor, points: Any, neighbors: int, exclude_self: bool, layout: Callable[[_Asked, Any], Neighbors]) -> tuple[Tensor, Tensor]:
+    """The mean cosine of each query and its nearest points, and of each point and its nearest queries."""
+    asked = _Asked(queries, neighbors, "cosine", None, exclude_self, None, (None, None), False)
+    own = _mean_value(layout(asked, points))
+    if exclude_self:
+        return own, own
+    if isinstance(points, search.Chunks):
+        return own, torch.cat([_mean_value(at_once(asked._replace(queries=rows), queries)) for _, rows in points])
+    return own, _mean_value(layout(asked._replace(queries=points), queries))
+
+
+def _mean_value(found: Neighbors) -> Tensor:
+    """Over those that there are; 0 without any."""
+    there = found.indices >= 0
+    return torch.where(there, found.values, 0).sum(1) / there.sum(1).clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- what torch needs to know
 
 
 @torch.library.register_fake("modalign::knn")
-def _fake(queries: Tensor, points: Tensor, k: int, *rest: Any) -> tuple[Tensor, Tensor]:
-    shape = (queries.shape[0], k)
-    return queries.new_empty(shape, dtype=accumulation_dtype(queries.dtype)), queries.new_empty(shape, dtype=torch.int64)
+def _fake(queries: Tensor, points: Tensor, k: int, metric: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    N, real = queries.shape[0], accumulation_dtype(queries.dtype)
+    squares = queries.new_empty((0 if METRICS[metric] == "dot" else N,), dtype=real)
+    return queries.new_empty((N, k), dtype=real), queries.new_empty((N, k), dtype=torch.int64), squares
 
 
 register_looping_vmap("modalign::knn")
@@ -244,7 +300,7 @@ def score_panels(
 
 def _by_panels(
     queries: Tensor, points: Tensor, k: int, metric: int, bias: Tensor | None, skip: Tensor | None, query_labels: Tensor | None, point_labels: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What stands in for the kernel on a GPU: panels of products, the k best of each merged into those before."""
     found: list[Any] = []
     for start, score in score_panels(queries, points, k, metric, bias, skip, query_labels, point_labels):
@@ -253,14 +309,8 @@ def _by_panels(
             found.append(None)
         found[-1] = selection.merged(found[-1], (values, indices + start), k)
     values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
-    name, square = METRICS[metric], queries.to(accumulation_dtype(queries.dtype)).square().sum(1, keepdim=True)
-    indices, score = torch.where(values == torch.inf, -1, indices), -values
-    if name == "cosine":
-        score = torch.where((square > 0) & (indices >= 0), score * square.rsqrt(), torch.where(indices >= 0, 0, score))
-    elif name != "dot":
-        score = (square - 2 * score).clamp(min=0)
-        score = score.sqrt() if name == "euclidean" else score
-    return score, indices
+    squares = queries.to(accumulation_dtype(queries.dtype)).square().sum(1)
+    return -values, torch.where(values == torch.inf, -1, indices), squares[:0] if METRICS[metric] == "dot" else squares
 
 
 torch.library.impl("modalign::knn", "CUDA", _by_panels)
@@ -282,8 +332,10 @@ def reference_knn(
 ) -> Neighbors:
     """`knn` in plain torch: all scores and a stable sort; [N, M] of memory, [N, M, D] for distances."""
     op = "reference_knn"
-    queries, points, labels = checked(op, queries, points, metric, exclude_self, query_ids, exclude_labels)
-    _check_k(op, k, len(points), exclude_self)
+    queries = check.check_queries(op, queries, metric, exclude_self, points, query_ids)
+    points = check.check_points(op, points, queries)
+    labels = check.check_excluded(op, exclude_labels, queries, len(points))
+    check.check_k(op, k, len(points), exclude_self)
     with torch.no_grad():
         score = reference_scores(queries, points, metric, bias, torch.arange(len(queries), device=queries.device) if exclude_self else query_ids, labels)
         values, indices = selection.smallest(-score, k)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from . import _arguments as arguments
-from ._registration import register_looping_vmap
-from .knn import checked, prepared, reference_scores, score_panels
+from . import _knn_arguments as check
+from ._knn_search import CENTER_BLOCK, METRICS, mean_of
+from ._registration import refuse_forward_mode, register_looping_vmap
+from .knn import at_once, csls_means, reference_scores, score_panels
 
 __all__ = ["reference_target_rank", "target_rank"]
 
@@ -23,6 +25,7 @@ def target_rank(
     query_ids: Tensor | None = None,
     exclude_labels: tuple[Tensor, Tensor] | None = None,
     center: bool | str = "auto",
+    csls_neighbors: int = 10,
 ) -> Tensor:
     r"""The place of point ``t_i`` in the list that `knn` would give for query i: the number of points before it, 0 for the nearest.
 
@@ -38,7 +41,7 @@ def target_rank(
 
     Parameters
     ----------
-    queries, points, metric, bias, exclude_self, query_ids, exclude_labels, center
+    queries, points, metric, bias, exclude_self, query_ids, exclude_labels, center, csls_neighbors
         See `knn`; ``points=None``: the queries among themselves.
     target : Tensor int64 [N]
         The point to find, 0 to M - 1; -1 (or -100) for a query without one.
@@ -68,11 +71,20 @@ def target_rank(
     Paper: Johnson, Douze, Jegou, "Billion-scale similarity search with GPUs", IEEE Big Data 2021, for exact search; the count is the rank of retrieval tables.
     """
     op = "target_rank"
-    queries, points, labels = checked(op, queries, points, metric, exclude_self, query_ids, exclude_labels)
+    queries = check.check_queries(op, queries, metric, exclude_self, points, query_ids, (*METRICS, "csls"))
+    points = check.check_points(op, points, queries)
+    labels = check.check_excluded(op, exclude_labels, queries, len(points))
+    check.check_bias(op, bias, queries, len(points), metric)
+    check.check_center(op, center, metric)
     _check_target(op, target, queries, points)
+    refuse_forward_mode(op, (queries, points))
     with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
-        queries, points, *rest = prepared(op, queries, points, metric, bias, exclude_self, query_ids, center)
-        return torch.ops.modalign.target_rank(queries, points, target, *rest, *labels)
+        if metric == "csls":
+            check.check_csls_neighbors(op, csls_neighbors, min(len(queries), len(points)) - exclude_self)
+            metric, bias = "cosine", csls_means(queries, points, csls_neighbors, exclude_self, at_once)[1] / -2
+        x, change = check.standardised(queries, metric, bias, center, lambda always: mean_of(points.split(CENTER_BLOCK), points, always))
+        skip = torch.arange(len(queries), device=queries.device) if exclude_self else query_ids
+        return torch.ops.modalign.target_rank(x, change(points), target, METRICS.index(metric), bias, skip, *labels)
 
 
 def _check_target(op: str, target: object, queries: Tensor, points: Tensor) -> None:
@@ -142,7 +154,9 @@ def reference_target_rank(
 ) -> Tensor:
     """`target_rank` in plain torch: all scores."""
     op = "reference_target_rank"
-    queries, points, labels = checked(op, queries, points, metric, exclude_self, query_ids, exclude_labels)
+    queries = check.check_queries(op, queries, metric, exclude_self, points, query_ids)
+    points = check.check_points(op, points, queries)
+    labels = check.check_excluded(op, exclude_labels, queries, len(points))
     _check_target(op, target, queries, points)
     with torch.no_grad():
         score = reference_scores(queries, points, metric, bias, torch.arange(len(queries), device=queries.device) if exclude_self else query_ids, labels)
