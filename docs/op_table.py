@@ -45,9 +45,9 @@ FAMILIES = {  # of kernels that are not named after their op
 }
 
 
-def cuda(op: str, families: set[str]) -> str:
+def cuda(op: str, families: set[str], covered: bool) -> str:
     if FAMILIES.get(op, op) not in families:
-        return "no"
+        return "plain torch; not yet run on a GPU" if covered else "no"
     ran = devices_that_ran(op)
     state = f"run on {', '.join(ran)}" if ran else "compiled and proved in the emulator; not yet run on a GPU"
     return f"{cuda_targets()}: {state}"
@@ -77,7 +77,7 @@ def table(link: str) -> str:
         cells = [
             f"[`{name}`]({link.format(name)})",
             yes["CPU" in covered[name]],
-            cuda(name, families),
+            cuda(name, families, "CUDA" in covered[name]),
             ", ".join(str(dtype).removeprefix("torch.") for dtype in case.dtypes),
             yes[hasattr(torch.ops.modalign, f"{name}_bwd")],
             "yes" if case.double_backward else "no, raises",

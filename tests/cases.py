@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from contrastive_cases import CONTRASTIVE, DERIVED
+from knn_values_cases import KNN_VALUES
 from modalign import ops
 from modalign.ops.gram_volume import formula_gram_volume, reference_gram_volume
 from modalign.ops.paired_gram_volume import formula_paired_gram_volume, reference_paired_gram_volume
@@ -461,7 +462,7 @@ WIDE = [
     ),
 ]
 
-CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY]
+CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES]
 
 # Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py, test_hard_negatives.py and test_knn.py.
-SELECTIONS = ["clip_hard_negatives", "gram_hard_negatives", "gram_target_rank", "gram_topk", "knn", "target_rank"]
+SELECTIONS = ["clip_hard_negatives", "gram_hard_negatives", "gram_target_rank", "gram_topk", "knn", "knn_graph", "mine_hard_negatives", "target_rank"]

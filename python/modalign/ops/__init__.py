@@ -4,7 +4,7 @@ from .._load import load_library
 
 load_library()  # the files below tell torch about the raw ops, so these have to be there first
 
-from ._results import HardNegatives, Neighbors, SegmentMax  # noqa: E402, F401
+from ._results import HardNegatives, NeighborGraph, Neighbors, SegmentMax  # noqa: E402, F401
 from .clip_hard_negatives import clip_hard_negatives  # noqa: E402
 from .clip_loss import clip_loss  # noqa: E402
 from .cosine_sum_contrastive_loss import cosine_sum_contrastive_loss  # noqa: E402
@@ -14,6 +14,9 @@ from .gram_target_rank import gram_target_rank  # noqa: E402
 from .gram_topk import gram_topk  # noqa: E402
 from .gram_volume import gram_volume  # noqa: E402
 from .knn import knn  # noqa: E402
+from .knn_graph import knn_graph  # noqa: E402
+from .knn_values import knn_values  # noqa: E402
+from .mine_hard_negatives import mine_hard_negatives  # noqa: E402
 from .paired_gram_volume import paired_gram_volume  # noqa: E402
 from .pairwise_logsumexp import pairwise_logsumexp  # noqa: E402
 from .segment_max_similarity import segment_max_similarity  # noqa: E402
@@ -32,6 +35,9 @@ __all__ = [
     "gram_topk",
     "gram_volume",
     "knn",
+    "knn_graph",
+    "knn_values",
+    "mine_hard_negatives",
     "paired_gram_volume",
     "pairwise_logsumexp",
     "segment_max_similarity",

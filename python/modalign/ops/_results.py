@@ -48,3 +48,26 @@ class SegmentMax(NamedTuple):
 
     def to(self, device: torch.device | str) -> SegmentMax:
         return SegmentMax(self.values.to(device), self.indices.to(device))
+
+
+class NeighborGraph(NamedTuple):
+    """The edges from points to their neighbours in compressed rows, the columns of a row in rising order.
+
+    row_pointers : Tensor int64 [N + 1]
+        The edges of point i are those from row_pointers[i] to row_pointers[i + 1].
+    columns : Tensor int64 [E]
+    values : Tensor [E]
+    """
+
+    row_pointers: Tensor
+    columns: Tensor
+    values: Tensor
+
+    @property
+    def edge_index(self) -> Tensor:
+        """[2, E]: the point, and below it its neighbour."""
+        rows = torch.arange(len(self.row_pointers) - 1, device=self.columns.device).repeat_interleave(self.row_pointers.diff())
+        return torch.stack([rows, self.columns])
+
+    def to(self, device: torch.device | str) -> NeighborGraph:
+        return NeighborGraph(*(each.to(device) for each in self))
