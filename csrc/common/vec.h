@@ -219,14 +219,20 @@ inline Vector<T> exponential(Vector<T> x) {
   return x != x ? x : result;
 }
 
-// log(1 + u) for 0 <= u <= 1 as 2 atanh(u / (2 + u)); relative error 2 eps, also for tiny u.
+// 2 atanh(s) = log((1 + s) / (1 - s)) for 0 <= s <= 1/3; relative error 2 eps, also for tiny s.
 template <class T>
-inline Vector<T> log1p_unit(Vector<T> u) {
+inline Vector<T> twice_atanh(Vector<T> s) {
   constexpr int terms = sizeof(T) == 4 ? 8 : 17;   // s^2 <= 1/9
-  const Vector<T> s = u / (u + broadcast(T(2))), square = s * s;
+  const Vector<T> square = s * s;
   Vector<T> series{};
   for (int n = terms; n >= 0; --n) series = series * square + broadcast(T(1) / T(2 * n + 1));
   return broadcast(T(2)) * s * series;
+}
+
+// log(1 + u) for 0 <= u <= 1
+template <class T>
+inline Vector<T> log1p_unit(Vector<T> u) {
+  return twice_atanh<T>(u / (u + broadcast(T(2))));
 }
 
 // log(1 + exp(z)), no overflow for any z

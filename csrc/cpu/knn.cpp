@@ -9,6 +9,7 @@
 
 #include <cmath>
 
+#include "cpu/pack_rows.h"
 #include "cpu/select.h"
 
 namespace modalign::cpu {
@@ -48,28 +49,13 @@ struct Buffers {
         lists(plan, p.N, p.k, arena) {}
 };
 
-// Rows into panels of `width`; done(panel, first) follows each.
-template <int width, class T, class Done>
-void pack(Scalar dtype, const BatchedRows& from, std::int64_t count, std::int64_t D, T* panels, const Parallel& parallel, const Done& done) {
-  parallel_for(parallel, 0, (count + width - 1) / width, 4, [&](std::int64_t begin, std::int64_t end) {
-    Scratch<T> rows(width * D);
-    for (std::int64_t panel = begin; panel < end; ++panel) {
-      const std::int64_t first = panel * width;
-      const int here = static_cast<int>(minimum(width, count - first));
-      for (int r = 0; r < here; ++r) load_row<T>(dtype, from.data, (first + r) * from.row_stride, from.element_stride, D, rows + r * D);
-      pack_panel(width, here, D, [&](int r) { return rows + r * D; }, panels + first * D);
-      done(panels + first * D, first);
-    }
-  });
-}
-
 template <class T>
 void pack_operands(const KnnProblem& p, const Buffers<T>& to, const Parallel& parallel) {
-  pack<kRegisterRows>(p.dtype, p.queries, p.N, p.D, to.row_panels, parallel, [&](const T* panel, std::int64_t first) {
+  pack_rows<kRegisterRows>(p.dtype, p.queries, p.N, p.D, to.row_panels, parallel, [&](const T* panel, std::int64_t first) {
     if (p.metric != Metric::dot) panel_squares<T, kRegisterRows>(panel, p.D, to.row_square + first);
   });
   constexpr int P = kPanelColumns<T>;
-  pack<P>(p.dtype, p.points, p.M, p.D, to.column_panels, parallel, [&](const T* panel, std::int64_t first) {
+  pack_rows<P>(p.dtype, p.points, p.M, p.D, to.column_panels, parallel, [&](const T* panel, std::int64_t first) {
     T square[P];
     if (p.metric != Metric::dot) panel_squares<T, P>(panel, p.D, square);
     for (int c = 0; c < P; ++c) {

@@ -13,7 +13,7 @@
 
 #include <limits>
 
-#include "cpu/pair_geometry.h"
+#include "cpu/pack_rows.h"
 
 namespace modalign::cpu {
 inline namespace MODALIGN_ISA {
@@ -38,20 +38,6 @@ struct Operands {
   Operands(const SegmentMaxProblem& p, Arena& arena)
       : row_panels(arena.take<T>(packed_rows_size(p.R, p.D))), column_panels(arena.take<T>(packed_columns_size<T>(p.A, p.D))) {}
 };
-
-// `count` rows into panels of `width`.
-template <class T>
-void pack_rows(Scalar dtype, const BatchedRows& from, std::int64_t count, std::int64_t D, int width, T* panels, const Parallel& parallel) {
-  parallel_for(parallel, 0, (count + width - 1) / width, 4, [&](std::int64_t begin, std::int64_t end) {
-    Scratch<T> rows(width * D);
-    for (std::int64_t panel = begin; panel < end; ++panel) {
-      const std::int64_t first = panel * width;
-      const int here = static_cast<int>(minimum(width, count - first));
-      for (int r = 0; r < here; ++r) load_row<T>(dtype, from.data, (first + r) * from.row_stride, from.element_stride, D, rows + r * D);
-      pack_panel(width, here, D, [&](int r) { return rows + r * D; }, panels + first * D);
-    }
-  });
-}
 
 // The first segment that begins at or behind `row`.
 std::int64_t segment_from(const SegmentMaxProblem& p, std::int64_t row) {
@@ -84,8 +70,8 @@ void fold_rows(const T* products, std::int64_t ld, std::int64_t row, std::int64_
 
 template <class T>
 void forward(const SegmentMaxProblem& p, const SegmentMaxForward& to, const Operands<T>& operands, const Parallel& parallel) {
-  pack_rows(p.dtype, p.x, p.R, p.D, kRegisterRows, operands.row_panels, parallel);
-  pack_rows(p.dtype, p.y, p.A, p.D, kPanelColumns<T>, operands.column_panels, parallel);
+  pack_rows<kRegisterRows>(p.dtype, p.x, p.R, p.D, operands.row_panels, parallel);
+  pack_rows<kPanelColumns<T>>(p.dtype, p.y, p.A, p.D, operands.column_panels, parallel);
   const std::int64_t chunks = maximum(1, minimum(p.S, p.R / kChunkRows)), blocks = (p.A + kTileColumns<T> - 1) / kTileColumns<T>;
   parallel_for(parallel, 0, chunks * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     constexpr std::int64_t ld = kTileColumns<T>;
