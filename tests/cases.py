@@ -14,6 +14,7 @@ from modalign.ops.paired_gram_volume import formula_paired_gram_volume, referenc
 from modalign.ops.triangle_area import formula_triangle_area, reference_triangle_area
 from modalign.testing import NOT_FINITE, BadInput, Maker, OpCase, Sample, degenerate_zoo
 from segment_cases import SEGMENT_MAX_SIMILARITY
+from structure_cases import STRUCTURE_LOSS
 
 KERNEL, WIDE = "k<=8", "k>8"
 
@@ -462,7 +463,7 @@ WIDE = [
     ),
 ]
 
-CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES]
+CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS]
 
 # Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py, test_hard_negatives.py and test_knn.py.
 SELECTIONS = ["clip_hard_negatives", "gram_hard_negatives", "gram_target_rank", "gram_topk", "knn", "knn_graph", "mine_hard_negatives", "target_rank"]

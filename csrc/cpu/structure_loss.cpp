@@ -8,8 +8,8 @@
 //            dS_ij + dS_ji is whole, so one value product finishes the row's gradient and nothing is shared. 2 B^2 (Dx + Dy) FLOPs for the products unless kept,
 //            2 B^2 D for each gradient wanted. Per pair three exponentials and a logarithm, forward and twice backward.
 // Memory     the packed operands, 2 B (Dx + Dy); backward also rows of the other operand, B D. Forward kTileRows B numbers of each side for each thread.
-// Precision  products in float (double for double), sums over a row in double. log(Q / M) comes from the difference of logits, d = log P - log Q, as
-//            log(2 / (1 + e^-|d|)) or that less |d|: exact also where P and Q are nearly equal, or too small to be numbers. The dS of a row have the sum 0; where the
+// Precision  products in float (double for double), sums over a row in double. All logarithms come from the difference of logits, d = log P - log Q, and log cosh(d / 2):
+//            exact also where P and Q are nearly equal (the loss is then P d^2 / 8), or too small to be numbers. The dS of a row have the sum 0; where the
 //            diagonal holds nearly all of P its own is a difference of equal numbers, so it is made of the sum of the others.
 // Order      products have one order of sums, rows are summed in ascending order: equal bits for any threads, and with products kept or not.
 
@@ -45,20 +45,31 @@ inline Vector<T> floored(Vector<T> z) {
   return (over > Vector<T>{} ? z : floor) + log1p_unit<T>(exponential<T>(-magnitude));
 }
 
+// log cosh(d / 2) for d >= 0; relative error some eps. Its Taylor series up to 1, beyond it d / 2 - log(2 / (1 + e^-d)).
+template <class T>
+inline Vector<T> log_cosh_half(Vector<T> d) {
+  // 2^(2n - 1) (2^2n - 1) B_2n / (n (2n)!), n = 1, 2, ...
+  constexpr double series[] = {0.5, -0.08333333333333333, 0.022222222222222223, -0.006746031746031746, 0.0021869488536155205, -0.0007386029608251831, 0.0002565805740408915, -9.09896491907074e-05, 3.277930227475478e-05, -1.1956455712177625e-05, 4.405244525877023e-06, -1.6365968284715348e-06, 6.122655795895756e-07, -2.3041747198769394e-07, 8.715903837635848e-08, -3.3116463500327045e-08};
+  constexpr int count = sizeof(T) == 4 ? 8 : 16;
+  const Vector<T> y = broadcast(T(0.25)) * d * d, one = broadcast(T(1));
+  Vector<T> near{};
+  for (int n = count - 1; n >= 0; --n) near = near * y + broadcast(T(series[n]));
+  const Vector<T> e = exponential<T>(-d), far = broadcast(T(0.5)) * d - twice_atanh<T>((one - e) / (broadcast(T(3)) + e));
+  return d < one ? near * y : far;
+}
+
 template <class T, bool released>
 inline Terms<T> terms(Vector<T> log_p, Vector<T> log_q) {
   const Vector<T> zero{}, one = broadcast(T(1)), half = broadcast(T(0.5));
   const Vector<T> p = exponential<T>(log_p), q = exponential<T>(log_q);
-  const Vector<T> d = released ? floored<T>(log_p) - floored<T>(log_q) : log_p - log_q;
-  const Vector<T> magnitude = d > zero ? d : -d, e = exponential<T>(-magnitude);
-  const Vector<T> larger_over_mean = twice_atanh<T>((one - e) / (broadcast(T(3)) + e));   // log(2 / (1 + e)), the logarithm of the larger of P, Q over M
+  const Vector<T> d = released ? floored<T>(log_p) - floored<T>(log_q) : log_p - log_q, magnitude = d > zero ? d : -d;
+  const Vector<T> mean_over_root = log_cosh_half<T>(magnitude);   // log M - (log P + log Q) / 2
   if constexpr (!released) {
-    const Vector<T> smaller_over_mean = larger_over_mean - magnitude;
-    const Vector<T> f_p = half * p * (d > zero ? larger_over_mean : smaller_over_mean), f_q = half * q * (d > zero ? smaller_over_mean : larger_over_mean);
-    return {p, q, f_p, f_q, f_p + f_q};
+    const Vector<T> apart = half * d;   // log(P / M) = d / 2 - that, log(Q / M) = -d / 2 - that
+    const Vector<T> difference = p > q ? p - q : q - p;
+    return {p, q, half * p * (apart - mean_over_root), half * q * (-apart - mean_over_root), half * (half * magnitude * difference - (p + q) * mean_over_root)};
   }
-  const Vector<T> mean_over_root = half * magnitude - larger_over_mean;   // log M' - (log P' + log Q') / 2
-  const Vector<T> inverse = one / e, p_over_q = d > zero ? inverse : e, q_over_p = d > zero ? e : inverse;
+  const Vector<T> e = exponential<T>(-magnitude), inverse = one / e, p_over_q = d > zero ? inverse : e, q_over_p = d > zero ? e : inverse;
   return {p, q, half * p * (mean_over_root + half * (one - q_over_p)), half * q * (mean_over_root + half * (one - p_over_q)),
           (half * (p + q) + broadcast(T(kReleasedEpsilon))) * mean_over_root};
 }

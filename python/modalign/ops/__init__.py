@@ -21,6 +21,7 @@ from .paired_gram_volume import paired_gram_volume  # noqa: E402
 from .pairwise_logsumexp import pairwise_logsumexp  # noqa: E402
 from .segment_max_similarity import segment_max_similarity  # noqa: E402
 from .siglip_loss import siglip_loss  # noqa: E402
+from .structure_loss import structure_loss  # noqa: E402
 from .target_rank import target_rank  # noqa: E402
 from .triangle_area import triangle_area  # noqa: E402
 from .triangle_contrastive_loss import triangle_contrastive_loss  # noqa: E402
@@ -42,6 +43,7 @@ __all__ = [
     "pairwise_logsumexp",
     "segment_max_similarity",
     "siglip_loss",
+    "structure_loss",
     "target_rank",
     "triangle_area",
     "triangle_contrastive_loss",

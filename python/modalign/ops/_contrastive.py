@@ -30,7 +30,7 @@ def check_scalar(op: str, name: str, value: object, like: Tensor, *, positive: b
         return value.reshape(()).to(device=like.device, dtype=real)
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{op}: {name} must be a number or a floating-point tensor of one element, got {arguments.describe(value)}")
-    if not isinstance(value, torch.SymFloat) and not (math.isfinite(value) and (value > 0 or not positive)):
+    if not (-math.inf < value < math.inf and (value > 0 or not positive)):  # comparisons, which torch.compile can guard a symbolic number with
         raise ValueError(f"{op}: {name} must be {'positive and ' if positive else ''}finite, got {value!r}")
     return torch.full((), value, dtype=real, device=like.device)
 
