@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import modalign.compat.open_clip as open_clip
 import modalign.nn.contrastive_losses as modules
+import modalign.nn.structure_regularizer as structure_regularizer
 from modalign import nn, ops
 from ranks import run_ranks
 
@@ -19,7 +20,7 @@ def unit(*shape):
     return F.normalize(torch.randn(*shape), dim=-1)
 
 
-@pytest.mark.parametrize("module", [modules, open_clip])
+@pytest.mark.parametrize("module", [modules, open_clip, structure_regularizer])
 def test_examples_in_docstrings_run(module):
     found = doctest.testmod(module)
     assert found.failed == 0 and found.attempted > 0
@@ -37,6 +38,32 @@ def test_modules_are_the_ops_with_a_temperature():
         module(*tensors).backward()
         assert all(parameter.grad is not None and parameter.grad != 0 for parameter in module.parameters())
         copy.deepcopy(module).load_state_dict(module.state_dict())
+
+
+def test_the_structure_regularizer_warms_up():
+    pairs = [(torch.randn(20, 6), torch.randn(20, 4, requires_grad=True)) for _ in range(2)]
+    each = [ops.structure_loss(*pair, temperature=0.3) for pair in pairs]
+    regularizer = nn.StructureRegularizer(8.0, 4, temperature=0.3)
+    found = [regularizer(*pairs) for _ in range(6)]
+    assert not found[0].requires_grad and regularizer.steps == 6
+    for value, share in zip(found, (0, 0.25, 0.5, 0.75, 1, 1), strict=True):
+        torch.testing.assert_close(value, 8 * share * (each[0] + each[1]) / 2)
+    assert regularizer.diagonal_mass.shape == (2, 2) and (regularizer.diagonal_mass < 1).all()
+    again = nn.StructureRegularizer(8.0, 4, temperature=0.3)
+    again.load_state_dict(regularizer.state_dict())
+    assert again.eval().steps == 6 and torch.equal(again(*pairs), found[-1]) and again.steps == 6
+    paper, released = nn.StructureRegularizer.paper(warmup_steps=0), nn.StructureRegularizer.released(warmup_steps=0)
+    torch.testing.assert_close(paper(*pairs), 10 * sum(ops.structure_loss(*pair) for pair in pairs))
+    torch.testing.assert_close(released(*pairs), 5 * sum(ops.structure_loss(*pair, divergence="released", weighting="none") for pair in pairs))
+    for bad, message in (
+        (lambda: nn.StructureRegularizer(-1), "weight must be a number of 0 or more, got -1"),
+        (lambda: nn.StructureRegularizer(1, 2.5), "warmup_steps must be a whole number of 0 or more, got 2.5"),
+        (lambda: nn.StructureRegularizer(reduction="max"), 'reduction must be "mean" or "sum", got \'max\''),
+        (lambda: nn.StructureRegularizer()(), "modalities must be one pair"),
+        (lambda: nn.StructureRegularizer(1, 0, temperature=0)(*pairs), "structure_loss: temperature must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bad()
 
 
 def test_a_temperature_stays_within_its_limits():

@@ -8,7 +8,7 @@
 //            dS_ij + dS_ji is whole, so one value product finishes the row's gradient and nothing is shared. 2 B^2 (Dx + Dy) FLOPs for the products unless kept,
 //            2 B^2 D for each gradient wanted. Per pair three exponentials and a logarithm, forward and twice backward.
 // Memory     the packed operands, 2 B (Dx + Dy); backward also rows of the other operand, B D. Forward kTileRows B numbers of each side for each thread.
-// Precision  products in float (double for double), sums over a row in double. All logarithms come from the difference of logits, d = log P - log Q, and log cosh(d / 2):
+// Precision  products in float (double for double), in pieces, since an error of a logit of 20 is one of its probability; sums over a row in double. All logarithms come from the difference of logits, d = log P - log Q, and log cosh(d / 2):
 //            exact also where P and Q are nearly equal (the loss is then P d^2 / 8), or too small to be numbers. The dS of a row have the sum 0; where the
 //            diagonal holds nearly all of P its own is a difference of equal numbers, so it is made of the sum of the others.
 // Order      products have one order of sums, rows are summed in ascending order: equal bits for any threads, and with products kept or not.
@@ -93,7 +93,7 @@ struct Side {   // the rows of x or of y as both operands of their products
     std::memset(row_panels + rows * D, 0, (columns_of(B) - rows) * D * sizeof(T));
   }
   void product(std::int64_t row, std::int64_t rows, std::int64_t column, std::int64_t columns, T* tile, std::int64_t ld) const {
-    tile_product<T>(row_panels + row * D, rows, column_panels + column * D, columns, D, tile, ld);
+    tile_product_in_pieces<T>(row_panels + row * D, rows, column_panels + column * D, columns, D, tile, ld);
   }
 };
 

@@ -153,6 +153,18 @@ inline void tile_product(const T* row_panels, std::int64_t rows, const T* column
       register_block<T, MR>(row_panels + r * depth, MR, column_panels + c / P * P * depth + c % P, P, depth, tile + r * ld + c, ld, Into::store);
 }
 
+// The same with the depth in pieces of kDepthPiece, each one chain, that are added in order: for sums that must keep more digits than a chain of hundreds does.
+constexpr std::int64_t kDepthPiece = 64;
+template <class T>
+inline void tile_product_in_pieces(const T* row_panels, std::int64_t rows, const T* column_panels, std::int64_t columns, std::int64_t depth, T* tile, std::int64_t ld) {
+  constexpr int MR = kRegisterRows, NR = kRegisterColumns<T>, P = kPanelColumns<T>;
+  for (std::int64_t r = 0; r < rows; r += MR)
+    for (std::int64_t c = 0; c < columns; c += NR)
+      for (std::int64_t k = 0; k < depth; k += kDepthPiece)
+        register_block<T, MR>(row_panels + r * depth + k * MR, MR, column_panels + c / P * P * depth + c % P + k * P, P, minimum(kDepthPiece, depth - k), tile + r * ld + c, ld,
+                              k ? Into::add : Into::store);
+}
+
 // out[r][n] (+=, -=) sum_k left[k][r] value[k][n], r < rows, n < width.
 // left: panels [rows/MR][depth][MR] (pack_panel of a tile or of its transpose). value: panels [width/P][depth of the panel = value_depth][P], of which `depth` rows
 // starting at value_row are used: so a matrix packed once serves any block of its rows. out: row-major.

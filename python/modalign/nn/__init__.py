@@ -10,6 +10,7 @@ from .late_fusion_gate import LateFusionGate
 from .lexical_head import LexicalHead
 from .masked_cross_modal_reasoner import MaskedCrossModalReasoner
 from .prototype_alignment import PrototypeAlignment
+from .structure_regularizer import StructureRegularizer
 from .triple_contrast import TripleContrast
 from .universal_projection import UniversalProjection
 from .view_embedding import ViewEmbedding
@@ -27,6 +28,7 @@ __all__ = [
     "MaskedCrossModalReasoner",
     "PrototypeAlignment",
     "SigLipLoss",
+    "StructureRegularizer",
     "TriangleContrastiveLoss",
     "TripleContrast",
     "UniversalProjection",
