@@ -466,4 +466,15 @@ WIDE = [
 CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS]
 
 # Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py, test_hard_negatives.py and test_knn.py.
-SELECTIONS = ["clip_hard_negatives", "gram_hard_negatives", "gram_target_rank", "gram_topk", "knn", "knn_graph", "mine_hard_negatives", "target_rank"]
+SELECTIONS = [
+    "clip_hard_negatives",
+    "dual_softmax_matching",
+    "gram_hard_negatives",
+    "gram_target_rank",
+    "gram_topk",
+    "knn",
+    "knn_graph",
+    "mine_hard_negatives",
+    "mutual_nearest",
+    "target_rank",
+]

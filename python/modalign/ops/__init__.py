@@ -4,10 +4,11 @@ from .._load import load_library
 
 load_library()  # the files below tell torch about the raw ops, so these have to be there first
 
-from ._results import HardNegatives, NeighborGraph, Neighbors, SegmentMax  # noqa: E402, F401
+from ._results import HardNegatives, Matches, NeighborGraph, Neighbors, SegmentMax  # noqa: E402, F401
 from .clip_hard_negatives import clip_hard_negatives  # noqa: E402
 from .clip_loss import clip_loss  # noqa: E402
 from .cosine_sum_contrastive_loss import cosine_sum_contrastive_loss  # noqa: E402
+from .dual_softmax_matching import dual_softmax_matching  # noqa: E402
 from .gram_contrastive_loss import gram_contrastive_loss  # noqa: E402
 from .gram_hard_negatives import gram_hard_negatives  # noqa: E402
 from .gram_target_rank import gram_target_rank  # noqa: E402
@@ -17,6 +18,7 @@ from .knn import knn  # noqa: E402
 from .knn_graph import knn_graph  # noqa: E402
 from .knn_values import knn_values  # noqa: E402
 from .mine_hard_negatives import mine_hard_negatives  # noqa: E402
+from .mutual_nearest import mutual_nearest  # noqa: E402
 from .paired_gram_volume import paired_gram_volume  # noqa: E402
 from .pairwise_logsumexp import pairwise_logsumexp  # noqa: E402
 from .segment_max_similarity import segment_max_similarity  # noqa: E402
@@ -30,6 +32,7 @@ __all__ = [
     "clip_hard_negatives",
     "clip_loss",
     "cosine_sum_contrastive_loss",
+    "dual_softmax_matching",
     "gram_contrastive_loss",
     "gram_hard_negatives",
     "gram_target_rank",
@@ -39,6 +42,7 @@ __all__ = [
     "knn_graph",
     "knn_values",
     "mine_hard_negatives",
+    "mutual_nearest",
     "paired_gram_volume",
     "pairwise_logsumexp",
     "segment_max_similarity",

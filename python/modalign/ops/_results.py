@@ -36,6 +36,20 @@ class HardNegatives(NamedTuple):
         return HardNegatives(self.candidates.to(device), self.anchors.to(device))
 
 
+class Matches(NamedTuple):
+    """Pairs of rows and how sure they are.
+
+    pairs : Tensor int64 [P, 2]
+    confidence : Tensor [P]
+    """
+
+    pairs: Tensor
+    confidence: Tensor
+
+    def to(self, device: torch.device | str) -> Matches:
+        return Matches(self.pairs.to(device), self.confidence.to(device))
+
+
 class SegmentMax(NamedTuple):
     """The best row of every segment for every candidate; -1 where a segment is empty.
 
