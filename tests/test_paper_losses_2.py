@@ -878,7 +878,7 @@ def test_nearest_tokens():
     torch.manual_seed(0)
     x, table = torch.randn(40, 6), torch.randn(500, 6)
     model = fit(x, x.roll(1, 1), "procrustes")
-    found = model.nearest_tokens(x, table, rows=7)
+    found = model.nearest_tokens(x, table)
     cosines = F.normalize(model(x), dim=1) @ F.normalize(table, dim=1).T
     assert torch.equal(found.indices, cosines.topk(8, dim=1).indices) and torch.allclose(found.values, cosines.topk(8, dim=1).values, atol=1e-6)
     same = model.nearest_tokens(x[:2], table[:1].expand(20, 6), 3)

@@ -1,24 +1,30 @@
 """Alignment models and the closed-form baseline they are measured against."""
 
+from .canonical_similarity import CanonicalSimilarity, CanonicalSimilarityConfig
 from .cca import CanonicalCorrelation, CanonicalCorrelationConfig
 from .gram_aligner import AlignerOutput, GramAligner, GramAlignerConfig
 from .linear_alignment import LinearAlignment, LinearAlignmentConfig
 from .reduction import PrincipalComponents
+from .relative_representation import RelativeRepresentation, relative_representation
 from .training import Checkpoint, TrainingConfig, TrainingHistory, fit_aligner, select_correlation, validation_score
 
 __all__ = [
     "AlignerOutput",
     "CanonicalCorrelation",
     "CanonicalCorrelationConfig",
+    "CanonicalSimilarity",
+    "CanonicalSimilarityConfig",
     "Checkpoint",
     "GramAligner",
     "GramAlignerConfig",
     "LinearAlignment",
     "LinearAlignmentConfig",
     "PrincipalComponents",
+    "RelativeRepresentation",
     "TrainingConfig",
     "TrainingHistory",
     "fit_aligner",
+    "relative_representation",
     "select_correlation",
     "validation_score",
 ]

@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops._results import Neighbors
-from ..ops._selection import smallest
+from ..ops import Neighbors, knn
 
 __all__ = ["LinearAlignment", "LinearAlignmentConfig"]
 
@@ -121,10 +119,10 @@ class LinearAlignment:
         standardized = torch.where(std[0] == 0, 0, (source.float() - mean[0]) / torch.where(std[0] == 0, 1, std[0]))
         return standardized @ self.weight * std[1] + mean[1]
 
-    def nearest_tokens(self, source: Tensor, table: Tensor, k: int = 8, *, rows: int = 256) -> Neighbors:
+    def nearest_tokens(self, source: Tensor, table: Tensor, k: int = 8) -> Neighbors:
         """The k rows of a token table [V, D_y] of largest cosine with each mapped row of source [N, D_x]: what a prompt is made of. [SITTA, section 3.2]
 
-        Largest first, equal ones by index; values float32 [N, k], indices int64. `rows` queries are compared with the table at a time.
+        Largest first, equal ones by index; values float32 [N, k], indices int64: `ops.knn`.
 
         >>> import torch
         >>> model = LinearAlignment.fit(torch.eye(4), torch.eye(4), LinearAlignmentConfig(standardize=False))
@@ -136,9 +134,7 @@ class LinearAlignment:
             raise ValueError(f"LinearAlignment.nearest_tokens: table must be [V, {self.weight.shape[1]}], got {list(table.shape)}")
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(table):
             raise ValueError(f"LinearAlignment.nearest_tokens: k must be from 1 to V = {len(table)}, got {k!r}")
-        tokens = F.normalize(table.float(), dim=1)
-        found = [smallest(-(F.normalize(self(part), dim=1) @ tokens.T), k) for part in source.split(rows)]
-        return Neighbors(-torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found]))
+        return knn(self(source), table.float(), k)
 
 
 def _identity(source: Tensor, target: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,6 +1,7 @@
 """Modules over the ops: losses and heads that have parameters or state. `nn.functional` has the losses that have none."""
 
 from . import functional
+from .alignment_heads import LinearHead, LowRankResidualHead, MLPHead
 from .contrastive_losses import ClipLoss, CosineSumContrastiveLoss, GramContrastiveLoss, SigLipLoss, TriangleContrastiveLoss
 from .dual_semantic_mapping import DualSemanticMapping
 from .feature_queue import FeatureQueue
@@ -25,6 +26,9 @@ __all__ = [
     "IdentityClassifier",
     "LateFusionGate",
     "LexicalHead",
+    "LinearHead",
+    "LowRankResidualHead",
+    "MLPHead",
     "MaskedCrossModalReasoner",
     "PrototypeAlignment",
     "SigLipLoss",
