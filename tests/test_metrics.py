@@ -7,7 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from modalign import ops
-from modalign.metrics import Retrieval, hit_ranks, joint_retrieval, median_rank, recall_at_k, retrieval, zero_shot
+from modalign.metrics import (
+    Retrieval,
+    hit_ranks,
+    joint_retrieval,
+    mean_reciprocal_rank,
+    median_rank,
+    recall_at_k,
+    retrieval,
+    search_ranks,
+    search_retrieval,
+    zero_shot,
+)
 from modalign.testing import Maker, devices, peak_memory
 
 on_each_device = pytest.mark.parametrize("device", devices())
@@ -267,3 +278,28 @@ def test_memory_is_the_workspace(metric, rows):
     assert found.peak < 14e6, found
 
 
+
+
+def test_ranks_from_vectors_are_those_of_the_matrix():
+    """Whole numbers, so that thousands of scores are equal; groups of 1 to 4 hits, queries and candidates of different numbers."""
+    generator = torch.Generator().manual_seed(9)
+    queries, candidates = (torch.randint(-2, 3, (rows, 5), generator=generator).float() for rows in (60, 90))
+    candidate_groups = torch.randint(0, 40, (90,), generator=generator)
+    query_groups = candidate_groups[torch.randint(0, 90, (60,), generator=generator)]
+    groups = {"query_groups": query_groups, "candidate_groups": candidate_groups}
+    expected = hit_ranks(queries @ candidates.T, **groups)
+    assert torch.equal(search_ranks(queries, candidates, metric="dot", **groups), expected)
+    assert torch.equal(search_ranks(queries, candidates, metric="sqeuclidean", **groups), hit_ranks(torch.cdist(queries.double(), candidates.double()).square().round(), larger_is_better=False, **groups))
+    assert search_retrieval(queries, candidates, metric="dot", **groups) == retrieval(queries @ candidates.T, **groups)
+    assert torch.equal(search_ranks(queries, queries, metric="dot"), hit_ranks(queries @ queries.T))
+    assert mean_reciprocal_rank(expected) == pytest.approx(float((1 / (expected + 1)).mean()))
+    assert search_ranks(queries[:0], candidates, query_groups=query_groups[:0], candidate_groups=candidate_groups).shape == (0,)
+    for call, message in (
+        (lambda: search_ranks(queries, candidates), "candidates must be as many as queries when no groups are given, got 90 and 60"),
+        (lambda: search_ranks(queries, candidates, query_groups=query_groups), r"query_groups and candidate_groups must be \[60\] and \[90\]"),
+        (lambda: search_ranks(queries, candidates, query_groups=query_groups + 99, candidate_groups=candidate_groups), "every query must have a candidate of its group, got 60"),
+        (lambda: search_ranks(queries * torch.nan, queries), "queries and candidates must not be NaN, got hits without a rank for 60 queries"),
+        (lambda: search_ranks(queries, queries, candidate_groups=query_groups), "query_groups must be given with candidate_groups"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .._files import read_tensors, write_json
 from ..data import PairedDataset, Split
-from ..metrics import Retrieval, chance_retrieval, joint_retrieval, retrieval
+from ..metrics import Retrieval, chance_retrieval, joint_retrieval, search_retrieval
 from ..models import (
     CanonicalCorrelation,
     CanonicalCorrelationConfig,
@@ -226,7 +226,7 @@ def directions(
     for a, b in permutations(embeddings, 2):
         e, who = among([a, b])
         if len(who):
-            found[f"{a} → {b}"] = retrieval(e[a] @ e[b].T, query_groups=who), who
+            found[f"{a} → {b}"] = search_retrieval(e[a], e[b], query_groups=who, metric="dot"), who
     if len(embeddings) > 2 and anchor:
         e, who = among(list(embeddings))
         if len(who):

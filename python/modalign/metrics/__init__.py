@@ -12,7 +12,17 @@ from .mutual_knn import knn_overlap, mutual_knn
 from .null_calibration import NullCalibration, null_calibration
 from .ordered_knn import edit_distance_knn, lcs_knn
 from .procrustes import procrustes
-from .retrieval import Retrieval, chance_retrieval, hit_ranks, median_rank, recall_at_k, retrieval
+from .retrieval import (
+    Retrieval,
+    chance_retrieval,
+    hit_ranks,
+    mean_reciprocal_rank,
+    median_rank,
+    recall_at_k,
+    retrieval,
+    search_ranks,
+    search_retrieval,
+)
 from .rsa import rsa
 from .select_layers import LayerSelection, select_layers
 from .svcca import pwcca, svcca
@@ -45,6 +55,7 @@ __all__ = [
     "knn_overlap",
     "l_hop_cka",
     "lcs_knn",
+    "mean_reciprocal_rank",
     "median_rank",
     "misaligned_words",
     "mutual_knn",
@@ -54,6 +65,8 @@ __all__ = [
     "recall_at_k",
     "retrieval",
     "rsa",
+    "search_ranks",
+    "search_retrieval",
     "select_layers",
     "svcca",
     "trustworthiness",

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Retrieval", "chance_retrieval", "hit_ranks", "median_rank", "recall_at_k", "retrieval"]
+from ..ops import target_rank
+
+__all__ = ["Retrieval", "chance_retrieval", "hit_ranks", "mean_reciprocal_rank", "median_rank", "recall_at_k", "retrieval", "search_ranks", "search_retrieval"]
 
 
 def hit_ranks(scores: Tensor, *, query_groups: Tensor | None = None, candidate_groups: Tensor | None = None, larger_is_better: bool = True) -> Tensor:
@@ -60,6 +62,55 @@ def first_hits(metric: str, order: Tensor, query_groups: Tensor, candidate_group
     return hits.int().argmax(1)
 
 
+def search_ranks(
+    queries: Tensor, candidates: Tensor, *, query_groups: Tensor | None = None, candidate_groups: Tensor | None = None, metric: str = "cosine"
+) -> Tensor:
+    """`hit_ranks` of all similarities, from the vectors and without their matrix: int64 [Q].
+
+    >>> import torch
+    >>> search_ranks(torch.eye(3), torch.eye(3)[[1, 0, 2]])
+    tensor([1, 1, 0])
+
+    queries [Q, D], candidates [C, D]; metric: of `ops.knn` (also distances, and "csls"). Groups as for `hit_ranks`. Ranks are counted by `ops.target_rank`, once for each hit
+    of a query, so that candidates of equal score are listed by index here too. Raises ValueError where a query has no hit, or NaN.
+    """
+    op = "search_ranks"
+    if query_groups is None:
+        if candidate_groups is not None:
+            raise ValueError(f"{op}: query_groups must be given with candidate_groups, got None")
+        if len(queries) != len(candidates):
+            raise ValueError(f"{op}: candidates must be as many as queries when no groups are given, got {len(candidates)} and {len(queries)}")
+        query_groups = torch.arange(len(queries), device=queries.device)
+    candidate_groups = query_groups if candidate_groups is None else candidate_groups
+    if query_groups.shape != (len(queries),) or candidate_groups.shape != (len(candidates),):
+        found = f"{list(query_groups.shape)} and {list(candidate_groups.shape)}"
+        raise ValueError(f"{op}: query_groups and candidate_groups must be [{len(queries)}] and [{len(candidates)}], got {found}")
+    # The candidates of a group lie together in `order`, and a query's begin at `first`.
+    in_order, order = candidate_groups.sort(stable=True)
+    first, last = (torch.searchsorted(in_order, query_groups, right=right) for right in (False, True))
+    if bool((first == last).any()):
+        raise ValueError(f"{op}: every query must have a candidate of its group, got {int((first == last).sum())} queries without")
+    best = torch.full_like(first, len(candidates))
+    for place in range(int((last - first).max()) if len(first) else 0):
+        rows = (first + place < last).nonzero()[:, 0]
+        rank = target_rank(queries[rows], candidates, order[first[rows] + place], metric=metric)
+        best[rows] = torch.minimum(best[rows], torch.where(rank < 0, len(candidates), rank))
+    if bool((best == len(candidates)).any()):
+        raise ValueError(f"{op}: queries and candidates must not be NaN, got hits without a rank for {int((best == len(candidates)).sum())} queries")
+    return best
+
+
+def mean_reciprocal_rank(ranks: Tensor) -> float:
+    """The mean of 1 / position of the best hit, positions from 1.
+
+    >>> import torch
+    >>> mean_reciprocal_rank(torch.tensor([0, 1, 3]))
+    0.5833333333333334
+    """
+    _count(ranks, "mean_reciprocal_rank")
+    return float((1 / (ranks.double() + 1)).mean())
+
+
 def recall_at_k(ranks: Tensor, k: int) -> float:
     """Share of queries whose best hit is among the first k, from the ranks of `hit_ranks`.
 
@@ -107,6 +158,13 @@ def retrieval(
 ) -> Retrieval:
     """All four figures of one direction; arguments as for `hit_ranks`."""
     return figures_of(hit_ranks(scores, query_groups=query_groups, candidate_groups=candidate_groups, larger_is_better=larger_is_better))
+
+
+def search_retrieval(
+    queries: Tensor, candidates: Tensor, *, query_groups: Tensor | None = None, candidate_groups: Tensor | None = None, metric: str = "cosine"
+) -> Retrieval:
+    """All four figures of one direction from the vectors; arguments as for `search_ranks`."""
+    return figures_of(search_ranks(queries, candidates, query_groups=query_groups, candidate_groups=candidate_groups, metric=metric))
 
 
 def figures_of(ranks: Tensor) -> Retrieval:

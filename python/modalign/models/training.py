@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._files import read_tensors, write_tensors
-from ..metrics import joint_retrieval, retrieval
+from ..metrics import joint_retrieval, search_retrieval
 from .cca import CanonicalCorrelation, CanonicalCorrelationConfig
 from .data_parallel import average_over_ranks, made_once, rank_of, ranks_of, share_of_rank, take_from_first_rank, true_anywhere
 from .gram_aligner import GramAligner, items_with
@@ -92,7 +92,7 @@ def validation_score(
         both = items_with(present, [a, b], len(groups))
         x, y, who = (v if both is None else v[both] for v in (embeddings[a], embeddings[b], groups))
         if len(who):
-            found.append(retrieval(x @ y.T, query_groups=who))
+            found.append(search_retrieval(x, y, query_groups=who, metric="dot"))
     if anchor is not None and len(embeddings) > 2:  # of two, the volume is the cosine over again
         whole = items_with(present, list(embeddings), len(groups))
         e, who = (embeddings, groups) if whole is None else ({name: x[whole] for name, x in embeddings.items()}, groups[whole])
