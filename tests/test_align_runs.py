@@ -26,7 +26,7 @@ from modalign import data, metrics, models, ops
 from modalign.cli import app
 from modalign.cli.align import tables
 from modalign.cli.experiment import RunStore, run_experiment
-from modalign.cli.report import joint_table
+from modalign.cli.report import joint_table, markdown_table
 from modalign.cli.search import find
 from modalign.cli.settings import AlignSettings, read_settings
 from modalign.cli.summary import summary
@@ -376,6 +376,38 @@ def test_one_seed_has_no_spread(tmp_path):
     line = next(line for line in lines if line[:2] == ["trained", "sound → others"])
     assert line[3] == f"{100 * figures['r10_difference']['mean']:+.1f}"
     assert all(line[3] == line[5] == "–" for line in lines if line[0] in ("CCA", "chance"))
+
+
+def test_with_and_without_the_structure_regularizer(tmp_path):
+    """Two rows more, the others as they were; more of the neighbourhoods is left; modalities that items lack are left out."""
+    dataset = made_up(300)
+    settings = AlignSettings(seeds=1, steps=40, batch=64, heads="linear")
+    plain, both = run_experiment(dataset, settings), run_experiment(dataset, replace(settings, structure=10.0, structure_temperature=0.2))
+    assert list(both.seeds[0].table)[-2:] == ["structure", "structure_random"] and "structure" not in plain.seeds[0].table
+    assert all(both.seeds[0].table[row] == table for row, table in plain.seeds[0].table.items())
+    losses = both.seeds[0].histories["structure"].loss, both.seeds[0].histories["trained"].loss
+    assert losses[0][0] == losses[1][0] and losses[0][2] > losses[1][2]  # none in the first step
+
+    def moved(structure):
+        """How far neighbourhoods of the modality that some items lack are from those of its features, after 60 steps from random heads."""
+        model = models.GramAligner(models.GramAlignerConfig({name: x.shape[1] for name, x in dataset.modalities.items()}, width=12, hidden=0), seed=0)
+        config = models.TrainingConfig(steps=60, batch=128, learning_rate=1e-2, affine_rate=1.0, structure=structure, structure_temperature=0.2)
+        models.fit_aligner(model, dataset.modalities, dataset.groups, config, seed=0, present=dataset.present)
+        rows = dataset.present["touch"]
+        return float(ops.structure_loss(dataset.modalities["touch"][rows], model.embed(dataset.modalities)["touch"][rows], temperature=0.2))
+
+    assert moved(10.0) < 0.8 * moved(0.0)
+    results = summary(both, "test")
+    assert {"structure", "structure_random"} <= set(results["rows"]) and results["training"]["structure"]["structure"] == 10
+    assert "with STRUCTURE" in markdown_table(results) and "structure" not in summary(plain, "test")["rows"]
+    for settings, message in (
+        (dict(structure=-1.0), "structure must not be negative and structure_temperature positive, got -1.0 and 0.05"),
+        (dict(structure_temperature=0.1), "structure_temperature must be left alone without structure"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AlignSettings(**settings)
+    with pytest.raises(ValueError, match="TrainingConfig: structure must be 0 or more and structure_temperature positive, got -1 and 0.05"):
+        models.TrainingConfig(structure=-1)
 
 
 def test_missing_modalities_are_learnt_from_where_they_are():

@@ -63,6 +63,10 @@ def align(
     temperature: Annotated[float, typer.Option(help="divides volumes and cosines")] = USUAL.temperature,
     pairwise_weight: Annotated[float, typer.Option(help="of the pairwise term beside the volume term of gram")] = USUAL.pairwise_weight,
     learn_temperature: Annotated[bool, typer.Option("--learn-temperature", help="learn the temperature too, from there")] = USUAL.learn_temperature,
+    structure: Annotated[
+        float, typer.Option(help="weight of the STRUCTURE regularizer (published: 10): trains with and without it; the saved model is one with it")
+    ] = USUAL.structure,
+    structure_temperature: Annotated[float, typer.Option(help="of its neighbourhoods; higher where the features are nearly orthogonal")] = USUAL.structure_temperature,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = USUAL.device,
     threads: Annotated[int, typer.Option(min=1, help="of torch; a training step on small data gains nothing from more than one")] = 1,
     nproc: Annotated[int, typer.Option(min=1, help="processes that share every batch, on the GPUs in order with --device cuda; not under torchrun")] = 1,

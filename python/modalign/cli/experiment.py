@@ -48,7 +48,9 @@ ROWS = {
     "start": "the heads set to the CCA solution, no training",
     "trained": "the heads trained from there",
     "trained_random": "the heads trained from random weights",
-}
+    "structure": "the heads trained from the CCA solution with the STRUCTURE regularizer",
+    "structure_random": "the heads trained from random weights with it",
+}  # the last two where it is asked for
 JOINT_VOLUME, JOINT_COSINES = "joint (volume)", "joint (sum of cosines)"
 
 Progress = Callable[[str, int, int], None]  # (what is going on, steps done, steps in all)
@@ -173,7 +175,11 @@ class RunStore:
 def training_plans(settings: AlignSettings) -> dict[str, TrainingConfig]:
     """One plan per start. Affine maps that start from a solution move slowly, random ones as fast as the branches."""
     from_solution = TrainingConfig(steps=settings.steps, batch=settings.batch, patience=settings.patience)
-    return {"trained": from_solution, "trained_random": replace(from_solution, learning_rate=2e-3, affine_rate=1.0)}
+    plans = {"trained": from_solution, "trained_random": replace(from_solution, learning_rate=2e-3, affine_rate=1.0)}
+    if settings.structure:
+        with_structure = {"structure": settings.structure, "structure_temperature": settings.structure_temperature}
+        plans |= {"structure": replace(plans["trained"], **with_structure), "structure_random": replace(plans["trained_random"], **with_structure)}
+    return plans
 
 
 def split_of(dataset: PairedDataset, seed: int, pairs: int | str) -> Split:
@@ -250,6 +256,8 @@ def run_experiment(
 
     process_group : every rank calls this alike, but for `store`, which is for rank 0 alone, as choosing and evaluating are; training they share
     """
+    if settings.structure and ranks_of(process_group) > 1:
+        raise ValueError(f"align: structure must be 0 with several processes, since neighbourhoods are those of a whole batch, got {settings.structure}")
     dataset = check_parts(dataset, settings)
     plans = training_plans(settings)
     units = [(pairs, seed) for pairs in settings.pairs for seed in range(settings.first_seed, settings.first_seed + settings.seeds)]
@@ -324,9 +332,10 @@ def _run_seed(
     models = {"untrained": build("train", False), "start": build("train", True)}
     histories = {}
     for number, (row, plan) in enumerate(plans.items()):
-        label, done = "from CCA" if row == "trained" else "from random", 2 * plan.steps * number
+        random = row.endswith("_random")
+        label, done = ("from random" if random else "from CCA") + ", STRUCTURE" * (plan.structure > 0), 2 * plan.steps * number
         models[row], histories[row] = _choose_and_train(
-            functools.partial(build, from_solution=row == "trained"),
+            functools.partial(build, from_solution=not random),
             on_device,
             plan,
             seed,
@@ -338,7 +347,7 @@ def _run_seed(
     table, items = made_once(lambda: _figures(models, solutions["train"], parts["test"], on_device["test"]), process_group)
     chosen = {"cca": {"ridge": correlation.ridge, "power": correlation.power}} | {row: {"steps": h.best_step} for row, h in histories.items()}
     result = SeedResult(seed, len(dataset.paired(split.train)), split.transductive, table, chosen, histories, items)
-    return models["trained"].cpu().on_raw_features(reductions["train"]), result
+    return models["structure" if settings.structure else "trained"].cpu().on_raw_features(reductions["train"]), result
 
 
 def _reductions(dataset: PairedDataset, split: Split, width: int) -> dict[str, dict[str, PrincipalComponents]]:
@@ -427,7 +436,7 @@ def _figures(
     found = {row: directions(e, on_device.groups, anchor, on_device.present) for row, e in embedded.items()}
     table = {row: {way: figures for way, (figures, _) in by_way.items()} for row, by_way in found.items()}
     table["chance"] = {way: chance_retrieval(who) for way, (_, who) in found["cca"].items()}
-    return {row: table[row] for row in ROWS}, {way: len(who) for way, (_, who) in found["cca"].items()}
+    return {row: table[row] for row in ROWS if row in table}, {way: len(who) for way, (_, who) in found["cca"].items()}
 
 
 def mean_r10(table: Mapping[str, Retrieval]) -> float:

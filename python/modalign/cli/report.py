@@ -31,7 +31,7 @@ __all__ = [
 
 DASH = "–"
 
-COLOURS = {"trained": "#1b6ca8", "trained_random": "#c8553d"}
+COLOURS = {"trained": "#1b6ca8", "trained_random": "#c8553d", "structure": "#3d8f6b", "structure_random": "#b58a1b"}
 LABELS = {
     "chance": "chance",
     "untrained": "untrained",
@@ -39,6 +39,8 @@ LABELS = {
     "start": "start",
     "trained": "trained",
     "trained_random": "trained, random start",
+    "structure": "with STRUCTURE",
+    "structure_random": "with STRUCTURE, random start",
 }
 HIT, MISS = "#2a9d4a", "#bbbbbb"
 SHOWN_QUERIES, SHOWN_RESULTS = 8, 6
@@ -54,7 +56,7 @@ def curves_figure(experiment: Experiment) -> Figure:
     """Training loss and validation score against steps; a dot marks where each seed's run was stopped."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     loss_axes, score_axes = figure.subplots(1, 2)
-    for row, colour in COLOURS.items():
+    for row, colour in ((row, COLOURS[row]) for row in experiment.training):
         for number, result in enumerate(experiment.seeds):
             history = result.histories[row]
             label = LABELS[row] if number == 0 else None
@@ -89,6 +91,8 @@ def curve_figure(results: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     counts = [point["train"] for point in results["curve"]]
     for row, colour in {"cca": "#666666", **COLOURS, "chance": "#bbbbbb"}.items():
+        if row not in results["rows"]:
+            continue
         scores = [100 * point["rows"][row]["mean_r10"] for point in results["curve"]]
         spread = [100 * _deviation(point["rows"][row]["mean_r10_by_seed"]) for point in results["curve"]]
         axes.errorbar(counts, scores, spread, color=colour, marker="o", markersize=4, capsize=3, linewidth=1, label=LABELS[row])
@@ -364,11 +368,13 @@ def html_report(results: dict[str, Any], figures: dict[str, bytes], confusions: 
         parts.append(_html_table(["query", "found instead", "its cosine", "cosine of the right one", "rank of the right one"], lines))
     lines = []
     for seed in results["seeds"]:
-        chosen, scores = seed["chosen"], [_mean_r10(seed["table"][row]) for row in ("cca", "trained", "trained_random")]
+        trained = [row for row in COLOURS if row in seed["chosen"]]
+        chosen, scores = seed["chosen"], [_mean_r10(seed["table"][row]) for row in ("cca", *trained)]
         closed = f"ridge {chosen['cca']['ridge']}, power {chosen['cca']['power']}"
-        steps = [str(chosen[row]["steps"]) for row in ("trained", "trained_random")]
+        steps = [str(chosen[row]["steps"]) for row in trained]
         lines.append([str(seed["seed"]), str(seed["train"]), closed, *steps, *(f"{100 * score:.1f}" for score in scores)])
-    heads = ["seed", "pairs", "CCA", "steps", "steps, random start", "mean R@10, CCA", "trained", "trained, random start"]
+    names_of = [LABELS[row] for row in COLOURS if row in results["rows"]]
+    heads = ["seed", "pairs", "CCA", *(f"steps, {name}" for name in names_of), "mean R@10, CCA", *names_of]
     parts += ["<h2>Seeds</h2>", _html_table(heads, lines)]
     facts = results["environment"]
     environment = f"modalign {facts['modalign']['version']}, torch {facts['torch']}, python {facts['python']}, {facts['cpu']['model']}, {facts['threads']} threads"

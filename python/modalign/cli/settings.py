@@ -29,6 +29,7 @@ class AlignSettings:
     modalities : which of the data set's, the first is the anchor; none: the data set's default
     pairs : numbers of training items, or "all"; the model kept is that of the last
     loss, heads : see GramAlignerConfig;  hidden : width of the branch of "mlp", rank of that of "lowrank", 0 for the usual (256; a quarter of width)
+    structure : weight of the STRUCTURE regularizer; other than 0 there are two rows more, trained with it, and the model kept is of these
     width : of the shared space, 0 for 256 or the narrowest modality;  reduce : features wider than this are first reduced to so many principal components
     """
 
@@ -47,6 +48,8 @@ class AlignSettings:
     temperature: float = 0.07
     pairwise_weight: float = 1 / 3
     learn_temperature: bool = False
+    structure: float = 0.0
+    structure_temperature: float = 0.05
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -74,6 +77,10 @@ class AlignSettings:
             raise ValueError(
                 f"align: temperature must be positive and pairwise_weight not negative, got {self.temperature} and {self.pairwise_weight}"
             )
+        if self.structure < 0 or not self.structure_temperature > 0:
+            raise ValueError(f"align: structure must not be negative and structure_temperature positive, got {self.structure} and {self.structure_temperature}")
+        if not self.structure and self.structure_temperature != type(self).structure_temperature:
+            raise ValueError(f"align: structure_temperature must be left alone without structure, which alone uses it, got {self.structure_temperature}")
         if self.first_seed >= 2**31:
             raise ValueError(f"align: first_seed must be below 2**31, got {self.first_seed}")
         for name, known in (("loss", LOSSES), ("heads", HEADS)):

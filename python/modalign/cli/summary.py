@@ -32,7 +32,7 @@ def _paired(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any
 
 def rows_of(seeds: Sequence[SeedResult]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
-    for row in ROWS:
+    for row in (row for row in ROWS if row in seeds[0].table):
         by_direction = {}
         # a direction that some seed has no test items for has no mean over seeds
         for direction in (way for way in seeds[0].table[BASELINE] if all(way in result.table[BASELINE] for result in seeds)):

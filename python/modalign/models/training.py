@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._files import read_tensors, write_tensors
 from ..metrics import joint_retrieval, search_retrieval
+from ..ops import structure_loss
 from .cca import CanonicalCorrelation, CanonicalCorrelationConfig
 from .data_parallel import average_over_ranks, made_once, rank_of, ranks_of, share_of_rank, take_from_first_rank, true_anywhere
 from .gram_aligner import GramAligner, items_with
@@ -35,6 +36,8 @@ class TrainingConfig:
 
     learning_rate is that of the non-linear branches; the affine maps take `affine_rate` times it (small where they start from a solution).
     patience : leave the loop when so many evaluations in a row have not been the best; 0 never
+    structure : weight of `ops.structure_loss` between the features of each modality and their embeddings, mean over modalities; it rises from 0 over the
+        first tenth, and 0 leaves it out.  structure_temperature : of its softmaxes
     """
 
     steps: int = 120
@@ -45,6 +48,8 @@ class TrainingConfig:
     evaluate_every: int = 10
     patience: int = 0
     clip_norm: float = 2.0
+    structure: float = 0.0
+    structure_temperature: float = 0.05
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 2), ("evaluate_every", 1), ("patience", 0)):
@@ -52,6 +57,13 @@ class TrainingConfig:
                 raise ValueError(f"TrainingConfig: {name} must be at least {least}, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"TrainingConfig: learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.structure < math.inf or not 0 < self.structure_temperature < math.inf:
+            found = f"{self.structure} and {self.structure_temperature}"
+            raise ValueError(f"TrainingConfig: structure must be 0 or more and structure_temperature positive, got {found}")
+
+    def structure_weight(self, step: int) -> float:
+        """In step 1, 2, ...: none in the first, all of it after the first tenth."""
+        return self.structure * min(1.0, (step - 1) / max(1, self.steps // 10))
 
     def rate(self, step: int) -> float:
         """Share of the learning rate that step 1, 2, ... takes."""
@@ -157,6 +169,8 @@ def fit_aligner(
     total = config.steps if stop_after is None else stop_after
     if not 0 <= total <= config.steps:
         raise ValueError(f"fit_aligner: stop_after must be in 0..{config.steps}, got {stop_after}")
+    if config.structure and ranks_of(process_group) > 1:
+        raise ValueError(f"fit_aligner: structure must be 0 with several processes, since neighbourhoods are those of a whole batch, got {config.structure}")
     affine = [p for name, p in model.named_parameters() if ".linear." in name]
     branch = [p for name, p in model.named_parameters() if ".linear." not in name]
     groups_of_rates = [(affine, config.learning_rate * config.affine_rate)] + ([(branch, config.learning_rate)] if branch else [])
@@ -204,9 +218,18 @@ def fit_aligner(
                     break
             else:
                 raise ValueError(f"fit_aligner: batch must bring together items of different groups with common modalities, got {batch} and {DRAWS} batches without any")
+            objective = output.loss
+            if weight := config.structure_weight(step):
+                kept = []
+                for name, embedding in output.embeddings.items():
+                    there = slice(None) if masks is None or name not in masks else masks[name]
+                    source = features[name][chosen][there]
+                    if len(source) > 1:
+                        kept.append(structure_loss(source.float(), embedding[there].float(), temperature=config.structure_temperature))
+                objective = objective + weight * torch.stack(kept).mean()
             optimizer.zero_grad(set_to_none=True)
-            output.loss.backward()
-            loss = output.loss.detach()
+            objective.backward()
+            loss = objective.detach()
             average_over_ranks([loss, *(p.grad for p in model.parameters() if p.grad is not None)], process_group)
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
