@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
-from modalign import metrics
+from modalign import data, metrics
+from modalign.cli import app
 from modalign.compat.platonic import AlignmentMetrics
 from modalign.testing import Maker
 
@@ -116,3 +122,50 @@ def test_the_names_of_the_released_metrics():
         AlignmentMetrics.measure("rsa", x, y)
     with pytest.raises(ValueError, match='AlignmentMetrics.cka: kernel_metric must be "ip" or "rbf"'):
         AlignmentMetrics.cka(x, y, kernel_metric="linear")
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------- command line
+
+
+def folder_with_layers(path, n=60):
+    """A data set whose pictures have three layers and whose texts two; the second of both share most, and some items have no text."""
+    make = Maker(torch.float32, seed=2)
+    shared = make.randn(n, 6)
+    pictures = torch.stack([make.randn(n, 10) + weight * shared @ make.randn(6, 10) for weight in (0.0, 3.0, 0.5)], 1)
+    texts = torch.stack([make.randn(n, 8) + weight * shared @ make.randn(6, 8) for weight in (0.2, 3.0)], 1)
+    path.mkdir()
+    for name, layers in (("picture", pictures), ("text", texts)):
+        np.save(path / f"{name}.npy", layers[:, -1].numpy())
+        save_file({"layers": layers.half()}, path / f"{name}.layers.safetensors")
+    np.save(path / "text.present.npy", np.arange(n) % 10 != 3)
+    return path, pictures, texts
+
+
+def test_layers_from_the_command_line(tmp_path):
+    path, pictures, texts = folder_with_layers(tmp_path / "set")
+    files = ["--out", str(tmp_path / "map.svg"), "--json", str(tmp_path / "found.json")]
+    result = CliRunner().invoke(app, ["layers", str(path), "--k", "5", "--permutations", "9", *files], env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    assert "most alike: layer 2 of 3 of picture and layer 2 of 2 of text" in result.output and "p = 0.1000" in result.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    split = data.load(path).splits(0)
+    items = split.train[split.train % 10 != 3]
+    expected = metrics.select_layers(pictures[items].half().float(), texts[items].half().float(), k=5)
+    assert found["scores"] == expected.scores.tolist() and found["pair"] == [1, 1] and found["samples"] == len(items)
+    assert "<svg" in (tmp_path / "map.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--modalities", "picture"], "modalities must be two different ones with layers, got picture; "),
+        (["--modalities", "picture,sound"], "modalities must be among those with layers, got 'sound'; "),
+        (["--k", "all"], "k must be a whole number or one of rice, sqrt, sturges, got 'all'"),
+        (["--metric", "l2"], "metric must be one of mutual_knn"),
+        (["--out", "map.png"], "--out must end in .svg, got map.png"),
+    ],
+)
+def test_layers_refused_on_the_command_line(options, message, tmp_path):
+    path, _, _ = folder_with_layers(tmp_path / "set")
+    result = CliRunner().invoke(app, ["layers", str(path), *options], env={"COLUMNS": "200"})
+    assert result.exit_code != 0 and message in " ".join(result.output.split()), result.output

@@ -10,6 +10,7 @@ from ..bench.arguments import plainly
 from ..bench.command import app as bench
 from .align import align
 from .encode import encode
+from .layers import layers
 from .prepare import prepare
 from .search import search
 
@@ -17,7 +18,7 @@ app = typer.Typer(
     help="Align modalities, search across them, inspect the installation.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 
-for command in (align, search, prepare, encode):
+for command in (align, search, prepare, encode, layers):
     app.command(no_args_is_help=True)(plainly(command, "modalign"))
 app.add_typer(bench, name="bench")
 
