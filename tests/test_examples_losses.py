@@ -12,6 +12,7 @@ SAYS = {
     "one_modality_missing": "with NaN in the gaps: the same loss and the same weights",
     "loss_over_two_processes": "process_group, ring",
     "text_weighted_views": "| the mean weighted by the text |",
+    "hard_negatives_in_languages": "| 3 mined negatives, limited |",
     "large_batch_in_chunks": "512 samples in chunks of 32: the gradients of the parameters agree",
 }
 
