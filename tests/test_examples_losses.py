@@ -13,6 +13,7 @@ SAYS = {
     "loss_over_two_processes": "process_group, ring",
     "text_weighted_views": "| the mean weighted by the text |",
     "hard_negatives_in_languages": "| 3 mined negatives, limited |",
+    "two_hundred_pairs": "| chosen layers, STRUCTURE 0.2 |",
     "large_batch_in_chunks": "512 samples in chunks of 32: the gradients of the parameters agree",
 }
 
