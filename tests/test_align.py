@@ -320,7 +320,7 @@ def test_align_reaches_its_reference(run):
     folder, _ = run
     results = json.loads((folder / "results.json").read_text())
     r10 = {row: entry["mean_r10"] for row, entry in results["rows"].items()}
-    assert list(r10) == list(ROWS)
+    assert list(r10) == [row for row in ROWS if not row.startswith("structure")]  # those two only where --structure asks for them
     assert r10["chance"] == pytest.approx(0.02)
     assert r10["untrained"] < 0.08
     assert r10["cca"] == pytest.approx(r10["start"], abs=0.005)
