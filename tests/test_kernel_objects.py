@@ -10,6 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "python" / "modalign"
 VOLUME_KERNELS = 72  # instances of csrc/cuda/gram_volume.cuh with the shared ones of pair_gradient.cuh: 18 for each of four dtypes
 LOSS_KERNELS = 80  # instances of csrc/cuda/contrastive_loss.cuh: 17 for each of four dtypes, 5 for float and double, 2 for half types
 SEGMENT_KERNELS = 20  # instances of csrc/cuda/segment_max_similarity.cuh: 5 for each of four dtypes
+STRUCTURE_KERNELS = 10  # instances of csrc/cuda/structure_loss.cuh: 5 for each of float and double
+KNN_KERNELS = 20  # instances of csrc/cuda/knn.cuh: 4 for each of four dtypes, 2 for float and double
 REGISTERS = 65536  # of a multiprocessor
 CUDA_MACHINE = 190  # e_machine of a cubin
 
@@ -24,7 +26,8 @@ class Kernel:
     def __init__(self, name, code, registers, frame):
         self.name, self.registers, self.frame = name, registers, frame
         self.opcodes = [OPCODES.get(word & 0xFFF) for (word,) in struct.iter_unpack("<Q8x", code)]
-        self.is_tile = "TileWalk" in name
+        self.is_tile = "TileWalk" in name or "PairedProducts" in name
+        self.is_double = "FmaBackendId" in name or "PairedProductsId" in name
         self.is_warp = not self.is_tile and not any(one in name for one in THREAD_KERNELS)   # a warp per item, in registers
         self.threads = 128 if self.is_warp else 256
 
@@ -34,7 +37,7 @@ class Kernel:
     def main_loop(self):
         """The instructions of one slab of the product: from the first to the last of its multiply-adds, where they lie closest together."""
         opcode, per_slab = (
-            ("HMMA", self.count("HMMA")) if self.count("HMMA") else ("DFMA", 8 * 16) if "FmaBackendId" in self.name else ("FFMA", 8 * 64)
+            ("HMMA", self.count("HMMA")) if self.count("HMMA") else ("DFMA", 8 * 16) if self.is_double else ("FFMA", 8 * 64)
         )
         at = [i for i, o in enumerate(self.opcodes) if o == opcode]
         assert len(at) >= per_slab > 0, self.name
@@ -101,7 +104,7 @@ def test_every_target_holds_every_instance(compiled):
     assert len(compiled) == len([target for target in targets if not target.endswith("-virtual")])
     for sm, kernels in compiled:
         assert 80 <= sm <= 90
-        assert len([name for name in kernels if "modalign_kernel" in name]) == VOLUME_KERNELS + LOSS_KERNELS + SEGMENT_KERNELS
+        assert len([name for name in kernels if "modalign_kernel" in name]) == VOLUME_KERNELS + LOSS_KERNELS + SEGMENT_KERNELS + KNN_KERNELS + STRUCTURE_KERNELS
 
 
 def test_registers_allow_the_planned_blocks(compiled):
@@ -129,11 +132,11 @@ def test_main_loops_are_multiply_adds(compiled):
             if not kernel.is_tile:
                 continue
             loop = kernel.main_loop()
-            if "MmaBackend" in kernel.name:
+            if kernel.count("HMMA"):
                 products = 3 if "Li2E" in kernel.name else 1
                 assert kernel.count("HMMA") == 32 * products and kernel.count("LDSM") > 0 and kernel.count("LDGSTS") > 0, kernel.name
                 assert kernel.count("FFMA") < 4096
-            elif "FmaBackendId" in kernel.name:
+            elif kernel.is_double:
                 assert loop.count("DFMA") / len(loop) > 0.6, (kernel.name, loop.count("DFMA") / len(loop))
             else:
                 assert loop.count("FFMA") / len(loop) > 0.8, (kernel.name, loop.count("FFMA") / len(loop))

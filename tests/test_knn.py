@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 
 import pytest
 import torch
 
 from modalign import _load, info
 from modalign.ops import Neighbors, knn, target_rank
-from modalign.ops.knn import METRICS, _by_panels, reference_knn
-from modalign.ops.target_rank import _by_panels as rank_by_panels
+from modalign.ops.knn import METRICS, reference_knn
 from modalign.ops.target_rank import reference_target_rank
 from modalign.testing import Maker, peak_memory
 
@@ -189,8 +187,7 @@ def test_ranks_with_points_left_out(metric):
     for options in ({}, {"query_ids": skip}, {"exclude_labels": labels}):
         found = target_rank(queries, points, target, metric=metric, **options)
         assert torch.equal(found, reference_target_rank(queries.double(), points.double(), target, metric=metric, **options))
-        panels = rank_by_panels(queries, points, target, METRICS.index(metric), None, options.get("query_ids"), *options.get("exclude_labels", (None, None)))
-        assert torch.equal(found, panels) and (found[target < 0] == -1).all()
+        assert (found[target < 0] == -1).all()
     among = target_rank(points, None, (torch.arange(700) + 1) % 700, metric=metric, exclude_self=True)
     assert torch.equal(among, reference_target_rank(points.double(), None, (torch.arange(700) + 1) % 700, metric=metric, exclude_self=True))
 
@@ -309,21 +306,3 @@ def test_compiled_in_one_graph():
         make = Maker(torch.float32, seed=N)
         x, y = make.randn(N, 4), make.randn(N + 3, 4)
         assert torch.equal(compiled(x, y).indices, knn(x, y, 3, metric="euclidean").indices)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("metric", METRICS)
-def test_what_stands_in_on_cuda(metric, dtype, monkeypatch):
-    """The same order from panels of products."""
-    monkeypatch.setattr(sys.modules["modalign.ops.knn"], "PANEL_BYTES", 4 * dtype.itemsize * 1024 * 100)
-    queries, points = whole_numbers(70, 12, 20).to(dtype), whole_numbers(700, 12, 21).to(dtype)
-    points[5] = 0
-    skip = torch.randint(-1, 700, (70,), generator=torch.Generator().manual_seed(3))
-    labels = torch.arange(70) % 5, torch.arange(700) % 5
-    for given in ((None, None, None), (skip, None, None), (None, *labels)):
-        for k in (1, 30, 560):
-            ours = torch.ops.modalign.knn(queries, points, k, METRICS.index(metric), None, *given)
-            theirs = _by_panels(queries, points, k, METRICS.index(metric), None, *given)
-            torch.testing.assert_close(theirs[0], ours[0], rtol=1e-5, atol=1e-5)
-            if metric != "cosine":
-                assert torch.equal(theirs[1], ours[1])

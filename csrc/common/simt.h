@@ -261,6 +261,7 @@ MODALIGN_DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffff
 template <class T>
 MODALIGN_DEVICE T shuffle_down(T value, int delta) { return __shfl_down_sync(0xffffffffu, value, unsigned(delta)); }
 MODALIGN_DEVICE std::uint32_t warp_ballot(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+MODALIGN_DEVICE int population_count(std::uint32_t bits) { return __popc(bits); }
 
 // ------------------------------------------------------------------------------------------------------ asynchronous copy
 /// Copies `valid_bytes` (0 … 16) from global to shared memory and zero-fills the rest of the 16 bytes; both addresses are 16-byte aligned. The data

@@ -53,7 +53,6 @@ constexpr int kLossWalks = 32;                          // slots of statistics a
 constexpr std::int64_t kNoLabel = kNoTarget, kNoPart = -2;   // a row without a label; a row that takes no part
 constexpr std::uint32_t kTakesPart = 1, kIsLabel = 2;        // of a column
 constexpr int kThreadKernelThreads = 256;               // one thread per item
-template <class Real> inline constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 template <class Real> inline constexpr Real kBelowOne = 1 - std::numeric_limits<Real>::epsilon() / 2;
 
 // The plain product x . y as a third geometry: m = 1, no basis.
@@ -526,13 +525,6 @@ template <class Real> MODALIGN_DEVICE double log_sum(const MaxSum<Real>& others,
   const MaxSum<double> all = join(MaxSum<double>{double(others.max), double(others.sum)}, labelled);
   return all.sum == 0 ? -kInfinity<double> : all.max + logarithm(all.sum);
 }
-
-// A log-sum-exp as two numbers, so that exp(z - lse) = exp((z - high) - low) is as exact near 1 as Real is: z - high has no rounding there.
-template <class Real> struct LogSum {
-  Real high = 0, low = 0;
-  LogSum() = default;
-  MODALIGN_DEVICE explicit LogSum(double lse) : high(Real(lse)), low(is_finite(high) ? Real(lse - double(high)) : Real(0)) {}
-};
 
 template <class Real> struct FoldColumns {
   static constexpr int kThreads = kThreadKernelThreads;

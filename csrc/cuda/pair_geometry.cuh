@@ -63,6 +63,13 @@ template <class Real> MODALIGN_HOST_DEVICE constexpr Real machine_epsilon() {
 // An overflow must stay visible: where |a|^2 is infinite nothing is "near zero".
 template <class Real> MODALIGN_HOST_DEVICE constexpr bool is_finite(Real x) { return x - x == 0; }
 
+// A log-sum-exp as two numbers, so that exp(z - lse) = exp((z - high) - low) is as exact near 1 as Real is: z - high has no rounding there.
+template <class Real> struct LogSum {
+  Real high = 0, low = 0;
+  LogSum() = default;
+  MODALIGN_DEVICE explicit LogSum(double lse) : high(Real(lse)), low(is_finite(high) ? Real(lse - double(high)) : Real(0)) {}
+};
+
 // ------------------------------------------------------------------------------------------------------------------------- modified Gram-Schmidt
 // One row of D reals spread over the lanes of a warp, element d in lane d % 32: in registers where it fits, else in place in global
 // memory.

@@ -22,18 +22,14 @@
 /// Registers  tiles at most 128, one-warp kernels at most 168.
 #pragma once
 
-#include <limits>
-
 #include "cuda/pair_geometry.cuh"
 #include "ops/segment_max_similarity.h"
 
 namespace modalign::cuda {
 
-template <class Real> inline constexpr Real kLowest = -std::numeric_limits<Real>::infinity();
-
 // The best product so far and its row; row -1: nothing yet.
 template <class Real> struct Best {
-  Real value = kLowest<Real>;
+  Real value = -kInfinity<Real>;
   int row = -1;
 };
 // Whether a later product takes the place of what is there: a NaN is larger than every number.

@@ -41,6 +41,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "common/simt.h"
 #include "ops/scalar.h"
@@ -62,6 +63,8 @@ template <> struct RealOf<double> {
   using type = double;
 };
 template <class T> using real_of = typename RealOf<T>::type;
+
+template <class Real> inline constexpr Real kInfinity = std::numeric_limits<Real>::infinity();   // a constant: device code may not call the function
 
 template <class T> MODALIGN_DEVICE real_of<T> widen(T x) {
   if constexpr (sizeof(T) == 8) return x;

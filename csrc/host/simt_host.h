@@ -15,6 +15,7 @@
 /// block that waits for another one through memory would wait forever: such kernels are outside the subset.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -538,6 +539,7 @@ T shuffle_down(T value, int delta, std::source_location where = std::source_loca
 inline std::uint32_t warp_ballot(bool predicate, std::source_location where = std::source_location::current()) {
     return emulator.ballot(predicate, where);
 }
+inline int population_count(std::uint32_t bits) { return std::popcount(bits); }
 
 // ====================================================================================================== asynchronous copy
 namespace detail {

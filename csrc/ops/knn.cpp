@@ -1,4 +1,4 @@
-// knn and target_rank: schemas, one check, CPU entry points. ops/knn.h says what the numbers are.
+// knn and target_rank: schemas, one check, CPU and CUDA entry points. ops/knn.h says what the numbers are.
 #include "ops/knn.h"
 
 #include <optional>
@@ -7,6 +7,10 @@
 #include "common/check.h"
 #include "common/stable.h"
 #include "cpu/knn.h"
+#ifdef MODALIGN_WITH_CUDA
+#include "cuda/knn.h"
+#endif
+#include "ops/cuda_call.h"
 
 namespace modalign {
 namespace {
@@ -45,6 +49,13 @@ KnnProblem check(const char* op, const Tensor& queries, const Tensor& points, st
   return p;
 }
 
+void check_targets(const char* op, const KnnProblem& p) {
+  for (std::int64_t i = 0; i < p.N; ++i) {
+    const std::int64_t t = static_cast<const std::int64_t*>(p.target.data)[i * p.target.stride];
+    MODALIGN_CHECK((t >= -1 || t == -100) && t < p.M, op, ": target must hold indices from 0 to M - 1 = ", p.M - 1, ", -1 or -100, got ", t, " at row ", i);
+  }
+}
+
 Three knn(const Tensor& queries, const Tensor& points, std::int64_t k, std::int64_t metric, const Optional& bias, const Optional& skip, const Optional& query_labels,
         const Optional& point_labels) {
   const KnnProblem p = check("knn", queries, points, k, metric, bias, skip, query_labels, point_labels);
@@ -52,9 +63,17 @@ Three knn(const Tensor& queries, const Tensor& points, std::int64_t k, std::int6
   Tensor scores = new_tensor(queries, {p.N, p.k}, real), indices = new_tensor(queries, {p.N, p.k}, ScalarType::Long);
   Tensor squares = new_tensor(queries, {p.metric == Metric::dot ? 0 : p.N}, real);
   const KnnResult to{scores.mutable_data_ptr(), static_cast<std::int64_t*>(indices.mutable_data_ptr()), squares.mutable_data_ptr()};
-  const cpu::KnnKernels& kernels = cpu::knn_kernels();
-  const Tensor workspace = new_workspace(queries, kernels.workspace(p));
-  kernels.knn(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  if (queries.is_cuda()) {
+#ifdef MODALIGN_WITH_CUDA
+    const DeviceGuard device(queries.get_device_index());
+    const Tensor workspace = new_workspace(queries, cuda::knn_workspace(p));
+    check_launch("knn", cuda::launch_knn(p, to, workspace.mutable_data_ptr(), current_cuda_stream(queries.get_device_index())));
+#endif
+  } else {
+    const cpu::KnnKernels& kernels = cpu::knn_kernels();
+    const Tensor workspace = new_workspace(queries, kernels.workspace(p));
+    kernels.knn(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  }
   return {scores, indices, squares};
 }
 
@@ -63,15 +82,27 @@ Tensor target_rank(const Tensor& queries, const Tensor& points, const Tensor& ta
   constexpr const char* op = "target_rank";
   KnnProblem p = check(op, queries, points, 1, metric, bias, skip, query_labels, point_labels);
   p.target = check_vector(op, "target", target, p.N, queries, ScalarType::Long);
-  for (std::int64_t i = 0; i < p.N; ++i) {
-    const std::int64_t t = static_cast<const std::int64_t*>(p.target.data)[i * p.target.stride];
-    MODALIGN_CHECK((t >= -1 || t == -100) && t < p.M, op, ": target must hold indices from 0 to M - 1 = ", p.M - 1, ", -1 or -100, got ", t, " at row ", i);
-  }
+  if (!queries.is_cuda()) check_targets(op, p);   // on a GPU that would wait for it
   Tensor rank = new_tensor(queries, {p.N}, ScalarType::Long);
-  const cpu::KnnKernels& kernels = cpu::knn_kernels();
-  const Tensor workspace = new_workspace(queries, kernels.rank_workspace(p));
-  kernels.target_rank(p, static_cast<std::int64_t*>(rank.mutable_data_ptr()), workspace.mutable_data_ptr(), kTorchParallel);
+  std::int64_t* to = static_cast<std::int64_t*>(rank.mutable_data_ptr());
+  if (queries.is_cuda()) {
+#ifdef MODALIGN_WITH_CUDA
+    const DeviceGuard device(queries.get_device_index());
+    const Tensor workspace = new_workspace(queries, cuda::target_rank_workspace(p));
+    check_launch(op, cuda::launch_target_rank(p, to, workspace.mutable_data_ptr(), current_cuda_stream(queries.get_device_index())));
+#endif
+  } else {
+    const cpu::KnnKernels& kernels = cpu::knn_kernels();
+    const Tensor workspace = new_workspace(queries, kernels.rank_workspace(p));
+    kernels.target_rank(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  }
   return rank;
+}
+
+template <class Library>
+void register_all(Library& m) {
+  m.impl("knn", TORCH_BOX(&knn));
+  m.impl("target_rank", TORCH_BOX(&target_rank));
 }
 
 }  // namespace
@@ -81,10 +112,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(modalign, m) {
   m.def("target_rank(Tensor queries, Tensor points, Tensor target, int metric, Tensor? bias, Tensor? skip, Tensor? query_labels, Tensor? point_labels) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(modalign, CPU, m) {
-  m.impl("knn", TORCH_BOX(&knn));
-  m.impl("target_rank", TORCH_BOX(&target_rank));
-}
+STABLE_TORCH_LIBRARY_IMPL(modalign, CPU, m) { register_all(m); }
+#ifdef MODALIGN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(modalign, CUDA, m) { register_all(m); }
+#endif
 
 namespace cpu {
 namespace portable { extern const KnnKernels kKnnKernels; }

@@ -5,7 +5,9 @@
 
 #include "cuda/contrastive_loss.h"
 #include "cuda/gram_volume.h"
+#include "cuda/knn.h"
 #include "cuda/segment_max_similarity.h"
+#include "cuda/structure_loss.h"
 #endif
 
 #define MODALIGN_EXPORT extern "C" __attribute__((visibility("default")))
@@ -17,7 +19,8 @@ MODALIGN_EXPORT bool modalign_use_instruction_set(const char* name) { return mod
 MODALIGN_EXPORT const char* modalign_kernel_catalogue() {
 #ifdef MODALIGN_WITH_CUDA
   static const std::string all = std::string(modalign::cuda::kernel_catalogue()) + modalign::cuda::contrastive_kernel_catalogue() +
-                                 modalign::cuda::segment_max_kernel_catalogue();
+                                 modalign::cuda::segment_max_kernel_catalogue() + modalign::cuda::knn_kernel_catalogue() +
+                                 modalign::cuda::structure_kernel_catalogue();
   return all.c_str();
 #else
   return "";

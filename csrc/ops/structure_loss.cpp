@@ -1,4 +1,4 @@
-// structure_loss: schema, one check, the CPU entry points. ops/structure_loss.h says what the numbers are.
+// structure_loss: schema, one check, CPU and CUDA entry points. ops/structure_loss.h says what the numbers are.
 #include "ops/structure_loss.h"
 
 #include <tuple>
@@ -6,6 +6,10 @@
 #include "common/check.h"
 #include "common/stable.h"
 #include "cpu/structure_loss.h"
+#ifdef MODALIGN_WITH_CUDA
+#include "cuda/structure_loss.h"
+#endif
+#include "ops/cuda_call.h"
 
 namespace modalign {
 namespace {
@@ -36,9 +40,17 @@ Three structure_loss(const Tensor& x, const Tensor& y, bool released, std::int64
   const std::int64_t size = structure_products_size(p.B), keep = size * size_of(p.dtype) <= workspace_bytes ? size : 0;
   Tensor loss = new_tensor(x, {p.B}, x.scalar_type()), statistics = new_tensor(x, {4, p.B}, ScalarType::Double), products = new_tensor(x, {keep}, x.scalar_type());
   const StructureForward to{loss.mutable_data_ptr(), static_cast<double*>(statistics.mutable_data_ptr()), keep ? products.mutable_data_ptr() : nullptr};
-  const cpu::StructureKernels& kernels = cpu::structure_kernels();
-  const Tensor workspace = new_workspace(x, kernels.workspace(p));
-  kernels.forward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  if (x.is_cuda()) {
+#ifdef MODALIGN_WITH_CUDA
+    const DeviceGuard device(x.get_device_index());
+    const Tensor workspace = new_workspace(x, cuda::structure_loss_workspace(p, keep != 0));
+    check_launch(kOp, cuda::launch_structure_loss(p, to, workspace.mutable_data_ptr(), current_cuda_stream(x.get_device_index())));
+#endif
+  } else {
+    const cpu::StructureKernels& kernels = cpu::structure_kernels();
+    const Tensor workspace = new_workspace(x, kernels.workspace(p));
+    kernels.forward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  }
   return {loss, statistics, products};
 }
 
@@ -59,10 +71,24 @@ Two structure_loss_bwd(const Tensor& grad, const Tensor& statistics, const Tenso
                              products.numel() ? products.const_data_ptr() : nullptr,
                              need_x ? grad_x.mutable_data_ptr() : nullptr,
                              need_y ? grad_y.mutable_data_ptr() : nullptr};
-  const cpu::StructureKernels& kernels = cpu::structure_kernels();
-  const Tensor workspace = new_workspace(x, kernels.bwd_workspace(p, to));
-  kernels.backward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  if (x.is_cuda()) {
+#ifdef MODALIGN_WITH_CUDA
+    const DeviceGuard device(x.get_device_index());
+    const Tensor workspace = new_workspace(x, cuda::structure_loss_bwd_workspace(p, to));
+    check_launch(kOp, cuda::launch_structure_loss_bwd(p, to, workspace.mutable_data_ptr(), current_cuda_stream(x.get_device_index())));
+#endif
+  } else {
+    const cpu::StructureKernels& kernels = cpu::structure_kernels();
+    const Tensor workspace = new_workspace(x, kernels.bwd_workspace(p, to));
+    kernels.backward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  }
   return {grad_x, grad_y};
+}
+
+template <class Library>
+void register_all(Library& m) {
+  m.impl("structure_loss", TORCH_BOX(&structure_loss));
+  m.impl("structure_loss_bwd", TORCH_BOX(&structure_loss_bwd));
 }
 
 }  // namespace
@@ -72,10 +98,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(modalign, m) {
   m.def("structure_loss_bwd(Tensor grad, Tensor statistics, Tensor products, Tensor x, Tensor y, bool released, bool need_x, bool need_y) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(modalign, CPU, m) {
-  m.impl("structure_loss", TORCH_BOX(&structure_loss));
-  m.impl("structure_loss_bwd", TORCH_BOX(&structure_loss_bwd));
-}
+STABLE_TORCH_LIBRARY_IMPL(modalign, CPU, m) { register_all(m); }
+#ifdef MODALIGN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(modalign, CUDA, m) { register_all(m); }
+#endif
 
 namespace cpu {
 namespace portable { extern const StructureKernels kStructureKernels; }

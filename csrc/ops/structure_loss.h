@@ -1,5 +1,5 @@
 // What one call of structure_loss asks for: sizes, strides and pointers, and nothing of torch. ops/structure_loss.cpp fills these structs once;
-// cpu/structure_loss.cpp takes them as they are.
+// cpu/structure_loss.cpp and cuda/structure_loss.cuh take them as they are.
 //
 // B rows x_i of width Dx and y_i of width Dy, already normalised, centred and divided by the root of the temperature, have two softmaxes over the batch,
 //
@@ -31,7 +31,7 @@ struct StructureProblem {
   bool released;
 };
 
-// How many products a CPU forward leaves for its backward, whole blocks for every instruction set; `_fake` in structure_loss.py has the same formula.
+// How many products a forward leaves for its backward, whole blocks for every instruction set of the CPU; `_fake` in structure_loss.py has the same formula.
 inline std::int64_t structure_products_size(std::int64_t B) {
   const std::int64_t padded = (B + 95) / 96 * 96;
   return 2 * padded * padded;

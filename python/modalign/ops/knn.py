@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -114,8 +114,8 @@ def knn(
 
     Complexity
     ----------
-    2 N M D FLOP. Memory beyond the result: (N + M) D numbers and 2 k keys for each row in progress. On CUDA panels of products and torch.topk, until the
-    kernel is there.
+    2 N M D FLOP. Memory beyond the result: on the CPU (N + M) D numbers and 2 k keys for each row in progress; on CUDA 2 M numbers, and lists of 64 to 4 k
+    entries for the rows in progress, at most 256 MiB where 128 rows fit.
 
     Papers: exact search by products and a running selection: Johnson, Douze, Jegou, "Billion-scale similarity search with GPUs", IEEE Big Data 2021. CSLS:
     Conneau et al., "Word Translation Without Parallel Data", ICLR 2018, section 2.3.
@@ -261,59 +261,6 @@ def _fake(queries: Tensor, points: Tensor, k: int, metric: int, *rest: Any) -> t
 
 
 register_looping_vmap("modalign::knn")
-
-PANEL_BYTES, PANEL_ROWS = 64 << 20, 1024
-
-
-def score_panels(
-    queries: Tensor,
-    points: Tensor,
-    least: int,
-    metric: int,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    query_labels: Tensor | None,
-    point_labels: Tensor | None,
-) -> Iterator[tuple[int, Tensor]]:
-    """(first point, scores) of panels of at least so many points, all panels of some queries one after the other; -inf for what is no neighbour."""
-    real, name = accumulation_dtype(queries.dtype), METRICS[metric]
-    x, y = queries.to(real), points.to(real)
-    scale = y.square().sum(1).rsqrt() if name == "cosine" else None
-    offset = -y.square().sum(1) / 2 if name in ("euclidean", "sqeuclidean") else bias
-    index = torch.arange(len(y), device=y.device)
-    columns = max(least, PANEL_BYTES // (4 * real.itemsize * PANEL_ROWS))
-    for first in range(0, max(1, len(x)), PANEL_ROWS):
-        here = slice(first, first + PANEL_ROWS)
-        for start in range(0, len(y), columns):
-            there = slice(start, start + columns)
-            score = x[here] @ y[there].mT
-            if scale is not None:
-                score = torch.where(y[there].any(1), score * scale[there], 0)
-            if offset is not None:
-                score = score + offset[there]
-            if skip is not None:
-                score = score.masked_fill(skip[here, None] == index[there], -torch.inf)
-            if query_labels is not None and point_labels is not None:
-                score = score.masked_fill(query_labels[here, None] == point_labels[there], -torch.inf)
-            yield start, torch.where(score.isnan(), -torch.inf, score)
-
-
-def _by_panels(
-    queries: Tensor, points: Tensor, k: int, metric: int, bias: Tensor | None, skip: Tensor | None, query_labels: Tensor | None, point_labels: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What stands in for the kernel on a GPU: panels of products, the k best of each merged into those before."""
-    found: list[Any] = []
-    for start, score in score_panels(queries, points, k, metric, bias, skip, query_labels, point_labels):
-        values, indices = selection.smallest(-score, k)
-        if start == 0:
-            found.append(None)
-        found[-1] = selection.merged(found[-1], (values, indices + start), k)
-    values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
-    squares = queries.to(accumulation_dtype(queries.dtype)).square().sum(1)
-    return -values, torch.where(values == torch.inf, -1, indices), squares[:0] if METRICS[metric] == "dot" else squares
-
-
-torch.library.impl("modalign::knn", "CUDA", _by_panels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- plain-torch formulas

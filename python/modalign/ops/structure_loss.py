@@ -118,7 +118,7 @@ def structure_loss(
     Complexity
     ----------
     2 B^2 (D + A) FLOP forward and as much backward, plus 2 B^2 A for the gradient; with kept products half of that forward and 2 B^2 A backward. Memory:
-    copies of the vectors, and 2 B^2 numbers where products are kept. On CUDA panels of products, until the kernel is there.
+    copies of the vectors (on CUDA panels of products, at most 256 MiB where 128 rows fit), and 2 B^2 numbers where products are kept.
 
     Paper: Groeger, Wen, Le, Brbic, "With Limited Data for Multimodal Alignment, Let the STRUCTURE Guide You", NeurIPS 2025, section 4.
     """
@@ -220,7 +220,7 @@ def _fake(x: Tensor, y: Tensor, released: bool, workspace_bytes: int) -> tuple[T
     B = x.shape[0]  # len() would fix the number where torch.compile has a symbol
     blocks = (B + 95) // 96
     size = 2 * (96 * blocks) ** 2  # structure_products_size in csrc/ops/structure_loss.h
-    kept = size if x.device.type != "cuda" and size * x.dtype.itemsize <= workspace_bytes else 0
+    kept = size if size * x.dtype.itemsize <= workspace_bytes else 0
     return x.new_empty((B,)), x.new_empty((4, B), dtype=torch.float64), x.new_empty((kept,))
 
 
@@ -249,63 +249,6 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 register_pair(
     "structure_loss", op="structure_loss", fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, backward=_backward, vmap="loop"
 )
-
-PANEL_BYTES = 64 << 20
-
-
-def _panels(x: Tensor) -> list[slice]:
-    """Rows whose logits fit, with what is made of them."""
-    rows = max(1, PANEL_BYTES // (16 * x.dtype.itemsize * len(x)))
-    return [slice(start, start + rows) for start in range(0, len(x), rows)]
-
-
-def _logarithms(x: Tensor, here: slice, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """log P of some rows with all, along the rows and, P_ji in place of P_ij, along the columns."""
-    logits = x[here] @ x.mT
-    return (logits - lse[here, None]).to(x.dtype), (logits - lse).to(x.dtype)
-
-
-def _shares(log_p: Tensor, log_q: Tensor, released: bool) -> tuple[Tensor, Tensor]:
-    """P dR/dP and Q dR/dQ: F in csrc/ops/structure_loss.h."""
-    p, q = log_p.exp(), log_q.exp()
-    if not released:
-        log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=p.dtype, device=p.device))
-        return p * (log_p - log_m) / 2, q * (log_q - log_m) / 2
-    floor = torch.full_like(p, structure.EPSILON).log()
-    log_p, log_q = torch.logaddexp(log_p, floor), torch.logaddexp(log_q, floor)
-    both = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=p.dtype, device=p.device)) - (log_p + log_q) / 2
-    return p * (both - torch.expm1(log_q - log_p) / 2) / 2, q * (both - torch.expm1(log_p - log_q) / 2) / 2
-
-
-def _forward_by_panels(x: Tensor, y: Tensor, released: bool, workspace_bytes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What stands in for the kernel on a GPU: panels of rows."""
-    loss, statistics = x.new_empty(len(x)), x.new_empty(4, len(x), dtype=torch.float64)
-    for here in _panels(x):
-        logits = [z[here] @ z.mT for z in (x, y)]
-        statistics[:2, here] = torch.stack([each.double().logsumexp(1) for each in logits])
-        log_p, log_q = ((each - statistics[n, here, None]).to(x.dtype) for n, each in enumerate(logits))
-        statistics[2:, here] = torch.stack([share.sum(1, dtype=torch.float64) for share in _shares(log_p, log_q, released)])
-        loss[here] = structure.divergence_of_rows(log_p, log_q, "released" if released else "js")
-    return loss, statistics, x.new_empty(0)
-
-
-def _backward_by_panels(
-    grad: Tensor, statistics: Tensor, products: Tensor, x: Tensor, y: Tensor, released: bool, need_x: bool, need_y: bool
-) -> tuple[Tensor, Tensor]:
-    grads = [torch.empty_like(z) if need else z.new_empty(0) for z, need in ((x, need_x), (y, need_y))]
-    for here in _panels(x):
-        across, down = zip(*(_logarithms(z, here, statistics[n]) for n, z in enumerate((x, y))), strict=True)
-        shares = _shares(*across, released), _shares(*down, released)
-        for n, z in enumerate((x, y)):
-            if grads[n].numel():
-                rows = grad[here, None] * (shares[0][n] - across[n].exp() * statistics[2 + n, here, None])
-                columns = grad * (shares[1][n] - down[n].exp() * statistics[2 + n])
-                grads[n][here] = (rows + columns).to(z.dtype) @ z
-    return grads[0], grads[1]
-
-
-torch.library.impl("modalign::structure_loss", "CUDA", _forward_by_panels)
-torch.library.impl("modalign::structure_loss_bwd", "CUDA", _backward_by_panels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- plain-torch formulas

@@ -9,7 +9,7 @@ from . import _arguments as arguments
 from . import _knn_arguments as check
 from ._knn_search import CENTER_BLOCK, METRICS, mean_of
 from ._registration import refuse_forward_mode, register_looping_vmap
-from .knn import at_once, csls_means, reference_scores, score_panels
+from .knn import at_once, csls_means, reference_scores
 
 __all__ = ["reference_target_rank", "target_rank"]
 
@@ -66,7 +66,7 @@ def target_rank(
 
     Complexity
     ----------
-    2 N M D FLOP; memory beyond the result: (N + M) D numbers. On CUDA panels of products, until the kernel is there.
+    2 N M D FLOP; memory beyond the result: on the CPU (N + M) D numbers, on CUDA 2 M and, of the rows in progress, D + 2.
 
     Paper: Johnson, Douze, Jegou, "Billion-scale similarity search with GPUs", IEEE Big Data 2021, for exact search; the count is the rank of retrieval tables.
     """
@@ -105,37 +105,6 @@ def _fake(queries: Tensor, *rest: object) -> Tensor:
 
 
 register_looping_vmap("modalign::target_rank")
-
-
-def _by_panels(
-    queries: Tensor,
-    points: Tensor,
-    target: Tensor,
-    metric: int,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    query_labels: Tensor | None,
-    point_labels: Tensor | None,
-) -> Tensor:
-    """What stands in for the kernel on a GPU. The panels are made twice: for the targets' scores, and to count."""
-    own = torch.full_like(target, -torch.inf, dtype=torch.float64)
-    rank, index = torch.zeros_like(target), torch.arange(len(points), device=points.device)
-    for count in (False, True):
-        first, before = 0, 0
-        for start, score in score_panels(queries, points, 1, metric, bias, skip, query_labels, point_labels):
-            first = before if start == 0 else first
-            here, at = slice(first, first + len(score)), index[start : start + score.shape[1]]
-            before = first + len(score)
-            wanted = target[here, None]
-            if count:
-                ahead = (score.double() > own[here, None]) | ((score.double() == own[here, None]) & (at < wanted))
-                rank[here] += ahead.sum(1)
-            else:
-                own[here] = torch.maximum(own[here], torch.where(at == wanted, score.double(), -torch.inf).amax(1))
-    return torch.where(own > -torch.inf, rank, -1)
-
-
-torch.library.impl("modalign::target_rank", "CUDA", _by_panels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- plain-torch formulas
