@@ -20,14 +20,16 @@ HERE = Path(__file__).parent
 
 
 def battery(options: argparse.Namespace) -> bool:
-    """Every check of tests/cases.py on the GPU; --small keeps values and gradients in float32 and bfloat16, which reach every kernel in little time
+    """Every check of tests/cases.py and tests/selection_checks.py on the GPU; --small keeps values and gradients in float32 and bfloat16, which reach every kernel in little time
     under a sanitizer."""
     sys.path.insert(0, str(HERE.parent / "tests"))
     from cases import CASES
+    from selection_checks import checks as selection_checks
 
     results = []
-    for name, check in testing.battery(CASES, on=[options.device]):
-        if options.small and not any(part in name for part in ("-values-float32", "-values-bfloat16", "-gradients-float32", "-gradients-bfloat16")):
+    for name, check in [*testing.battery(CASES, on=[options.device]), *selection_checks(options.device)]:
+        small = ("-values-float32", "-values-bfloat16", "-gradients-float32", "-gradients-bfloat16", "selection-float32-sqeuclidean", "selection-bfloat16-sqeuclidean")
+        if options.small and not any(part in name for part in small):
             continue
         begin, problem = time.perf_counter(), ""
         try:

@@ -68,6 +68,8 @@ def emoji_root(root: Path) -> Path:
         entries += '<annotation cp="☀🏽" type="tts">sun: medium skin tone</annotation><annotation cp="a" type="tts">letter</annotation>'
         for folder in ("annotations", "annotationsDerived"):
             write(root / f"usr/share/unicode/cldr/common/{folder}/{language}.xml", f"<ldml><annotations>{entries}</annotations></ldml>")
+    labels = "#\n\n[☀-☂ {☃\ufe0f}] ;\tTravel & Places\t;\tsky\n[\\[☎⚓☀]\t; Objects\n"
+    write(root / "usr/share/unicode/cldr/common/properties/labels.txt", labels)
     return root
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-
 import pytest
+import selection_checks
 import torch
 
 from modalign import _load, info
@@ -306,3 +306,8 @@ def test_compiled_in_one_graph():
         make = Maker(torch.float32, seed=N)
         x, y = make.randn(N, 4), make.randn(N + 3, 4)
         assert torch.equal(compiled(x, y).indices, knn(x, y, 3, metric="euclidean").indices)
+
+
+@pytest.mark.parametrize(("name", "check"), selection_checks.checks("cpu"), ids=lambda value: value if isinstance(value, str) else "")
+def test_selections_on_this_device(name, check):
+    check()

@@ -173,6 +173,9 @@ def test_characters_join_emoji_and_openmoji(tmp_path):
         prepare(name, root, languages=languages)
         characters[name] = {item["character"] for item in json.loads((root / name / "items.json").read_text(encoding="utf-8"))["items"]}
     assert "☀" in characters["emoji"] & characters["openmoji"]
+    items = json.loads((tmp_path / "emoji/root/emoji/items.json").read_text(encoding="utf-8"))["items"]
+    categories = {item["character"]: item["category"] for item in items}
+    assert [categories[character] for character in "☀☁☂☃☎♞⚓"] == [*["Travel & Places"] * 4, "Objects", "", "Objects"]
     assert not any("\ufe0f" in character for found in characters.values() for character in found)
 
 
@@ -274,7 +277,7 @@ def test_force_prepares_anew_and_an_interruption_is_taken_up(tmp_path, monkeypat
 
 def test_the_sets_of_the_package_are_made_of_the_same_sources(tmp_path):
     emoji = prepare_emoji_mini.read_items(miniature.emoji_root(tmp_path / "emoji"))
-    assert emoji.names == list(miniature.EMOJI.values()) and emoji.extra[0] == {"character": "☀"} and emoji.pictures[0].size == (136, 128)
+    assert emoji.names == list(miniature.EMOJI.values()) and emoji.extra[0] == {"character": "☀", "category": "Travel & Places"} and emoji.pictures[0].size == (136, 128)
     mini = prepare_furniture_mini.read_items(miniature.furniture_root(tmp_path / "furniture"))
     assert (mini.names, mini.keywords, mini.extra) == (["Café chair"], [["Seat"]], [{"creator": "Bo"}])  # the CC0 library alone
     assert mini.features["points"].shape == (1, 590)
@@ -341,6 +344,7 @@ def damaged(path: Path, keep: int = 50) -> Path:
     ("name", "file", "expected"),
     [
         ("emoji", "usr/share/unicode/cldr/common/annotations/en.xml", "expected an XML file, got one that does not parse"),
+        ("emoji", "usr/share/unicode/cldr/common/properties/labels.txt", "expected utf-8 text, got a file that does not decode"),
         ("emoji", "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", "expected a font with glyphs of size 109, got one that does not open"),
         ("furniture", "usr/share/sweethome3d/furniture/Scopia.sh3f", "expected a ZIP archive, got one that does not open"),
     ],
@@ -349,6 +353,13 @@ def test_truncated_files_are_named(name, file, expected, tmp_path):
     root, languages = make_root(name, tmp_path)
     found = message(lambda: SOURCES[name].read(damaged(root / file) and root, languages or []))
     assert found.startswith(f"{root / file}: {expected}")
+
+
+def test_a_line_of_labels_without_a_set_is_named(tmp_path):
+    root, _ = make_root("emoji", tmp_path)
+    path = root / "usr/share/unicode/cldr/common/properties/labels.txt"
+    path.write_text("[☀] ; Objects\n☁ ; Objects\n", encoding="utf-8")
+    assert message(lambda: SOURCES["emoji"].read(root, [])) == f"{path}: expected '[characters] ; label' in line 2, got '☁ ; Objects'"
 
 
 def test_truncated_openmoji_names(tmp_path):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._items import DebianPackage, Item, Modality, Reading, Source, item_text, picture_modalities, require_file, text_modalities
+from ._items import DebianPackage, Item, Modality, Reading, Source, item_text, picture_modalities, read_text, require_file, text_modalities
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["SOURCE"]
 
 FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+LABELS = "usr/share/unicode/cldr/common/properties/labels.txt"
 ANNOTATIONS = ("usr/share/unicode/cldr/common/annotations", "usr/share/unicode/cldr/common/annotationsDerived")
 FONT_SIZE = 109  # the only size at which the bitmap font opens
 GLYPH = (136, 128)
@@ -52,6 +54,22 @@ def read_annotations(root: Path, language: str) -> Named:
     return {sequence: (name, words_beside(name, keywords.get(sequence, []))) for sequence, name in names.items()}
 
 
+def read_categories(root: Path) -> dict[str, str]:
+    """What the Unicode CLDR files a character under: "Food & Drink" and seven others. Characters that are newer than its list have none."""
+    path = require_file(root, LABELS, "unicode-cldr-core")
+    categories: dict[str, str] = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        found = re.match(r"\[(.*)\]\s*;([^;]+)", line)  # a set of characters, ranges and {sequences}; a label; a finer label
+        if found is None:
+            raise ValueError(f"{path}: expected '[characters] ; label' in line {number}, got {line.strip()!r}")
+        for sequence, first, last in re.findall(r"\{(.+?)\}|\\?(\S)(?:-\\?(\S))?", found[1]):
+            members = [sequence.replace(VARIATION, "")] if sequence else [chr(code) for code in range(ord(first), ord(last or first) + 1)]
+            categories |= {member: found[2].strip() for member in members if member not in categories}
+    return categories
+
+
 def open_font(root: Path) -> Any:
     from PIL import ImageFont, features
 
@@ -77,7 +95,9 @@ def words_beside(name: str, keywords: Sequence[str]) -> list[str]:
     return [word for word in keywords if word.lower() != name.lower()]
 
 
-def read_characters(english: Named, others: Mapping[str, Named], drawing: Callable[[str], Callable[[], Image] | str]) -> Reading:
+def read_characters(
+    english: Named, others: Mapping[str, Named], drawing: Callable[[str], Callable[[], Image] | str], categories: Mapping[str, str] | None = None
+) -> Reading:
     """Items of the characters that have a name, less skin-tone variants. `drawing` gives what draws a character, or the reason why nothing does."""
     items: list[Item] = []
     left_out: dict[str, list[str]] = {}
@@ -94,7 +114,9 @@ def read_characters(english: Named, others: Mapping[str, Named], drawing: Callab
             if their_name:
                 translated[language] = their_name
                 inputs[f"text_{language}"] = functools.partial(item_text, their_name, their_words)
-        items.append(Item(name, words, inputs, translated, about={"character": sequence.replace(VARIATION, "")}))
+        character = sequence.replace(VARIATION, "")
+        about = {"character": character} | ({} if categories is None else {"category": categories.get(character, "")})
+        items.append(Item(name, words, inputs, translated, about=about))
     return Reading(items, left_out)
 
 
@@ -115,7 +137,8 @@ def read(root: Path, languages: Sequence[str] = ()) -> Reading:
         drawn.add(pixels)
         return functools.partial(draw, font, sequence)
 
-    return read_characters(read_annotations(root, "en"), {language: read_annotations(root, language) for language in languages}, drawing)
+    others = {language: read_annotations(root, language) for language in languages}
+    return read_characters(read_annotations(root, "en"), others, drawing, read_categories(root))
 
 
 def modalities(languages: Sequence[str]) -> dict[str, Modality]:
@@ -126,7 +149,7 @@ SOURCE = Source(
     name="emoji",
     packages=(
         DebianPackage("fonts-noto-color-emoji", (FONT,), (9.9, 11)),
-        DebianPackage("unicode-cldr-core", ANNOTATIONS, (16.9, 230)),
+        DebianPackage("unicode-cldr-core", (*ANNOTATIONS, LABELS), (16.9, 230)),
     ),
     licence="Apache-2.0 AND Unicode-DFS-2016",
     test_size=500,
