@@ -3,6 +3,7 @@
 from .alignment_score import alignment_score
 from .cka import cka, cka_rbf, unbiased_cka
 from .cknna import cknna
+from .clustering import Clustering, clustering
 from .cycle_knn import cycle_knn
 from .dense_misalignment import CaptionWords, caption_words, clip4dm_attribution, clip_score, f_clipscore, misaligned_words, word_attribution
 from .hcs import hcs, l_hop_cka
@@ -31,6 +32,7 @@ from .zero_shot import ZeroShot, zero_shot
 
 __all__ = [
     "CaptionWords",
+    "Clustering",
     "JointRetrieval",
     "LayerSelection",
     "NullCalibration",
@@ -44,6 +46,7 @@ __all__ = [
     "cknna",
     "clip4dm_attribution",
     "clip_score",
+    "clustering",
     "continuity",
     "cycle_knn",
     "edit_distance_knn",

@@ -3,9 +3,11 @@
 from .canonical_similarity import CanonicalSimilarity, CanonicalSimilarityConfig
 from .cca import CanonicalCorrelation, CanonicalCorrelationConfig
 from .gram_aligner import AlignerOutput, GramAligner, GramAlignerConfig
+from .incomplete_multiview import IncompleteMultiview, IncompleteMultiviewConfig, pad_view
 from .linear_alignment import LinearAlignment, LinearAlignmentConfig
 from .reduction import PrincipalComponents
 from .relative_representation import RelativeRepresentation, relative_representation
+from .self_repellent_anchors import random_walk_visits, self_repellent_anchors
 from .training import Checkpoint, TrainingConfig, TrainingHistory, fit_aligner, select_correlation, validation_score
 
 __all__ = [
@@ -17,6 +19,8 @@ __all__ = [
     "Checkpoint",
     "GramAligner",
     "GramAlignerConfig",
+    "IncompleteMultiview",
+    "IncompleteMultiviewConfig",
     "LinearAlignment",
     "LinearAlignmentConfig",
     "PrincipalComponents",
@@ -24,7 +28,10 @@ __all__ = [
     "TrainingConfig",
     "TrainingHistory",
     "fit_aligner",
+    "pad_view",
+    "random_walk_visits",
     "relative_representation",
     "select_correlation",
+    "self_repellent_anchors",
     "validation_score",
 ]

@@ -12,6 +12,7 @@ from .keep_largest import keep_largest
 from .log_sinkhorn import log_sinkhorn
 from .mask_tokens import mask_tokens
 from .mgca_token_loss import mgca_token_loss
+from .noise_robust_pair_loss import noise_robust_pair_loss
 from .notellm2_objective import notellm2_objective
 from .overuse_penalty import overuse_penalty
 from .pmrl_loss import pmrl_loss
@@ -42,6 +43,7 @@ __all__ = [
     "log_sinkhorn",
     "mask_tokens",
     "mgca_token_loss",
+    "noise_robust_pair_loss",
     "notellm2_objective",
     "overuse_penalty",
     "pmrl_loss",
