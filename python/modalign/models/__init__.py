@@ -2,9 +2,11 @@
 
 from .canonical_similarity import CanonicalSimilarity, CanonicalSimilarityConfig
 from .cca import CanonicalCorrelation, CanonicalCorrelationConfig
+from .entity_aligner import EntityAligner, EntityAlignerConfig, EntityGraph, EntityRanks
 from .gram_aligner import AlignerOutput, GramAligner, GramAlignerConfig
 from .incomplete_multiview import IncompleteMultiview, IncompleteMultiviewConfig, pad_view
 from .linear_alignment import LinearAlignment, LinearAlignmentConfig
+from .pseudo_labels import PseudoLabels
 from .reduction import PrincipalComponents
 from .relative_representation import RelativeRepresentation, relative_representation
 from .self_repellent_anchors import random_walk_visits, self_repellent_anchors
@@ -17,6 +19,10 @@ __all__ = [
     "CanonicalSimilarity",
     "CanonicalSimilarityConfig",
     "Checkpoint",
+    "EntityAligner",
+    "EntityAlignerConfig",
+    "EntityGraph",
+    "EntityRanks",
     "GramAligner",
     "GramAlignerConfig",
     "IncompleteMultiview",
@@ -24,6 +30,7 @@ __all__ = [
     "LinearAlignment",
     "LinearAlignmentConfig",
     "PrincipalComponents",
+    "PseudoLabels",
     "RelativeRepresentation",
     "TrainingConfig",
     "TrainingHistory",

@@ -13,6 +13,7 @@ from .masked_cross_modal_reasoner import MaskedCrossModalReasoner
 from .prototype_alignment import PrototypeAlignment
 from .structure_regularizer import StructureRegularizer
 from .triple_contrast import TripleContrast
+from .uncertainty_weighting import UncertaintyWeighting
 from .universal_projection import UniversalProjection
 from .view_embedding import ViewEmbedding
 
@@ -35,6 +36,7 @@ __all__ = [
     "StructureRegularizer",
     "TriangleContrastiveLoss",
     "TripleContrast",
+    "UncertaintyWeighting",
     "UniversalProjection",
     "ViewEmbedding",
     "functional",

@@ -4,6 +4,7 @@ from .binding_loss import binding_loss
 from .cgvlm_loss import cgvlm_loss
 from .clim_loss import clim_loss
 from .clim_mosaic import Mosaics, clim_mosaic
+from .entity_alignment_loss import entity_alignment_loss
 from .flops_penalty import flops_penalty
 from .hard_negative_infonce import hard_negative_infonce
 from .id_loss import id_loss
@@ -34,6 +35,7 @@ __all__ = [
     "clim_loss",
     "clim_mosaic",
     "cross_modal_alignment",
+    "entity_alignment_loss",
     "flops_penalty",
     "hard_negative_infonce",
     "id_loss",
