@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from modalign.data import MODALITY_TRANSFORMS, modality_transform
+from modalign.metrics import match_auc
 from modalign.ops import dual_softmax_matching, knn, mutual_nearest
 from modalign.testing import Maker
+
+F64 = torch.float64
 
 
 def by_matrix(score):
@@ -69,3 +73,65 @@ def test_ties_empty_sides_and_bad_input():
         with pytest.raises(kind, match=message):
             call()
     assert knn(same, same, 1).indices.flatten().tolist() == [0] * 4
+
+
+# ------------------------------------------------------------------------------------------------------------------------- modalities of a picture
+
+
+@pytest.mark.parametrize("kind", MODALITY_TRANSFORMS)
+def test_modalities_stay_in_place(kind):
+    """A picture that is moved gives the moved modality; a flat one has nothing to show; values stay from 0 to 1."""
+    make = Maker(F64, seed=1)
+    picture = make.randn(2, 3, 40, 33).sigmoid()
+    found = modality_transform(picture, kind)
+    assert found.shape == picture.shape and found.dtype is F64 and found.min() >= 0 and found.max() <= 1
+    wide = torch.nn.functional.pad(picture, (24, 24, 24, 24), mode="replicate")
+    moved = modality_transform(wide.roll((3, -2), (2, 3)), kind), modality_transform(wide, kind).roll((3, -2), (2, 3))
+    torch.testing.assert_close(*(each[..., 30:-30, 30:-30] for each in moved))  # as far as no filter sees the seam
+    flat = modality_transform(torch.full((1, 3, 20, 20), 0.4), kind)
+    torch.testing.assert_close(flat, flat[..., :1, :1].expand_as(flat), rtol=0, atol=1e-6)
+    if kind not in ("normal",):  # directions turn with the picture, everything else goes along
+        torch.testing.assert_close(modality_transform(picture.flip(-1), kind), found.flip(-1), rtol=1e-9, atol=1e-12)
+    if kind != "paint":
+        moved = picture.clone().requires_grad_()
+        modality_transform(moved, kind).sum().backward()
+        assert moved.grad.isfinite().all()
+
+
+def test_what_modalities_show():
+    step = torch.zeros(1, 3, 16, 16)
+    step[..., 8:] = 0.5
+    edge = modality_transform(step, "edge")
+    assert (edge[..., 7:9] == 0.5).all() and (edge[..., :7] == 1).all() and (edge[..., 9:] == 1).all()
+    assert len(modality_transform(torch.rand(1, 3, 30, 30), "paint").unique()) <= 6
+    infrared = modality_transform(step, "infrared")
+    assert infrared[0, 0, 8, 0] > infrared[0, 0, 8, 15]
+    normal = modality_transform(step, "normal")
+    assert normal[0, 0, 8, 7] < 0.5 and abs(float(normal[0, 1, 8, 7]) - 0.5) < 1e-6  # it falls to the left, and not down
+    for wrong, message in (
+        ((step, "event"), "kind must be one of edge, sketch"),
+        ((step[:, :1], "edge"), "pictures must be a floating-point tensor"),
+        ((2 * step + 1, "edge"), "pictures must be from 0 to 1, got 1 to 2"),
+    ):
+        with pytest.raises(ValueError, match="modality_transform: " + message):
+            modality_transform(*wrong)
+
+
+def test_match_auc_is_the_area():
+    """Against a sum over many thresholds."""
+    errors = torch.cat([Maker(F64, seed=2).randn(50).abs() * 10, torch.tensor([0.0, 0.0, torch.inf, torch.inf], dtype=F64)])
+    place, share = torch.cat([torch.zeros(1, dtype=F64), errors.sort().values]), torch.arange(55, dtype=F64) / 54
+    for threshold, found in zip((3.0, 10.0, 40.0), match_auc(errors, (3.0, 10.0, 40.0)), strict=True):
+        inside = place < threshold
+        x, y = place[inside], share[inside]
+        grid = torch.linspace(0, threshold, 200_001, dtype=F64)
+        right = torch.searchsorted(x, grid, right=True).clamp(max=len(x))
+        left = right - 1
+        behind = right == len(x)
+        after = right.clamp(max=len(x) - 1)
+        slope = torch.where(behind, 0, (y[after] - y[left]) / (x[after] - x[left]).clamp(min=1e-300))
+        assert found == pytest.approx(float((y[left] + slope * (grid - x[left])).mean()), abs=1e-4)
+    assert match_auc(torch.zeros(4), [1.0]) == [pytest.approx(1.0)] and match_auc(torch.full((3,), torch.inf), [5.0]) == [0.0]
+    for wrong, message in (((torch.tensor([-1.0]),), "errors must be 0 or more"), ((torch.ones(0),), "N 1 or more"), ((torch.ones(2), [0.0]), "thresholds must be positive")):
+        with pytest.raises(ValueError, match="match_auc: .*" + message):
+            match_auc(*wrong)

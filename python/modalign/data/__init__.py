@@ -3,11 +3,13 @@
 from .basis import FeatureBasis
 from .dataset import FeatureStatistics, PairedDataset, Split, available, from_features, from_folder, load
 from .encoders import EfficientNetLiteImageEncoder, EncoderUnavailable, MiniLMTextEncoder
+from .modality_transforms import MODALITY_TRANSFORMS, modality_transform
 
 __all__ = [
     "EfficientNetLiteImageEncoder",
     "EncoderUnavailable",
     "FeatureBasis",
+    "MODALITY_TRANSFORMS",
     "FeatureStatistics",
     "MiniLMTextEncoder",
     "PairedDataset",
@@ -16,4 +18,5 @@ __all__ = [
     "from_features",
     "from_folder",
     "load",
+    "modality_transform",
 ]

@@ -9,6 +9,7 @@ from .dense_misalignment import CaptionWords, caption_words, clip4dm_attribution
 from .hcs import hcs, l_hop_cka
 from .implicit_alignment import implicit_alignment
 from .joint_retrieval import JointRetrieval, joint_retrieval
+from .match_auc import match_auc
 from .mutual_knn import knn_overlap, mutual_knn
 from .null_calibration import NullCalibration, null_calibration
 from .ordered_knn import edit_distance_knn, lcs_knn
@@ -58,6 +59,7 @@ __all__ = [
     "knn_overlap",
     "l_hop_cka",
     "lcs_knn",
+    "match_auc",
     "mean_reciprocal_rank",
     "median_rank",
     "misaligned_words",
