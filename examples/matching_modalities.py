@@ -43,7 +43,7 @@ def emoji(root, count):
 
     data = load("emoji", root)
     step = len(data) // count
-    return torch.stack([torch.from_numpy(np.asarray(data.picture(i * step).convert("RGB").resize((SIDE, SIDE)))) for i in range(count)]).permute(0, 3, 1, 2).float() / 255
+    return torch.stack([torch.from_numpy(np.array(data.picture(i * step).convert("RGB").resize((SIDE, SIDE)))) for i in range(count)]).permute(0, 3, 1, 2).float() / 255
 
 
 def vit_tokens():

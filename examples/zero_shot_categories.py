@@ -106,8 +106,8 @@ def main():
     sizes = PAIRS if arguments.data_root else (100,)
     results = {}
     rows = ["cca", *REGULARIZED]
-    print(f"| set | pairs | {' | '.join(rows)} | ensemble less one prompt | STRUCTURE 0.05 less without |")
-    print("|---|---|" + "---:|" * (len(rows) + 2))
+    print(f"| set, categories | pairs | {' | '.join(rows)} | ensemble less one prompt | 0.05 less without | 0.2 less without |")
+    print("|---|---|" + "---:|" * (len(rows) + 3))
     for name, source in sources.items():
         results[name] = {"categories": source.names, "scores": {}}
         for pairs in sizes:
@@ -115,7 +115,7 @@ def main():
             results[name]["scores"][str(pairs or "all")] = by_seed
             shown = " | ".join(f"{mean(one[row][0] for one in by_seed):.1f}" for row in rows)
             ensemble = interval([one["linear heads"][0] - one["linear heads"][1] for one in by_seed])
-            structure = interval([one["STRUCTURE 0.05"][0] - one["linear heads"][0] for one in by_seed])
+            structure = " | ".join(interval([one[row][0] - one["linear heads"][0] for one in by_seed]) for row in rows[-2:])
             print(f"| {name}, {len(source.names)} | {pairs or 'all'} | {shown} | {ensemble} | {structure} |", flush=True)
     print(f"mean of {arguments.seeds} seeds; 95 % intervals of differences within a seed")
     if arguments.out:

@@ -14,6 +14,10 @@ SAYS = {
     "text_weighted_views": "| the mean weighted by the text |",
     "hard_negatives_in_languages": "| 3 mined negatives, limited |",
     "two_hundred_pairs": "| chosen layers, STRUCTURE 0.2 |",
+    "zero_shot_categories": "| made up, 8 | 100 |",
+    "incomplete_views": "| made up, 6 classes | 50% |",
+    "entities_in_two_languages": "| 50% |",
+    "matching_modalities": "| sketch |",
     "large_batch_in_chunks": "512 samples in chunks of 32: the gradients of the parameters agree",
 }
 

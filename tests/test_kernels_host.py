@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from modalign import _host
+from mutations import SCHEDULES, check_mutations
 
 DTYPES = ["f32", "f64", "f16", "bf16"]
 EPSILON = {"f32": 1.2e-7, "f64": 2.3e-16, "f16": 1.2e-7, "bf16": 1.2e-7}  # of the arithmetic, not of the storage
@@ -19,12 +20,6 @@ EPSILON = {"f32": 1.2e-7, "f64": 2.3e-16, "f16": 1.2e-7, "bf16": 1.2e-7}  # of t
 # and with candidates of condition 200.
 FORWARD = {"f32": 5e-6, "f64": 1e-13, "f16": 5e-3, "bf16": 4e-2}
 BACKWARD = {"f32": 1e-4, "f64": 5e-12, "f16": 1e-2, "bf16": 8e-2}
-SCHEDULES = {
-    "forward": {},
-    "reverse": {"thread_order": "reverse", "block_order": "reverse", "seed": 1},
-    "random": {"thread_order": "random", "block_order": "random", "seed": 2},
-    "random, yielding": {"thread_order": "random", "block_order": "random", "seed": 3, "yield_probability": 0.01},
-}
 
 
 def encode(dtype, x):
@@ -687,22 +682,7 @@ def breakable(key):
 @pytest.mark.parametrize("key", OWN)
 def test_seeded_mutations_are_caught(key):
     run, deviation_of = breakable(key)
-    assert deviation_of(run().outputs) <= 1
-    for name in _host.mutations(key):
-        if any(part in key.split(".") and name == place for part, place in HARMLESS):
-            continue
-        caught = None
-        for options in SCHEDULES.values():
-            try:
-                result = run(mutation=name, **options)
-            except _host.KernelReport as report:
-                caught = report.kind
-                break
-            assert result.mutation_reached, f"{key}: {name} is not passed"
-            if deviation_of(result.outputs) > 1:
-                caught = "wrong result"
-                break
-        assert caught, f"{key}: nothing noticed '{name}'"
+    check_mutations(key, run, lambda outputs: deviation_of(outputs) <= 1, [place for part, place in HARMLESS if part in key.split(".")])
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16"])

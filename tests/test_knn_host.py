@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from modalign import _host
-from test_kernels_host import DTYPES, RAGGED_DEPTH, SCHEDULES, encode, rounded
+from mutations import SCHEDULES, check_mutations
+from test_kernels_host import DTYPES, RAGGED_DEPTH, encode, rounded
 
 OWN = sorted(key for key, kernel in _host.kernels().items() if kernel["family"] == "knn")
 METRICS = ("dot", "cosine", "sqeuclidean", "euclidean")  # in the order of csrc/ops/knn.h
@@ -241,25 +242,4 @@ HARMLESS = ("tile: drop the barrier before the epilogue",)  # these epilogues be
 @pytest.mark.parametrize("key", OWN)
 def test_seeded_mutations_are_caught(key):
     run, problem = breakable(key)
-    assert problem.is_right(run().outputs)
-    for name in _host.mutations(key):
-        if name in HARMLESS:
-            continue
-        caught = None
-        for options in SCHEDULES.values():
-            try:
-                result = run(mutation=name, **options)
-            except _host.KernelReport as report:
-                caught = report.kind
-                break
-            assert result.mutation_reached, f"{key}: {name} is not passed"
-            if not problem.is_right(result.outputs):
-                caught = "wrong result"
-                break
-        assert caught, f"{key}: nothing noticed '{name}'"
-
-
-def test_every_kernel_can_be_broken():
-    for key in OWN:
-        breakable(key)[0]()
-        assert _host.mutations(key), key
+    check_mutations(key, run, problem.is_right, HARMLESS)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from modalign import _host
-from test_kernels_host import RAGGED_DEPTH, SCHEDULES, deviation
+from mutations import SCHEDULES, check_mutations
+from test_kernels_host import RAGGED_DEPTH, deviation
 
 OWN = sorted(key for key, kernel in _host.kernels().items() if kernel["family"] == "structure_loss")
 REAL = {"f32": np.float32, "f64": np.float64}
@@ -184,23 +185,4 @@ def breakable(key):
 @pytest.mark.parametrize("key", OWN)
 def test_seeded_mutations_are_caught(key):
     run, problem = breakable(key)
-    assert problem.is_right(run().outputs)
-    for name in _host.mutations(key):
-        caught = None
-        for options in SCHEDULES.values():
-            try:
-                result = run(mutation=name, **options)
-            except _host.KernelReport as report:
-                caught = report.kind
-                break
-            assert result.mutation_reached, f"{key}: {name} is not passed"
-            if not problem.is_right(result.outputs):
-                caught = "wrong result"
-                break
-        assert caught, f"{key}: nothing noticed '{name}'"
-
-
-def test_every_kernel_can_be_broken():
-    for key in OWN:
-        breakable(key)[0]()
-        assert _host.mutations(key), key
+    check_mutations(key, run, problem.is_right)

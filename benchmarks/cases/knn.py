@@ -1,4 +1,4 @@
-"""Exact search, against the matrix of products and torch.topk in eager and compiled torch, and against faiss. The floor: torch.mm of the same products, 2 N M D.
+"""Exact search, against the matrix of products and torch.topk in eager and compiled torch, and against faiss and scikit-learn. The floor: torch.mm of the same products, 2 N M D.
 
 knn          20000 queries and points, D = 384, k = 10 and 100, by dot product
 knn_sorted   the same with points sorted worst first: every one is better than all before it
@@ -63,6 +63,16 @@ def faiss_flat(queries, points, k):
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     return torch.from_numpy(faiss.knn(queries.numpy(), points.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)[0])
+
+
+@bench.provider(knn, name="scikit-learn", requires="sklearn", install="scikit-learn")   # it has no inner product; rows of `knn` have unit length
+def brute_force(queries, points, k):
+    from sklearn.neighbors import NearestNeighbors
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(torch.get_num_threads()):
+        found = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="sqeuclidean").fit(points.numpy()).kneighbors(queries.numpy())[0]
+    return 1 - torch.from_numpy(found).to(queries.dtype) / 2
 
 
 bench.ours(*searches, runs="modalign::knn")(lambda queries, points, k: ops.knn(queries, points, k, metric="dot").values)
