@@ -46,8 +46,8 @@ template <class K> inline std::int64_t index_of(K key) { return 0xffffffffu - st
 
 template <class K> inline void exchange(K& a, K& b) { const K c = a; a = b; b = c; }
 
-// The k largest of n different keys to the front, the smallest of these at k - 1. (Hoare's selection, median of three. The standard library's functions would be merged
-// by the linker across instruction sets.)
+// The k largest of n different keys to the front, the smallest of these at k - 1. (Quickselect, the pivot a median of three; its partition exchanges at every step and moves on where a
+// key is larger, so that nothing is predicted wrongly. The standard library's functions would be merged by the linker across instruction sets.)
 template <class K>
 inline void largest_first(K* keys, std::int64_t n, std::int64_t k) {
   std::int64_t low = 0, high = n - 1;
@@ -55,16 +55,18 @@ inline void largest_first(K* keys, std::int64_t n, std::int64_t k) {
     const std::int64_t middle = low + (high - low) / 2;
     if (keys[middle] > keys[low]) exchange(keys[middle], keys[low]);
     if (keys[high] > keys[low]) exchange(keys[high], keys[low]);
-    if (keys[high] > keys[middle]) exchange(keys[high], keys[middle]);
-    const K pivot = keys[middle];
-    std::int64_t i = low, j = high;
-    while (i <= j) {
-      while (keys[i] > pivot) ++i;
-      while (pivot > keys[j]) --j;
-      if (i <= j) exchange(keys[i++], keys[j--]);
+    if (keys[middle] > keys[high]) exchange(keys[middle], keys[high]);   // the median last
+    const K pivot = keys[high];
+    std::int64_t larger = low;
+    for (std::int64_t i = low; i < high; ++i) {
+      const K key = keys[i];
+      keys[i] = keys[larger];
+      keys[larger] = key;
+      larger += key > pivot;
     }
-    if (k - 1 <= j) high = j;
-    else if (k - 1 >= i) low = i;
+    exchange(keys[larger], keys[high]);
+    if (k - 1 < larger) high = larger - 1;
+    else if (k - 1 > larger) low = larger + 1;
     else return;
   }
 }
@@ -102,6 +104,15 @@ inline void sort_falling(K* keys, std::int64_t n) {
 
 inline std::int64_t list_room(std::int64_t k) { return k + maximum(64, k <= 1024 ? k : k / 8); }
 
+// Which of some columns, at most kMaskColumns and whole vectors, reach a threshold. One word for many vectors: a loop over bits ends, and mispredicts, once for all of them.
+constexpr std::int64_t kMaskColumns = 64;
+template <class T>
+inline std::uint64_t reaching(const T* score, std::int64_t columns, Vector<T> threshold) {
+  std::uint64_t reached = 0;
+  for (std::int64_t c = 0; c < columns; c += kVectorLanes<T>) reached |= std::uint64_t(lane_bits<T>(load(score + c) >= threshold)) << c;
+  return reached;
+}
+
 template <class T>
 class BestOfRows {
  public:
@@ -114,13 +125,11 @@ class BestOfRows {
   // A row of scores, whole panels of columns, of the points first, first + 1, ...; allowed(j) is asked of those alone that reach the threshold.
   template <class Allowed>
   void offer(std::int64_t i, const T* score, std::int64_t columns, std::int64_t first, const Allowed& allowed) {
-    constexpr int L = kVectorLanes<T>;
-    T threshold = threshold_[i];
-    for (std::int64_t c = 0; c < columns; c += L)
-      for (std::uint32_t reached = lane_bits<T>(load(score + c) >= broadcast(threshold)); reached; reached &= reached - 1) {
-        const std::int64_t j = c + __builtin_ctz(reached);
+    const Vector<T> threshold = broadcast(threshold_[i]);   // it may rise meanwhile: push looks again
+    for (std::int64_t c = 0; c < columns; c += kMaskColumns)
+      for (std::uint64_t reached = reaching(score + c, minimum(kMaskColumns, columns - c), threshold); reached; reached &= reached - 1) {
+        const std::int64_t j = c + __builtin_ctzll(reached);
         if (score[j] > -std::numeric_limits<T>::infinity() && allowed(first + j)) push(i, key_of(score[j], first + j));
-        threshold = threshold_[i];
       }
   }
 
@@ -267,14 +276,13 @@ inline void count_before(const PackedPair<T>& pair, const T* target_score, const
       for (std::int64_t t = split * tiles / plan.splits; t < (split + 1) * tiles / plan.splits; ++t)
         for_tiles_of<T>(pair, first, rows, t, data, [&](const Tile<T>& tile) {
           score(tile);
-          constexpr int L = kVectorLanes<T>;
           for (std::int64_t i = 0; i < tile.rows; ++i) {
-            const Vector<T> mine = broadcast(target_score[tile.row + i]);
-            for (std::int64_t c = 0; c < tile.columns; c += L)
-              for (std::uint32_t reached = lane_bits<T>(load(data + i * tile.ld + c) >= mine); reached; reached &= reached - 1) {
-                const std::int64_t j = tile.column + c + __builtin_ctz(reached);
-                const bool equal = data[i * tile.ld + j - tile.column] == mine[0];
-                counted[tile.row + i] += (!equal || j < target[tile.row + i]) && allowed(tile.row + i, j);
+            const T* z = data + i * tile.ld;
+            const T mine = target_score[tile.row + i];
+            for (std::int64_t c = 0; c < tile.columns; c += kMaskColumns)
+              for (std::uint64_t reached = reaching(z + c, minimum(kMaskColumns, tile.columns - c), broadcast(mine)); reached; reached &= reached - 1) {
+                const std::int64_t at = c + __builtin_ctzll(reached), j = tile.column + at;
+                counted[tile.row + i] += (z[at] != mine || j < target[tile.row + i]) && allowed(tile.row + i, j);
               }
           }
         });
