@@ -131,6 +131,7 @@ def test_far_negatives_and_equal_pairs_are_left_alone():
     loss = noise_robust_pair_loss(x, y, torch.zeros(3, dtype=torch.bool), distance="euclidean")
     loss.backward()
     assert loss == 0 and (x.grad == 0).all()
+    assert noise_robust_pair_loss(x, torch.full((3, 2), torch.nan), torch.zeros(3, dtype=torch.bool), distance="euclidean").isnan()
     equal = noise_robust_pair_loss(x, torch.zeros(3, 2), torch.ones(3, dtype=torch.bool), distance="cosine")
     assert equal.isfinite() and torch.autograd.grad(equal, x)[0].isfinite().all()
     for wrong, message in ((dict(margin=0), "margin and share must be positive"), (dict(distance="dot"), "distance must be")):
@@ -172,7 +173,9 @@ def test_kmeans_finds_what_is_apart_and_fills_empty_clusters():
     centres = 10 * torch.eye(4, dtype=F64)
     x, labels = centres.repeat(25, 1) + 0.3 * rows(100, 4), torch.arange(4).repeat(25)
     assert clustering(kmeans(x, 4), labels).accuracy == 1
-    assert len(kmeans(torch.ones(6, 2), 3).unique()) <= 3 and len(kmeans(x[:5], 5).unique()) == 5
+    for few, count in ((torch.ones(6, 2), 3), (torch.tensor([[0.0], [0.0], [5.0], [5.0]]), 4)):
+        assert len(kmeans(few, count).unique()) == count  # every cluster has a row
+    assert len(kmeans(x[:5], 5).unique()) == 5
 
 
 @pytest.mark.parametrize("matching", ["hungarian", "greedy"])

@@ -308,6 +308,21 @@ def test_compiled_in_one_graph():
         assert torch.equal(compiled(x, y).indices, knn(x, y, 3, metric="euclidean").indices)
 
 
-@pytest.mark.parametrize(("name", "check"), selection_checks.checks("cpu"), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("name", "check"), list(selection_checks.checks("cpu")), ids=lambda value: value if isinstance(value, str) else "")
 def test_selections_on_this_device(name, check):
     check()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("center", ["auto", True])
+def test_a_broken_point_leaves_the_others_alone(bad, center):
+    """The mean that is taken off is that of the finite points."""
+    points = Maker(torch.float32, seed=3).randn(400, 16) + 1000
+    clean = knn(points, k=5, metric="euclidean", exclude_self=True, center=center)
+    broken = torch.cat([points, torch.full((1, 16), bad)])
+    for options in ({}, {"workspace_bytes": 0}):
+        found = knn(broken, k=5, metric="euclidean", exclude_self=True, center=center, **options)
+        assert torch.equal(found.indices[:400], clean.indices) and not found.values.isnan().any()
+    target = clean.indices[:, 2]
+    ranks = target_rank(broken, None, torch.cat([target, target[:1]]), metric="euclidean", exclude_self=True, center=center)
+    assert (ranks[:400] == 2).all()

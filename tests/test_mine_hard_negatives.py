@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -40,6 +42,15 @@ def test_mined_are_those_of_a_loop(skip_top, max_similarity):
             values = (queries @ points.T).gather(1, expected.clamp(min=0)).masked_fill(expected < 0, -torch.inf)
             assert torch.equal(found.values, values)
             assert torch.equal(mine_hard_negatives(queries, points, positives, k, workspace_bytes=0, **options).indices, expected)
+
+
+def test_queries_in_panels(monkeypatch):
+    """Where limits make lists as long as all points, panels of queries bound the memory and do not show."""
+    points = whole_numbers(500, 6, 5).float()
+    whole = mine_hard_negatives(points, points, torch.arange(500), 4, max_similarity=-30, metric="dot")
+    monkeypatch.setattr(sys.modules["modalign.ops.mine_hard_negatives"], "LIST_BYTES", 1 << 16)
+    panels = mine_hard_negatives(points, points, torch.arange(500), 4, max_similarity=-30, metric="dot")
+    assert torch.equal(whole.indices, panels.indices) and torch.equal(whole.values, panels.values)
 
 
 def test_few_points_and_none():

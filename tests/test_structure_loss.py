@@ -240,3 +240,34 @@ def test_the_forward_keeps_what_the_workspace_holds():
     x = Maker(torch.float32, seed=12).randn(100, 8)
     size = 2 * 192 * 192 * 4
     assert [torch.ops.modalign.structure_loss(x, x, False, bytes_)[2].numel() for bytes_ in (size - 1, size)] == [0, size // 4]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("options", [{}, {"distance": "spearman"}, {"distance": "rbf"}, {"levels": 2}, {"neighbors": 4}, {"neighbors": 4, "tail": False}], ids=str)
+@pytest.mark.parametrize("centering", ["none", "mean", "standard"])
+def test_what_is_no_number_is_no_finite_loss(options, centering, bad):
+    """A head that diverged must be seen. (Ranks of infinity are ranks.)"""
+    make = Maker(F64, seed=4)
+    for first in (False, True):
+        for side in (0, 1):
+            sides = [make.randn(30, 6), make.randn(30, 5)]
+            sides[side][7, 2] = bad
+            if options.get("distance") == "spearman" and bad != bad or "distance" not in options or options["distance"] == "rbf":
+                assert structure_loss(*sides, centering=centering, centering_first=first, **options).isnan()
+
+
+def test_lists_that_hold_nobody_and_matrices_that_are_too_large():
+    make = Maker(F64, seed=5)
+    x, y = make.randn(12, 4), make.randn(12, 3)
+    lists = knn(x, k=3).indices
+    empty = lists.clone()
+    empty[5] = -1
+    rest = torch.arange(12) != 5
+    whole = structure_loss(x, y, neighbors=lists, tail=False)
+    assert structure_loss(x, y, neighbors=empty, tail=False).isfinite() and whole.isfinite() and bool(rest.any())
+    for wrong, found in ((12, "-1 to 12"), (-2, "-2 to 11")):
+        lists[0, 0] = wrong
+        with pytest.raises(ValueError, match="structure_loss: neighbors must hold rows from 0 to B - 1 = 11, or -1, got"):
+            structure_loss(x, y, neighbors=lists)
+    with pytest.raises(ValueError, match='structure_loss: implementation must be "dense" for matrices 20000 x 20000'):
+        structure_loss(torch.ones(20000, 2), torch.ones(20000, 2), levels=2)

@@ -51,8 +51,13 @@ class Structure:
         return _host.run(key or f"structure_loss.rows.{self.kind}.{self.dtype}", self.arguments(keep=keep, **options.pop("more", {})), **options)
 
     def backward(self, key=None, need_x=True, need_y=True, kept=False, **options):
-        given = dict(grad=self.grad, statistics=self.want[1], need_x=need_x, need_y=need_y, products=self.products if kept else None) | options.pop("more", {})
+        given = dict(grad=self.grad, statistics=self.want[1] if kept else self.statistics, need_x=need_x, need_y=need_y, products=self.products if kept else None) | options.pop("more", {})
         return _host.run(key or f"structure_loss.coefficients.{self.kind}.{self.dtype}", self.arguments(**given), **options)
+
+    @functools.cached_property
+    def statistics(self):
+        """As the kernel's own forward leaves them. (Kept products are exact here, and go with exact statistics.)"""
+        return self.forward().outputs["statistics"]
 
     @functools.cached_property
     def products(self):

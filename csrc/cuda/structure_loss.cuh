@@ -5,7 +5,8 @@
 ///
 /// Mapping    rows in panels. A panel's products with all rows are made by the tile engine and stay in the caches as far as they fit.
 ///   forward    products      x_i . x_j and y_i . y_j, in pieces of the depth that are added: an error of a logit of 20 is one of its probability
-///              rows          one warp per row: largest, log-sum-exps, loss and the sums that the gradient needs
+///              rows          one warp per row: its product with itself again, in double, for that is the largest and all its terms have one sign;
+///                            largest, log-sum-exps, loss and the sums that the gradient needs
 ///   backward   products      again, unless they were kept
 ///              coefficients  one warp per row: dS_ij + dS_ji of every pair in place; the row's own is minus twice the sum of the others, which is exact
 ///                            where the diagonal holds nearly all of P
@@ -66,7 +67,7 @@ template <class Pointer> struct ProductPanel {
   std::int64_t pitch;
 };
 
-template <class Real> MODALIGN_DEVICE double row_log_sum_exp(Global<const Real> z, std::int64_t B) {
+template <class Real> MODALIGN_DEVICE double row_log_sum_exp(Global<Real> z, std::int64_t B) {
   Real top = -kInfinity<Real>;
   for (std::int64_t j = lane(); j < B; j += kWarpSize) top = maximum(top, Real(z[j]));
   MODALIGN_UNROLL
@@ -79,17 +80,33 @@ template <class Real> MODALIGN_DEVICE double row_log_sum_exp(Global<const Real> 
 template <class Real, bool released> struct StructureRows {
   static constexpr int kThreads = kWarpKernelThreads;
   static constexpr int kMinBlocks = kWarpKernelBlocks;
-  ProductPanel<const Real*> products;
-  std::int64_t first, rows, B;
+  ProductPanel<Real*> products;
+  BatchedRows x_rows, y_rows;
+  std::int64_t Dx, Dy, first, rows, B;
   Real* loss;           // [B]
   double* statistics;   // [4][B]
 
   LaunchPlan plan(std::int64_t, const char* key) const { return plan_warps(rows, 1, key); }
 
+  // The product of a row with itself, in double.
+  static MODALIGN_DEVICE void set_square(Global<Real> products, const BatchedRows& from, std::int64_t D, std::int64_t at, std::int64_t i) {
+    const Global<const Real> z = Global<const Real>(static_cast<const Real*>(from.data)).at(i * from.row_stride);
+    double square = 0;
+    for (std::int64_t d = lane(); d < D; d += kWarpSize) {
+      const double value = double(Real(z[d * from.element_stride]));
+      square = fused_multiply_add(value, value, square);
+    }
+    square = warp_sum(square);
+    if (lane() == 0) products[at] = Real(square);
+  }
+
   MODALIGN_DEVICE void operator()() const {
     const std::int64_t row = warp_item(), i = first + row;
     if (row >= (MODALIGN_MUTATION("rows: one row too many") ? rows + 1 : rows)) return;
-    const Global<const Real> x = Global<const Real>(products.x).at(row * products.pitch), y = Global<const Real>(products.y).at(row * products.pitch);
+    const Global<Real> x = global(products.x).at(row * products.pitch), y = global(products.y).at(row * products.pitch);
+    set_square(x, x_rows, Dx, MODALIGN_MUTATION("rows: the square beside its place") ? (i + 1) % B : i, i);
+    set_square(y, y_rows, Dy, i, i);
+    if (!MODALIGN_MUTATION("rows: drop the barrier behind the squares")) warp_barrier();
     const double lse_x = row_log_sum_exp(x, B), lse_y = row_log_sum_exp(y, B);
     const LogSum<Real> sum_x(lse_x), sum_y(lse_y);
     double total = 0, c_x = 0, c_y = 0;
@@ -245,7 +262,7 @@ int run_structure_forward(const StructureProblem& p, const StructureForward& to,
     const std::int64_t rows = p.B - first < step ? p.B - first : step;
     const ProductPanel<Real*> panel = to.products != nullptr ? kept_products(static_cast<Real*>(to.products), p.B, first) : ProductPanel<Real*>{buffers.x, buffers.y, p.B};
     if (const int error = make_panel<Real>(p, first, rows, panel, launch)) return error;
-    const StructureRows<Real, released> kernel{read_only(panel), first, rows, p.B, static_cast<Real*>(to.loss), to.statistics};
+    const StructureRows<Real, released> kernel{panel, p.x, p.y, p.Dx, p.Dy, first, rows, p.B, static_cast<Real*>(to.loss), to.statistics};
     if (const int error = launch_kernel(launch, kernel, 1)) return error;
   }
   return 0;

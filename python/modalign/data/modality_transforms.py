@@ -35,7 +35,7 @@ def modality_transform(pictures: Tensor, kind: str) -> Tensor:
 
     pictures: floating-point Tensor [B, 3, H, W] from 0 to 1. Returns the same shape and dtype, 0 to 1. Differentiable but for "paint". Raises ValueError: ``modality_transform: <argument> must ..., got ...``.
     """
-    if kind not in MODALITY_TRANSFORMS:
+    if not isinstance(kind, str) or kind not in MODALITY_TRANSFORMS:
         raise ValueError(f"modality_transform: kind must be one of {', '.join(MODALITY_TRANSFORMS)}, got {describe(kind)}")
     if not isinstance(pictures, Tensor) or not pictures.is_floating_point() or pictures.dim() != 4 or pictures.shape[1] != 3 or min(pictures.shape[2:]) < 4:
         raise ValueError(f"modality_transform: pictures must be a floating-point tensor [B, 3, H, W] of 4 x 4 pixels or more, got {describe(pictures)}")

@@ -12,6 +12,8 @@ from ..ops._arguments import describe
 
 __all__ = ["Clustering", "clustering"]
 
+TABLE = 100_000_000  # cells of clusters times classes, 800 MB
+
 
 @dataclass(frozen=True)
 class Clustering:
@@ -31,13 +33,15 @@ def clustering(clusters: Tensor, labels: Tensor) -> Clustering:
     Clustering(accuracy=0.8, nmi=0.778..., ari=0.545...)
 
     clusters, labels: int64 [N], N 1 or more, values of any kind. Where both partitions are a single class all three are 1; where one of them is and the other is not, nmi and ari are 0. The best naming
-    is an assignment problem and needs SciPy. Raises ValueError and TypeError: ``clustering: <argument> must ..., got ...``.
+    is an assignment problem over the table of clusters and classes, at most 10^8 cells, and needs SciPy. Raises ValueError and TypeError: ``clustering: <argument> must ..., got ...``.
     """
     for name, each in (("clusters", clusters), ("labels", labels)):
         if not isinstance(each, Tensor) or each.dtype is not torch.int64 or each.dim() != 1 or len(each) == 0 or each.shape != clusters.shape:
             raise ValueError(f"clustering: {name} must be an int64 tensor [N] like the other, N 1 or more, got {describe(each)}")
     rows, columns = (each.cpu().unique(return_inverse=True)[1] for each in (clusters, labels))
     N, K, L = len(rows), int(rows.max()) + 1, int(columns.max()) + 1
+    if K * L > TABLE:
+        raise ValueError(f"clustering: clusters must make a table of at most {TABLE} cells with the classes, got {K} x {L}")
     table = (rows * L + columns).bincount(minlength=K * L).view(K, L).double()
     matched = assignment("clustering", -table)
     accuracy = float(table[matched].sum()) / N

@@ -23,6 +23,9 @@ def match_auc(errors: Tensor, thresholds: Sequence[float] = (5.0, 10.0, 20.0)) -
     goes straight from (0, 0) through (error, share of errors up to it) in rising order, and is level behind the last error below the threshold, as in the published evaluation. Raises ValueError:
     ``match_auc: <argument> must ..., got ...``.
     """
+    if not isinstance(thresholds, (list, tuple)):
+        raise ValueError(f"match_auc: thresholds must be a sequence of numbers, got {describe(thresholds)}")
+    errors = errors.detach() if isinstance(errors, Tensor) else errors
     if not isinstance(errors, Tensor) or errors.dim() != 1 or not errors.is_floating_point() or len(errors) == 0:
         raise ValueError(f"match_auc: errors must be a floating-point tensor [N], N 1 or more, got {describe(errors)}")
     if not bool((errors >= 0).all()):

@@ -9,7 +9,7 @@ __all__ = ["kmeans"]
 
 
 def kmeans(x: Tensor, count: int, *, starts: int = 10, steps: int = 100, seed: int = 0) -> Tensor:
-    """The cluster of each row, int64 [N]; ties to the lowest. A cluster that loses all its rows takes the row that is farthest from its own centre."""
+    """The cluster of each row, int64 [N]; ties to the lowest. A cluster that loses all its rows takes the row that is farthest from its own centre among those that are not alone."""
     rows, generator = x.double(), torch.Generator().manual_seed(seed)
     best, clusters = float("inf"), torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for _ in range(starts):
@@ -19,8 +19,8 @@ def kmeans(x: Tensor, count: int, *, starts: int = 10, steps: int = 100, seed: i
             distance, found = torch.cdist(rows, centres).square().min(1)
             sizes = found.bincount(minlength=count)
             for empty in (sizes == 0).nonzero()[:, 0].tolist():
-                farthest = int(distance.argmax())
-                found[farthest], distance[farthest] = empty, 0
+                shared = found.bincount(minlength=count)[found] > 1   # the only row of a cluster stays
+                found[torch.where(shared, distance, -1).argmax()] = empty
             sizes = found.bincount(minlength=count).clamp(min=1)
             centres = torch.zeros_like(centres).index_add(0, found, rows) / sizes[:, None]
             if before is not None and torch.equal(found, before):

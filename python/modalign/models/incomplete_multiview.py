@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ __all__ = ["IncompleteMultiview", "IncompleteMultiviewConfig", "pad_view"]
 @dataclass(frozen=True)
 class IncompleteMultiviewConfig:
     """width, hidden: of the autoencoders; epochs, batch, learning_rate of Adam over them, published 200, 1024, 1e-4 (the default rate is for hundreds of rows); negatives: pairs drawn for
-    each known pair.  anchors: of each view, default twice the classes; variant, alpha: of their walks.  distance: of the pair loss.  matching: "hungarian" as the paper says, or "greedy" as
+    each known pair.  anchors: of each view, default twice the classes; variant: "srrw" as the paper says, or "released", which has other walks and other similarities to anchors; alpha: of the walks.  distance: of the pair loss.  matching: "hungarian" as the paper says, or "greedy" as
     the released code does."""
 
     width: int = 64
@@ -37,12 +38,16 @@ class IncompleteMultiviewConfig:
     matching: str = "hungarian"
 
     def __post_init__(self) -> None:
-        for name in ("width", "hidden", "epochs", "batch", "negatives"):
+        for name in ("width", "hidden", "epochs", "batch", "negatives", "anchors"):
             value = getattr(self, name)
+            if name == "anchors" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"IncompleteMultiviewConfig: {name} must be a whole number of 1 or more, got {value!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"IncompleteMultiviewConfig: learning_rate must be positive, got {self.learning_rate!r}")
+        for name, holds in (("learning_rate", lambda value: 0 < value < math.inf), ("alpha", lambda value: 0 <= value < math.inf)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+                raise ValueError(f"IncompleteMultiviewConfig: {name} must be a number, {'positive' if name == 'learning_rate' else '0 or more'}, got {value!r}")
         for name, choices in (("variant", ("srrw", "released")), ("distance", ("cosine", "euclidean")), ("matching", ("hungarian", "greedy"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"IncompleteMultiviewConfig: {name} must be one of {', '.join(choices)}, got {describe(getattr(self, name))}")
@@ -109,7 +114,7 @@ class IncompleteMultiview:
         wanted = min(config.anchors or 2 * classes, len(paired))
         walked = [self_repellent_anchors(code[paired[:, v]], wanted, variant=config.variant, alpha=config.alpha, seed=seed) for v, code in enumerate(codes)]
         anchors = torch.cat(walked).unique()
-        similar = [F.normalize(code, dim=1) @ F.normalize(code[paired[anchors, v]], dim=1).T for v, code in enumerate(codes)]
+        similar = [_similarities(code, code[paired[anchors, v]], config.variant) for v, code in enumerate(codes)]
         longer = 0 if len(views[0]) >= len(views[1]) else 1
         match, partner = _match_rest(similar, paired, longer, config.matching)
         features = torch.cat([similar[longer], partner], 1)
@@ -130,6 +135,9 @@ def pad_view(shorter: Tensor, longer: Tensor, matching: str = "hungarian") -> tu
     Returns (padded [N_longer, m], match int64 [N_longer]: rows of `padded`, of which those from len(shorter) on are made up). Raises ValueError: ``pad_view: <argument> must ..., got ...``.
     """
     op = "pad_view"
+    for name, each in (("shorter", shorter), ("longer", longer)):
+        if not isinstance(each, Tensor) or each.dtype not in (torch.float32, torch.float64) or each.dtype != longer.dtype or not bool(each.isfinite().all()):
+            raise ValueError(f"{op}: {name} must be a finite tensor, float32 or float64 like the other, got {describe(each)}")
     if shorter.dim() != 2 or longer.dim() != 2 or shorter.shape[1] != longer.shape[1] or not 1 <= len(shorter) <= len(longer):
         raise ValueError(f"{op}: shorter must have 1 to {len(longer)} rows of as many columns as longer, got {list(shorter.shape)} and {list(longer.shape)}")
     missing = len(longer) - len(shorter)
@@ -158,6 +166,17 @@ def _partners(op: str, x: Tensor, y: Tensor, matching: str) -> Tensor:
         found.append(distance[row].argmin())
         distance[:, found[-1]] = torch.inf
     return torch.stack(found)
+
+
+def _similarities(x: Tensor, anchors: Tensor, variant: str) -> Tensor:
+    """Cosines, as the paper says; the released code takes 1 less the cosine scaled by the extremes of its anchor, and 0 for the nearest nineteenth of the anchors."""
+    cosine = F.normalize(x, dim=1) @ F.normalize(anchors, dim=1).T
+    if variant == "srrw":
+        return cosine
+    low, high = cosine.amin(0), cosine.amax(0)
+    scaled = (cosine - low) / (high - low).clamp(min=1e-12)
+    nearest = scaled.sort(dim=1, descending=True, stable=True).indices[:, : -(-cosine.shape[1] // 19)]
+    return (1 - scaled).scatter(1, nearest, 0)
 
 
 def _match_rest(similar: list[Tensor], paired: Tensor, longer: int, matching: str) -> tuple[Tensor, Tensor]:
@@ -217,8 +236,8 @@ def _check(op: str, views: object, paired: object, classes: object) -> list[Tens
     if not isinstance(views, (list, tuple)) or len(views) != 2:
         raise ValueError(f"{op}: views must be two matrices, got {describe(views)}")
     for v, view in enumerate(views):
-        if not isinstance(view, Tensor) or view.dim() != 2 or not view.is_floating_point() or view.device != views[0].device or view.dtype != views[0].dtype:
-            raise ValueError(f"{op}: views[{v}] must be a floating-point matrix on one device, of one dtype, got {describe(view)}")
+        if not isinstance(view, Tensor) or view.dim() != 2 or view.dtype not in (torch.float32, torch.float64) or view.device != views[0].device or view.dtype != views[0].dtype:
+            raise ValueError(f"{op}: views[{v}] must be a float32 or float64 matrix, on the device and of the dtype of the other, got {describe(view)}")
         if not bool(view.isfinite().all()):
             raise ValueError(f"{op}: views[{v}] must be finite, got NaN or infinity")
     if not isinstance(paired, Tensor) or paired.dtype is not torch.int64 or paired.dim() != 2 or paired.shape[1] != 2 or len(paired) < 2:

@@ -47,10 +47,13 @@ class PseudoLabels:
 
     @torch.no_grad()
     def update(self, left: Tensor, right: Tensor, **options: Any) -> Tensor:
-        """One check by the present embeddings of all entities, [N, D] and [M, D]: the new links int64 [L, 2], none but at the end of the blocks. options: of `ops.mutual_nearest`."""
+        """One check by the present embeddings of all entities, [N, D] and [M, D]: the new links int64 [L, 2], none but at the end of the blocks. options: of `ops.mutual_nearest`; fewer
+        `csls_neighbors` where a pool has fewer entities."""
         for name, rows, pool in (("left", left, self.left), ("right", right, self.right)):
             if len(pool) and int(pool.max()) >= len(rows):
                 raise ValueError(f"PseudoLabels.update: {name} must have a row for each entity of its pool, {int(pool.max()) + 1} or more, got {len(rows)}")
+        if options.get("metric") == "csls":  # the pools shrink
+            options["csls_neighbors"] = max(1, min(options.get("csls_neighbors", 10), len(self.left), len(self.right)))
         found = mutual_nearest(left[self.left], right[self.right], **options) if len(self.left) and len(self.right) else self.candidates[:0]
         pairs = torch.stack([self.left[found[:, 0]], self.right[found[:, 1]]], 1)
         if self.checks % self.block == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -70,7 +72,7 @@ def self_repellent_anchors(
     Raises
     ------
     TypeError, ValueError
-        ``self_repellent_anchors: <argument> must ..., got ...``. (The released code does not end where count > N.)
+        ``self_repellent_anchors: <argument> must ..., got ...``, in the name of `random_walk_visits` for what that takes. (The released code does not end where count > N.)
 
     Paper: "Incomplete and Unpaired Multi-View Graph Clustering ...", CAPIMAC, IJCAI 2025 (its text has the decay, its formula of visits does not); Doshi, Hu, Eun, "Self-Repellent Random
     Walks on General Graphs", ICML 2023.
@@ -110,11 +112,13 @@ def random_walk_visits(
     _check_features(op, x)
     if variant not in ("srrw", "released"):
         raise ValueError(f'{op}: variant must be "srrw" or "released", got {describe(variant)}')
-    if not (isinstance(alpha, (int, float)) and alpha >= 0):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha < math.inf:
         raise ValueError(f"{op}: alpha must be 0 or more, got {alpha!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"{op}: seed must be a whole number, got {seed!r}")
     N = len(x)
     published = (20, 3) if N < 100 else (10, 5) if N < 1000 else (5, 10) if N < 10_000 else (3, 20)
-    walks, length = walks or published[0], length or published[1]
+    walks, length = published[0] if walks is None else walks, published[1] if length is None else length
     for name, value in (("walks", walks), ("length", length), ("neighbors", neighbors)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{op}: {name} must be a whole number of 1 or more, got {value!r}")

@@ -23,8 +23,8 @@ class StructureRegularizer(nn.Module):
     (tensor(0.), tensor(0.0755))
 
     Parameters: weight lambda; warmup_steps (0: none); reduction over modalities, "mean" or "sum"; any option of the op. The call takes a pair
-    (source [B, D], aligned [B, A]) for each modality, batches of any sizes. While the weight is 0 nothing is computed. Steps are counted in training mode, in the
-    buffer ``steps``, which is saved with the state. ``diagonal_mass`` holds the means of P_ii and Q_ii of the last call, [modalities, 2]: near 1 there is no signal.
+    (source [B, D], aligned [B, A]) for each modality, batches of any sizes. With the weight 0 nothing is computed. Steps are counted in training mode, in
+    the buffer ``steps``, which is saved with the state. ``diagonal_mass`` holds the means of P_ii and Q_ii of the last call, [modalities, 2]: near 1 there is no signal.
 
     ``paper()`` and ``released()`` have the published settings; the released code has the divergence the other way round and half the weight.
 
@@ -56,8 +56,9 @@ class StructureRegularizer(nn.Module):
             **{"weight": 10.0, "warmup_steps": 1000, "reduction": "mean", "temperature": 0.05, "divergence": "released", "weighting": "none", **changes}
         )
 
-    def current_weight(self) -> float:
-        return self.weight * min(1.0, int(self.steps) / self.warmup_steps) if self.warmup_steps else self.weight
+    def current_weight(self) -> float | Tensor:
+        """While it rises a tensor: its steps are counted where the module is, and nothing waits for them."""
+        return self.weight * (self.steps / self.warmup_steps).clamp(max=1) if self.warmup_steps else self.weight
 
     def forward(self, *modalities: tuple[Tensor, Tensor]) -> Tensor:
         if not modalities:
@@ -65,7 +66,7 @@ class StructureRegularizer(nn.Module):
         weight = self.current_weight()
         if self.training:
             self.steps += 1
-        if weight == 0:
+        if self.weight == 0:
             return modalities[0][1].new_zeros((), dtype=torch.promote_types(modalities[0][1].dtype, torch.float32))
         losses, masses = zip(*(structure_loss(source, aligned, return_diagonal_mass=True, **self.options) for source, aligned in modalities), strict=True)
         self.diagonal_mass = torch.stack(masses)

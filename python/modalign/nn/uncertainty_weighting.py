@@ -29,7 +29,9 @@ class UncertaintyWeighting(nn.Module):
     def forward(self, losses: Sequence[Tensor]) -> Tensor:
         if len(losses) != len(self.log_variance):
             raise ValueError(f"UncertaintyWeighting: losses must be {len(self.log_variance)} scalars, got {len(losses)}")
-        return sum((loss * torch.exp(-v) + v for loss, v in zip(losses, self.log_variance, strict=True)), start=self.log_variance.new_zeros(()))
+        if any(loss.numel() != 1 for loss in losses):
+            raise ValueError(f"UncertaintyWeighting: losses must be scalars, got {[list(loss.shape) for loss in losses]}")
+        return sum((loss.reshape(()) * torch.exp(-v) + v for loss, v in zip(losses, self.log_variance, strict=True)), start=self.log_variance.new_zeros(()))
 
     def extra_repr(self) -> str:
         return str(len(self.log_variance))

@@ -45,7 +45,7 @@ def finished(query: Query, score: Tensor, indices: Tensor, squares: Tensor) -> T
     squares = squares[:, None]
     if query.metric == "cosine":
         return torch.where((squares != 0) | (indices < 0), score / squares.sqrt(), 0).where(indices >= 0, -torch.inf)
-    square = (squares - 2 * score).clamp(min=0)
+    square = (squares - 2 * score).clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf)  # of infinite vectors
     return (square.sqrt() if query.metric == "euclidean" else square).where(indices >= 0, torch.inf)
 
 
@@ -142,7 +142,7 @@ def moved(indices: Tensor, by: int) -> Tensor:
 
 
 def mean_of(rows: Iterable[Tensor], like: Tensor, always: bool, gather: Callable[[Tensor], Tensor] = lambda each: each) -> Tensor:
-    """The mean of points that come in order, or 0 where it is not far from them in their own measure; 0 without points.
+    """The mean of points that come in order, or 0 where it is not far from them in their own measure; 0 without points. Points with NaN or infinity do not count.
 
     Blocks of rows are summed in double and then one after the other, so chunks, shards and threads do not show in it.
     """
@@ -150,8 +150,10 @@ def mean_of(rows: Iterable[Tensor], like: Tensor, always: bool, gather: Callable
 
     def close() -> None:
         block = torch.cat(held).double()
+        finite = block.isfinite().all(1, keepdim=True)
+        block = torch.where(finite, block, 0)
         sums.append(block.sum(0))
-        squares.append(torch.stack([block.square().sum(0).sum(), block.new_tensor(len(block))]))  # not one long sum, which threads would split
+        squares.append(torch.stack([block.square().sum(0).sum(), finite.sum().double()]))  # not one long sum, which threads would split
         held.clear()
 
     for piece in rows:

@@ -16,12 +16,13 @@ EPSILON = 1e-12  # of the released divergence
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of length 1. Divided by their largest element first, so that squares neither overflow nor vanish; rows shorter than 1e-12 are 0, with gradient 0."""
+    """Rows of length 1. Divided by their largest element first, so that squares neither overflow nor vanish; rows shorter than 1e-12 are 0, with gradient 0; NaN and
+    infinity make their row NaN."""
     largest = x.detach().abs().amax(1, keepdim=True)
-    there = largest > torch.finfo(x.dtype).tiny
+    there = ~(largest <= torch.finfo(x.dtype).tiny)
     scaled = x / torch.where(there, largest, 1)
     length = torch.where(there, scaled, 1).square().sum(1, keepdim=True).sqrt()
-    return torch.where(there & (largest * length > FLOOR), scaled / length, 0)
+    return torch.where(there & ~(largest * length <= FLOOR), scaled / length, 0)
 
 
 def centred(x: Tensor, centering: str) -> Tensor:
@@ -39,7 +40,8 @@ def features(x: Tensor, centering: str, centering_first: bool, distance: str) ->
     """What products are taken of, in the accumulation dtype."""
     x = x.to(accumulation_dtype(x.dtype)).contiguous()
     if distance == "spearman":
-        x = x.detach().argsort(dim=1, stable=True).argsort(dim=1).to(x.dtype)
+        ranks = x.detach().argsort(dim=1, stable=True).argsort(dim=1).to(x.dtype)
+        x = torch.where(x.detach().isnan().any(1, keepdim=True), torch.nan, ranks)
     return unit(centred(x, centering)) if centering_first else centred(unit(x), centering)
 
 
@@ -97,7 +99,7 @@ def rows_of_neighbors(x: Tensor, y: Tensor, neighbors: Tensor, tail: bool, diver
             together = log_p.logsumexp(1, keepdim=True).clamp(max=-torch.finfo(z.dtype).eps)
             log_p = torch.cat([log_p, (-torch.expm1(together)).log()], 1)
         else:
-            log_p = logits.log_softmax(1)
+            log_p = torch.where((neighbors < 0).all(1, keepdim=True), 0, logits).log_softmax(1) + 0 * z.sum(1, keepdim=True)   # an empty list has no divergence; NaN stays
         masses.append(torch.where(own, log_p[:, : own.shape[1]].detach().exp(), 0).sum(1).mean())
         sides.append(log_p)
     return divergence_of_rows(sides[0], sides[1], divergence), torch.stack(masses)

@@ -103,7 +103,8 @@ def knn(
 
     Edges
     -----
-    Equal scores come in the order of their indices, also where k cuts through them. NaN is never a neighbour. The distance of a row to an equal one is
+    Equal scores come in the order of their indices, also where k cuts through them. NaN is never a neighbour, and a point with NaN or infinity leaves the
+    others' mean alone. Squared lengths must be finite in the accumulation dtype (below 1e19 in float32) for cosines and distances. The distance of a row to an equal one is
     exactly 0. N = 0: empty. No points: an error, as k > M is.
 
     Raises

@@ -84,7 +84,9 @@ def _checked(op: str, queries: Tensor, points: Tensor, indices: Tensor, metric: 
 def _forward(queries: Tensor, points: Tensor, indices: Tensor, metric: int) -> Tensor:
     (N, k), D, name = indices.shape, queries.shape[1], METRICS[metric]
     wrong = (indices < -1) | (indices >= len(points))
-    if bool(wrong.any()):
+    if indices.device.type != "cpu":  # values are not looked at, that would wait for the device: what is no index of a point is none
+        indices = torch.where(wrong, -1, indices)
+    elif bool(wrong.any()):
         row, place = wrong.nonzero()[0].tolist()
         raise RuntimeError(f"knn_values: indices must be from 0 to M - 1 = {len(points) - 1}, or -1, got {int(indices[row, place])} at row {row}")
     real, none = accumulation_dtype(queries.dtype), torch.inf if name in check.DISTANCES else -torch.inf
@@ -108,7 +110,7 @@ def _backward(
     grad: Tensor, values: Tensor, queries: Tensor, points: Tensor, indices: Tensor, metric: int, need_queries: bool, need_points: bool
 ) -> tuple[Tensor, Tensor]:
     """With weights w of the edges (i, j): grad q_i = sum_j w x_j + c_i q_i, and the same the other way round. Sums over edges go in the order of a stable sort."""
-    name, real, there = METRICS[metric], accumulation_dtype(queries.dtype), indices >= 0
+    name, real, there = METRICS[metric], accumulation_dtype(queries.dtype), (indices >= 0) & (indices < len(points))
     q, x, rows = queries.to(real), points.to(real), there.nonzero()[:, 0]
     columns, weight, value = indices[there], grad[there], values[there]
     along = None  # the share of the edge's gradient along each end itself

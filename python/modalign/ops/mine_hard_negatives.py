@@ -13,6 +13,8 @@ from .knn import knn
 
 __all__ = ["mine_hard_negatives"]
 
+LIST_BYTES = 256 << 20  # of lists, with what is made of them
+
 
 def mine_hard_negatives(
     queries: Tensor,
@@ -70,6 +72,7 @@ def mine_hard_negatives(
     Complexity
     ----------
     One search for skip_top + k + P neighbours; with `max_similarity` further ones, twice as long each time, for the queries that lack some.
+    Lists of at most 256 MiB are looked at together.
 
     Paper: Chen et al., "mmE5: Improving Multimodal Multilingual Embeddings via High-quality Synthetic Data", ACL Findings 2025, trains on k of them for each
     query; the limits are those of Moreira et al., "NV-Retriever", 2024.
@@ -100,17 +103,20 @@ def mine_hard_negatives(
     values, indices = queries.new_full((N, k), -torch.inf, dtype=torch.float64 if queries.dtype is torch.float64 else torch.float32), own.new_full((N, k), -1)
     rows, length = torch.arange(N, device=queries.device), min(M, skip_top + k + own.shape[1])
     while len(rows) and M:
-        pair = None if labels is None else (labels[0][rows], labels[1])
-        found = knn(queries[rows], points, length, metric=metric, exclude_labels=pair, workspace_bytes=workspace_bytes)
-        negative = (found.indices >= 0) & ~(found.indices[:, :, None] == own[rows][:, None]).any(2)
-        kept = negative & (negative.cumsum(1) > skip_top)
-        if max_similarity is not None:
-            kept &= found.values <= max_similarity
-        kept &= kept.cumsum(1) <= k
-        row, place = kept.nonzero(as_tuple=True)
-        at = rows[row], kept.cumsum(1)[row, place] - 1
-        values[at], indices[at] = found.values[row, place], found.indices[row, place]
-        rows = rows[(kept.sum(1) < k) & (found.indices[:, -1] >= 0)]
+        short = []
+        for some in rows.split(max(1, LIST_BYTES // (length * (32 + own.shape[1])))):
+            pair = None if labels is None else (labels[0][some], labels[1])
+            found = knn(queries[some], points, length, metric=metric, exclude_labels=pair, workspace_bytes=workspace_bytes)
+            negative = (found.indices >= 0) & ~(found.indices[:, :, None] == own[some][:, None]).any(2)
+            kept = negative & (negative.cumsum(1) > skip_top)
+            if max_similarity is not None:
+                kept &= found.values <= max_similarity
+            kept &= kept.cumsum(1) <= k
+            row, place = kept.nonzero(as_tuple=True)
+            at = some[row], kept.cumsum(1)[row, place] - 1
+            values[at], indices[at] = found.values[row, place], found.indices[row, place]
+            short.append(some[(kept.sum(1) < k) & (found.indices[:, -1] >= 0)])
+        rows = torch.cat(short)
         if length == M:
             break
         length = min(M, 2 * length)

@@ -10,12 +10,13 @@ from torch import Tensor
 from . import _arguments as arguments
 from . import _contrastive as contrastive
 from . import _structure as structure
-from ._registration import autocast_is_on, call, refuse_forward_mode, register_pair, to_autocast
+from ._registration import accumulation_dtype, autocast_is_on, call, refuse_forward_mode, register_pair, to_autocast
 from .knn import knn
 
 __all__ = ["reference_structure_loss", "structure_loss"]
 
 WORKSPACE_BYTES = 256 << 20
+MATRIX_BYTES = 2 << 30  # of matrices B x B, unless asked for
 CHOICES = {
     "divergence": ("js", "released"),
     "weighting": ("inverse", "none"),
@@ -86,6 +87,7 @@ def structure_loss(
         For rbf.
     neighbors : int or Tensor int64 [B, k], optional
         Only these pairs, the same in both spaces: the k nearest of each source vector by the product of x (itself included), or a list of its own; -1: none.
+        A row without any has the divergence 0. Values are looked at on the CPU only.
     tail : bool
         For `neighbors`: the pairs keep their probabilities and all others make one bucket, so that the loss is at most that of all pairs and grows with k to it.
         False: softmax over the list alone, without a walk over all pairs.
@@ -118,7 +120,8 @@ def structure_loss(
     Complexity
     ----------
     2 B^2 (D + A) FLOP forward and as much backward, plus 2 B^2 A for the gradient; with kept products half of that forward and 2 B^2 A backward. Memory:
-    copies of the vectors (on CUDA panels of products, at most 256 MiB where 128 rows fit), and 2 B^2 numbers where products are kept.
+    copies of the vectors (with levels above 1 or rbf 8 matrices B x B or so; more than 2 GiB of them are refused unless `implementation` is "dense";
+    on CUDA panels of products, at most 256 MiB where 128 rows fit), and 2 B^2 numbers where products are kept.
 
     Paper: Groeger, Wen, Le, Brbic, "With Limited Data for Multimodal Alignment, Let the STRUCTURE Guide You", NeurIPS 2025, section 4.
     """
@@ -203,6 +206,8 @@ def _checked(
             raise TypeError(f"{op}: neighbors must be None, a whole number or an int64 tensor [{len(x)}, k], got {arguments.describe(neighbors)}")
         if isinstance(neighbors, int) and neighbors < 1:
             raise ValueError(f"{op}: neighbors must be 1 or more, got {neighbors}")
+        if isinstance(neighbors, Tensor) and neighbors.device.type == "cpu" and neighbors.numel() and not -1 <= int(neighbors.min()) <= int(neighbors.max()) < len(x):
+            raise ValueError(f"{op}: neighbors must hold rows from 0 to B - 1 = {len(x) - 1}, or -1, got {int(neighbors.min())} to {int(neighbors.max())}")
         if isinstance(neighbors, Tensor) and (neighbors.dim() != 2 or len(neighbors) != len(x) or neighbors.shape[1] == 0 or neighbors.device != x.device):
             raise ValueError(f"{op}: neighbors must have shape [{len(x)}, k] on {x.device}, k 1 or more, got {arguments.describe(neighbors)}")
     workspace = contrastive.check_workspace(op, implementation, workspace_bytes, None)
@@ -210,6 +215,8 @@ def _checked(
         workspace = WORKSPACE_BYTES
     if (levels > 1 or distance == "rbf") and implementation == "streaming":
         raise ValueError(f'{op}: implementation must be "auto" or "dense" with levels above 1 or distance "rbf", which store matrices B x B, got "streaming"')
+    if (levels > 1 or distance == "rbf") and implementation == "auto" and (size := 8 * len(x) ** 2 * accumulation_dtype(x.dtype).itemsize) > MATRIX_BYTES:
+        raise ValueError(f'{op}: implementation must be "dense" for matrices {len(x)} x {len(x)}, of which levels above 1 and rbf make some {size >> 30} GiB, got "auto"')
     return x, y, workspace
 
 

@@ -7,13 +7,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ...ops._arguments import describe
+from ...ops._contrastive import check_scalar
 
 __all__ = ["entity_alignment_loss"]
 
 PANEL_ROWS = 512
 
 
-def entity_alignment_loss(left: Tensor, right: Tensor, *, temperature: float = 0.1, confidence: tuple[Tensor, Tensor] | None = None, normalize: bool = True) -> Tensor:
+def entity_alignment_loss(left: Tensor, right: Tensor, *, temperature: float | Tensor = 0.1, confidence: tuple[Tensor, Tensor] | None = None, normalize: bool = True) -> Tensor:
     r"""InfoNCE both ways whose negatives come from the entity's own graph too.
 
     ::
@@ -28,8 +29,8 @@ def entity_alignment_loss(left: Tensor, right: Tensor, *, temperature: float = 0
     ----------
     left, right : Tensor [N, D]
         Entities of the two graphs; row i of both is a link.
-    temperature : float
-        Published 0.1.
+    temperature : float or Tensor of one element
+        Published 0.1. A tensor gets a gradient.
     confidence : (Tensor [N], Tensor [N]), optional
         Of the two entities, in what their features say; a link counts with the lesser, so a doubtful side does not pull the other. No gradient.
     normalize : bool
@@ -37,7 +38,7 @@ def entity_alignment_loss(left: Tensor, right: Tensor, *, temperature: float = 0
 
     Returns
     -------
-    Tensor scalar: the mean over links; with `confidence` the weighted sum over N. Gradient to both sides; panels of 512 links are made anew in the backward, so that no matrix N x 2N is stored.
+    Tensor scalar, float32 (float64 for float64): the mean over links; with `confidence` the weighted sum over N. Gradient to both sides; panels of 512 links are made anew in the backward, so that no matrix N x 2N is stored.
 
     Raises
     ------
@@ -46,14 +47,16 @@ def entity_alignment_loss(left: Tensor, right: Tensor, *, temperature: float = 0
     """
     op = "entity_alignment_loss"
     for name, each in (("left", left), ("right", right)):
-        if not isinstance(each, Tensor) or each.dim() != 2 or not each.is_floating_point() or each.shape != left.shape or len(each) == 0:
+        if not isinstance(each, Tensor) or each.dim() != 2 or not each.is_floating_point() or each.shape != left.shape or each.dtype != left.dtype or len(each) == 0:
             raise ValueError(f"{op}: {name} must be a floating-point matrix [N, D] like the other, N 1 or more, got {describe(each)}")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature > 0:
-        raise ValueError(f"{op}: temperature must be positive, got {temperature!r}")
+    if confidence is not None and (not isinstance(confidence, (tuple, list)) or len(confidence) != 2):
+        raise ValueError(f"{op}: confidence must be a pair of tensors, got {describe(confidence)}")
+    scale = 1 / check_scalar(op, "temperature", temperature, left, positive=True)
+    left, right = (each.to(scale.dtype) for each in (left, right))
     if normalize:
         left, right = (torch.nn.functional.normalize(each, dim=1) for each in (left, right))
     losses = [
-        torch.cat([checkpoint(_panel, x[here], y, x, here.start, 1 / temperature, use_reentrant=False) for here in _panels(len(x))]) for x, y in ((left, right), (right, left))
+        torch.cat([checkpoint(_panel, x[here], y, x, here.start, scale, use_reentrant=False) for here in _panels(len(x))]) for x, y in ((left, right), (right, left))
     ]
     each = (losses[0] + losses[1]) / 2
     if confidence is None:
@@ -68,7 +71,7 @@ def _panels(size: int) -> list[slice]:
     return [slice(start, min(start + PANEL_ROWS, size)) for start in range(0, size, PANEL_ROWS)]
 
 
-def _panel(rows: Tensor, others: Tensor, own: Tensor, first: int, scale: float) -> Tensor:
+def _panel(rows: Tensor, others: Tensor, own: Tensor, first: int, scale: Tensor) -> Tensor:
     """Cross entropies of some rows, those from `first` on: their links among the others, against all of their own graph but themselves."""
     link = torch.arange(first, first + len(rows), device=rows.device)
     logits = torch.cat([rows @ others.T, rows @ own.T], 1) * scale

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def noise_robust_pair_loss(x: Tensor, y: Tensor, positive: Tensor, *, margin: fl
             raise ValueError(f"{op}: {name} must be a floating-point matrix [P, D] like the other, P 1 or more, got {describe(each)}")
     if not isinstance(positive, Tensor) or positive.dtype is not torch.bool or positive.shape != (len(x),):
         raise ValueError(f"{op}: positive must be a bool tensor [{len(x)}], got {describe(positive)}")
-    if not (isinstance(margin, (int, float)) and margin > 0 and isinstance(share, (int, float)) and share > 0):
+    if not all(isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf for number in (margin, share)):
         raise ValueError(f"{op}: margin and share must be positive, got {margin!r} and {share!r}")
     if distance not in ("cosine", "euclidean"):
         raise ValueError(f'{op}: distance must be "cosine" or "euclidean", got {describe(distance)}')
@@ -55,6 +57,6 @@ def noise_robust_pair_loss(x: Tensor, y: Tensor, positive: Tensor, *, margin: fl
         apart = 1 - torch.nn.functional.cosine_similarity(x, y, dim=1)
     else:
         square = (x - y).square().sum(1)
-        apart = torch.where(square > 0, square.where(square > 0, 1).sqrt(), 0)  # the root has no slope at 0
+        apart = torch.where(square == 0, 0, square.where(square != 0, 1).sqrt())  # the root has no slope at 0; NaN stays NaN
     push = apart * torch.relu(share * margin - apart).square() / margin
     return torch.where(positive, apart.square(), push).mean() / 2
