@@ -65,7 +65,7 @@ def test_ties_empty_sides_and_bad_input():
     for call, kind, message in (
         (lambda: mutual_nearest(same, same, metric="l2"), ValueError, "mutual_nearest: metric must be one of"),
         (lambda: mutual_nearest(same, same, bias=torch.ones(4)), TypeError, "mutual_nearest: options must be metric, center, csls_neighbors or workspace_bytes, got bias"),
-        (lambda: mutual_nearest(same, same[:, :2]), ValueError, "mutual_nearest: points must have queries's width D = 3"),
+        (lambda: mutual_nearest(same, same[:, :2]), ValueError, "mutual_nearest: y must have x's width D = 3"),
         (lambda: dual_softmax_matching(same, None), TypeError, r"dual_softmax_matching: y must be a tensor \[M, D\]"),
         (lambda: dual_softmax_matching(same, same, temperature=0), ValueError, "dual_softmax_matching: temperature must be positive and finite, got 0"),
         (lambda: dual_softmax_matching(same, same, threshold=1), ValueError, "dual_softmax_matching: threshold must be at least 0 and less than 1"),
@@ -135,3 +135,11 @@ def test_match_auc_is_the_area():
     for wrong, message in (((torch.tensor([-1.0]),), "errors must be 0 or more"), ((torch.ones(0),), "N 1 or more"), ((torch.ones(2), [0.0]), "thresholds must be positive")):
         with pytest.raises(ValueError, match="match_auc: .*" + message):
             match_auc(*wrong)
+
+
+@pytest.mark.parametrize("op", [mutual_nearest, dual_softmax_matching])
+def test_arguments_are_called_by_their_names(op):
+    x = torch.ones(3, 2)
+    for wrong, message in (((x[0], x), "x must"), ((x, x[0]), "y must"), ((x, torch.ones(3, 4)), "y must"), ((x, x.double()), "y must have x's dtype")):
+        with pytest.raises((TypeError, ValueError), match=f"{op.__name__}: {message}"):
+            op(*wrong)

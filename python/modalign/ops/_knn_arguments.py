@@ -16,10 +16,10 @@ from ._registration import accumulation_dtype, autocast_is_on, to_autocast
 DISTANCES = ("sqeuclidean", "euclidean")
 
 
-def check_queries(op: str, queries: object, metric: object, exclude_self: object, points: object, query_ids: object, names: tuple[str, ...] = METRICS) -> Tensor:
-    tensor = check_matrix(op, "queries", queries, "[N, D]")
-    if metric not in names:
-        raise ValueError(f"{op}: metric must be one of {', '.join(names)}, got {arguments.describe(metric)}")
+def check_queries(op: str, queries: object, metric: object, exclude_self: object, points: object, query_ids: object, metrics: tuple[str, ...] = METRICS, name: str = "queries") -> Tensor:
+    tensor = check_matrix(op, name, queries, "[N, D]")
+    if metric not in metrics:
+        raise ValueError(f"{op}: metric must be one of {', '.join(metrics)}, got {arguments.describe(metric)}")
     if arguments.check_flag(op, "exclude_self", exclude_self) and points is not None:
         raise ValueError(f"{op}: exclude_self must go without points, got both; query_ids says which point is a query's own")
     if exclude_self and query_ids is not None:
@@ -29,12 +29,12 @@ def check_queries(op: str, queries: object, metric: object, exclude_self: object
     return to_autocast(tensor) if autocast_is_on(tensor.device.type) else tensor
 
 
-def check_points(op: str, points: object, queries: Tensor) -> Tensor:
+def check_points(op: str, points: object, queries: Tensor, name: str = "points", name_of_queries: str = "queries") -> Tensor:
     if points is None:
         return queries
-    tensor = check_matrix(op, "points", points, "[M, D]")
+    tensor = check_matrix(op, name, points, "[M, D]")
     tensor = to_autocast(tensor) if autocast_is_on(queries.device.type) else tensor
-    arguments.check_alike(op, "points", tensor, "queries", queries)
+    arguments.check_alike(op, name, tensor, name_of_queries, queries)
     if len(tensor) > MAX_POINTS:
         raise ValueError(f"{op}: points must be fewer than 2^31, got {len(tensor)}")
     return tensor

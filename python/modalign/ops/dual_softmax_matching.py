@@ -59,8 +59,8 @@ def dual_softmax_matching(x: Tensor, y: Tensor, *, temperature: float = 0.1, thr
     Paper: Sun et al., "LoFTR: Detector-Free Local Feature Matching with Transformers", CVPR 2021, section 3.3; used by MINIMA, 2024.
     """
     op = "dual_softmax_matching"
-    x = check.check_queries(op, x, "dot", False, None, None)
-    y = check.check_points(op, check.check_matrix(op, "y", y, "[M, D]"), x)
+    x = check.check_queries(op, x, "dot", False, None, None, name="x")
+    y = check.check_points(op, check.check_matrix(op, "y", y, "[M, D]"), x, "y", "x")
     scale = 1 / contrastive.check_scalar(op, "temperature", temperature, x, positive=True).detach()
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
         raise ValueError(f"{op}: threshold must be at least 0 and less than 1, got {arguments.describe(threshold)}")

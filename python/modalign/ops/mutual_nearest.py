@@ -55,8 +55,8 @@ def mutual_nearest(x: Tensor, y: Tensor, **options: Any) -> Tensor:
     for name in ("bias", "query_ids", "exclude_self", "exclude_labels", "lengths", "process_group", "exchange"):
         if name in options:
             raise TypeError(f"{op}: options must be metric, center, csls_neighbors or workspace_bytes, got {name}")
-    x = check.check_queries(op, x, options.get("metric", "cosine"), False, None, None, (*check.METRICS, "csls"))
-    y = check.check_points(op, check.check_matrix(op, "y", y, "[M, D]"), x)
+    x = check.check_queries(op, x, options.get("metric", "cosine"), False, None, None, (*check.METRICS, "csls"), name="x")
+    y = check.check_points(op, check.check_matrix(op, "y", y, "[M, D]"), x, "y", "x")
     if len(x) == 0 or len(y) == 0:
         return torch.empty(0, 2, dtype=torch.int64, device=x.device)
     forth, back = (knn(a, b, 1, **options).indices[:, 0] for a, b in ((x, y), (y, x)))
