@@ -125,7 +125,7 @@ class EntityAligner(nn.Module):
 
     def __init__(self, left: EntityGraph, right: EntityGraph, config: EntityAlignerConfig = EntityAlignerConfig(), *, seed: int = 0) -> None:
         super().__init__()
-        self.config, self.seed = config, seed
+        self.config = config
         for name, graph in (("left", left), ("right", right)):
             _check_graph(name, graph)
         if list(left.features) != list(right.features):

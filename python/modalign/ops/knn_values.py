@@ -54,7 +54,8 @@ def knn_values(queries: Tensor, points: Tensor, indices: Tensor, *, metric: str 
     Raises
     ------
     TypeError, ValueError
-        ``knn_values: <argument> must ..., got ...``; RuntimeError for an index out of range.
+        ``knn_values: <argument> must ..., got ...``; RuntimeError for an index out of range, whose values are looked at on the CPU only
+        (on CUDA such an index is as good as -1).
 
     Complexity
     ----------

@@ -206,7 +206,8 @@ def _checked(
             raise TypeError(f"{op}: neighbors must be None, a whole number or an int64 tensor [{len(x)}, k], got {arguments.describe(neighbors)}")
         if isinstance(neighbors, int) and neighbors < 1:
             raise ValueError(f"{op}: neighbors must be 1 or more, got {neighbors}")
-        if isinstance(neighbors, Tensor) and neighbors.device.type == "cpu" and neighbors.numel() and not -1 <= int(neighbors.min()) <= int(neighbors.max()) < len(x):
+        looked_at = isinstance(neighbors, Tensor) and neighbors.device.type == "cpu" and neighbors.numel() > 0 and not torch.compiler.is_compiling()
+        if looked_at and not -1 <= int(neighbors.min()) <= int(neighbors.max()) < len(x):
             raise ValueError(f"{op}: neighbors must hold rows from 0 to B - 1 = {len(x) - 1}, or -1, got {int(neighbors.min())} to {int(neighbors.max())}")
         if isinstance(neighbors, Tensor) and (neighbors.dim() != 2 or len(neighbors) != len(x) or neighbors.shape[1] == 0 or neighbors.device != x.device):
             raise ValueError(f"{op}: neighbors must have shape [{len(x)}, k] on {x.device}, k 1 or more, got {arguments.describe(neighbors)}")
