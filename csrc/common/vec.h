@@ -42,20 +42,17 @@ template <class T> inline Vector<T> load(const T* p) { Vector<T> v; std::memcpy(
 template <class T> inline void store(T* p, Vector<T> v) { std::memcpy(p, &v, sizeof v); }
 template <class T> inline Vector<T> broadcast(T x) { return x - Vector<T>{}; }
 
-// Bit l says whether lane l of a comparison of Vector<T> holds.
-template <class T, class Comparison>
-inline std::uint32_t lane_bits(Comparison holds) {
-#if defined(__AVX512DQ__)
-  __m512i lanes;
-  std::memcpy(&lanes, &holds, sizeof lanes);
-  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask(lanes);
-  else return _mm512_movepi64_mask(lanes);
-#elif defined(__AVX__) && !defined(__AVX512F__)
-  __m256i lanes;
-  std::memcpy(&lanes, &holds, sizeof lanes);
-  if constexpr (sizeof(T) == 4) return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
-  else return static_cast<std::uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(lanes)));
+// Bit l says whether lane l of a is at least that of b. (Where comparisons have a mask register the compiler would make lanes of it and a mask of these again.)
+template <class T>
+inline std::uint32_t at_least(Vector<T> a, Vector<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_GE_OQ);
+  else return _mm512_cmp_pd_mask(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), _CMP_GE_OQ);
+#elif defined(__AVX__)
+  if constexpr (sizeof(T) == 4) return static_cast<std::uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(a >= b)));
+  else return static_cast<std::uint32_t>(_mm256_movemask_pd(reinterpret_cast<__m256d>(a >= b)));
 #else
+  const auto holds = a >= b;
   std::uint32_t bits = 0;
   for (int l = 0; l < kVectorLanes<T>; ++l) bits |= static_cast<std::uint32_t>(holds[l] != 0) << l;
   return bits;

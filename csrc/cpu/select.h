@@ -44,60 +44,63 @@ inline T score_of(Key<T> key) {
 }
 template <class K> inline std::int64_t index_of(K key) { return 0xffffffffu - static_cast<std::uint32_t>(key); }
 
-template <class K> inline void exchange(K& a, K& b) { const K c = a; a = b; b = c; }
-
-// The k largest of n different keys to the front, the smallest of these at k - 1. (Quickselect, the pivot a median of three; its partition exchanges at every step and moves on where a
-// key is larger, so that nothing is predicted wrongly. The standard library's functions would be merged by the linker across instruction sets.)
+// At least k and at most `most` of n different keys to the front, the largest, in the order that they had; returns how many, *below is under all of them and under no other.
+// (Bisection of the keys' range: a pass counts without a branch, and there are never more than bits in a key. The standard library's functions would be merged by the linker across
+// instruction sets.)
 template <class K>
-inline void largest_first(K* keys, std::int64_t n, std::int64_t k) {
-  std::int64_t low = 0, high = n - 1;
-  while (low < high) {
-    const std::int64_t middle = low + (high - low) / 2;
-    if (keys[middle] > keys[low]) exchange(keys[middle], keys[low]);
-    if (keys[high] > keys[low]) exchange(keys[high], keys[low]);
-    if (keys[middle] > keys[high]) exchange(keys[middle], keys[high]);   // the median last
-    const K pivot = keys[high];
-    std::int64_t larger = low;
-    for (std::int64_t i = low; i < high; ++i) {
-      const K key = keys[i];
-      keys[i] = keys[larger];
-      keys[larger] = key;
-      larger += key > pivot;
-    }
-    exchange(keys[larger], keys[high]);
-    if (k - 1 < larger) high = larger - 1;
-    else if (k - 1 > larger) low = larger + 1;
-    else return;
+inline std::int64_t keep_largest(K* keys, std::int64_t n, std::int64_t k, std::int64_t most, K* below) {
+  K low = keys[0], high = keys[0];
+  for (std::int64_t i = 1; i < n; ++i) low = keys[i] < low ? keys[i] : low, high = keys[i] > high ? keys[i] : high;
+  --low;
+  for (std::int64_t above = n; above > most;) {   // k or more above low, fewer above high
+    const K middle = low + (high - low) / 2;
+    std::int64_t count = 0;
+    for (std::int64_t i = 0; i < n; ++i) count += keys[i] > middle;
+    if (count < k) high = middle;
+    else low = middle, above = count;
   }
+  std::int64_t kept = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const K key = keys[i];
+    keys[kept] = key;
+    kept += key > low;
+  }
+  *below = low;
+  return kept;
 }
 
-// Falling order, in place: heap sort, short lists by insertion.
+// Falling order of n different keys, with as much spare room: runs by counting how many are larger, which are then merged; neither has a branch to mispredict.
 template <class K>
-inline void sort_falling(K* keys, std::int64_t n) {
-  if (n <= 24) {
-    for (std::int64_t i = 1; i < n; ++i) {
+inline void sort_falling(K* keys, std::int64_t n, K* spare) {
+  constexpr std::int64_t run = sizeof(K) == 8 ? 64 : 16;
+  for (std::int64_t first = 0; first < n; first += run) {
+    const std::int64_t size = minimum(run, n - first);
+    for (std::int64_t i = first; i < first + size; ++i) {
       const K key = keys[i];
-      std::int64_t j = i;
-      for (; j > 0 && key > keys[j - 1]; --j) keys[j] = keys[j - 1];
-      keys[j] = key;
+      std::int64_t larger = 0;
+      for (std::int64_t j = first; j < first + size; ++j) larger += keys[j] > key;
+      spare[first + larger] = key;
     }
-    return;
   }
-  const auto sink = [&](std::int64_t root, std::int64_t size) {   // the smallest at the root
-    const K key = keys[root];
-    for (std::int64_t child; (child = 2 * root + 1) < size; root = child) {
-      if (child + 1 < size && keys[child + 1] < keys[child]) ++child;
-      if (!(keys[child] < key)) break;
-      keys[root] = keys[child];
+  K *from = spare, *to = keys;
+  for (std::int64_t width = run; width < n; width *= 2) {
+    for (std::int64_t first = 0; first < n; first += 2 * width) {
+      const std::int64_t middle = minimum(first + width, n), last = minimum(middle + width, n);
+      std::int64_t i = first, j = middle, at = first;
+      while (i < middle && j < last) {
+        const bool right = from[j] > from[i];
+        to[at++] = right ? from[j] : from[i];
+        i += !right;
+        j += right;
+      }
+      while (i < middle) to[at++] = from[i++];
+      while (j < last) to[at++] = from[j++];
     }
-    keys[root] = key;
-  };
-  // `sink` moves the hole; the key lands where it stopped
-  for (std::int64_t root = n / 2 - 1; root >= 0; --root) sink(root, n);
-  for (std::int64_t size = n - 1; size > 0; --size) {
-    exchange(keys[0], keys[size]);
-    sink(0, size);
+    K* const other = from;
+    from = to;
+    to = other;
   }
+  if (from != keys) std::memcpy(keys, from, n * sizeof(K));
 }
 
 // ---- lists --------------------------------------------------------------------------------------------------------------------------------------------
@@ -109,53 +112,54 @@ constexpr std::int64_t kMaskColumns = 64;
 template <class T>
 inline std::uint64_t reaching(const T* score, std::int64_t columns, Vector<T> threshold) {
   std::uint64_t reached = 0;
-  for (std::int64_t c = 0; c < columns; c += kVectorLanes<T>) reached |= std::uint64_t(lane_bits<T>(load(score + c) >= threshold)) << c;
+  const auto look = [&](std::int64_t c) { reached |= std::uint64_t(at_least<T>(load(score + c), threshold)) << c; };
+  if (columns >= kMaskColumns)
+    for (std::int64_t c = 0; c < kMaskColumns; c += kVectorLanes<T>) look(c);   // a number of steps that the compiler knows
+  else
+    for (std::int64_t c = 0; c < columns; c += kVectorLanes<T>) look(c);
   return reached;
 }
 
 template <class T>
 class BestOfRows {
  public:
-  BestOfRows(std::int64_t rows, std::int64_t k) : k_(k), room_(list_room(k)), keys_(rows * room_), least_(rows), count_(rows), threshold_(rows) {}
+  BestOfRows(std::int64_t rows, std::int64_t k) : k_(k), room_(list_room(k)), most_(k + (room_ - k) / 4), keys_(rows * room_), spare_(room_), least_(rows), count_(rows), threshold_(rows) {}
 
   void clear(std::int64_t rows) {
-    for (std::int64_t i = 0; i < rows; ++i) least_[i] = 0, count_[i] = 0, threshold_[i] = -std::numeric_limits<T>::infinity();
+    for (std::int64_t i = 0; i < rows; ++i) least_[i] = 0, count_[i] = 0, threshold_[i] = std::numeric_limits<T>::lowest();   // -inf is no neighbour
   }
 
   // A row of scores, whole panels of columns, of the points first, first + 1, ...; allowed(j) is asked of those alone that reach the threshold.
   template <class Allowed>
   void offer(std::int64_t i, const T* score, std::int64_t columns, std::int64_t first, const Allowed& allowed) {
-    const Vector<T> threshold = broadcast(threshold_[i]);   // it may rise meanwhile: push looks again
+    const Vector<T> threshold = broadcast(threshold_[i]);   // it may rise meanwhile: the least key is looked at again
+    Key<T>* const list = keys_ + i * room_;
+    Key<T> least = least_[i];
+    std::int64_t count = count_[i];
     for (std::int64_t c = 0; c < columns; c += kMaskColumns)
-      for (std::uint64_t reached = reaching(score + c, minimum(kMaskColumns, columns - c), threshold); reached; reached &= reached - 1) {
+      for (std::uint64_t reached = reaching(score + c, columns - c, threshold); reached; reached &= reached - 1) {
         const std::int64_t j = c + __builtin_ctzll(reached);
-        if (score[j] > -std::numeric_limits<T>::infinity() && allowed(first + j)) push(i, key_of(score[j], first + j));
+        const Key<T> key = key_of(score[j], first + j);
+        if (key <= least || !allowed(first + j)) continue;
+        list[count++] = key;
+        if (count == room_) count = keep_largest(list, room_, k_, most_, &least);
       }
-  }
-
-  void push(std::int64_t i, Key<T> key) {
-    if (key <= least_[i]) return;
-    Key<T>* list = keys_ + i * room_;
-    list[count_[i]++] = key;
-    if (count_[i] < room_) return;
-    largest_first(list, room_, k_);
-    count_[i] = k_;
-    least_[i] = list[k_ - 1];
-    threshold_[i] = score_of<T>(least_[i]);
+    if (least != least_[i]) least_[i] = least, threshold_[i] = score_of<T>(least);
+    count_[i] = count;
   }
 
   // The list of row i in order, at most k keys.
   Key<T>* sorted(std::int64_t i, std::int64_t* count) {
     Key<T>* list = keys_ + i * room_;
-    if (count_[i] > k_) largest_first(list, count_[i], k_);
-    *count = minimum(count_[i], k_);
-    sort_falling(list, *count);
+    if (count_[i] > k_) count_[i] = keep_largest(list, count_[i], k_, k_, &least_[i]);
+    *count = count_[i];
+    sort_falling<Key<T>>(list, *count, spare_);
     return list;
   }
 
  private:
-  std::int64_t k_, room_;
-  Scratch<Key<T>> keys_, least_;
+  std::int64_t k_, room_, most_;
+  Scratch<Key<T>> keys_, spare_, least_;
   Scratch<std::int64_t> count_;
   Scratch<T> threshold_;
 };
@@ -245,7 +249,8 @@ inline void select_best(const PackedPair<T>& pair, std::int64_t k, const Selecti
   });
   if (plan.splits == 1) return;
   parallel_for(parallel, 0, pair.rows, 8, [&](std::int64_t begin, std::int64_t end) {
-    Scratch<Key<T>> keys(plan.splits * k);
+    Scratch<Key<T>> keys(plan.splits * k), spare(k);
+    Key<T> below;
     for (std::int64_t i = begin; i < end; ++i) {
       std::int64_t count = 0;
       for (std::int64_t split = 0; split < plan.splits; ++split) {
@@ -253,9 +258,8 @@ inline void select_best(const PackedPair<T>& pair, std::int64_t k, const Selecti
         std::memcpy(keys + count, buffers.keys + at * k, buffers.count[at] * sizeof(Key<T>));
         count += buffers.count[at];
       }
-      if (count > k) largest_first<Key<T>>(keys, count, k);
-      count = minimum(count, k);
-      sort_falling<Key<T>>(keys, count);
+      if (count > k) count = keep_largest<Key<T>>(keys, count, k, k, &below);
+      sort_falling<Key<T>>(keys, count, spare);
       finish(i, keys, count);
     }
   });
@@ -280,7 +284,7 @@ inline void count_before(const PackedPair<T>& pair, const T* target_score, const
             const T* z = data + i * tile.ld;
             const T mine = target_score[tile.row + i];
             for (std::int64_t c = 0; c < tile.columns; c += kMaskColumns)
-              for (std::uint64_t reached = reaching(z + c, minimum(kMaskColumns, tile.columns - c), broadcast(mine)); reached; reached &= reached - 1) {
+              for (std::uint64_t reached = reaching(z + c, tile.columns - c, broadcast(mine)); reached; reached &= reached - 1) {
                 const std::int64_t at = c + __builtin_ctzll(reached), j = tile.column + at;
                 counted[tile.row + i] += (z[at] != mine || j < target[tile.row + i]) && allowed(tile.row + i, j);
               }
