@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modalign.ops import knn, target_rank
-from modalign.ops.knn import reference_knn
+from modalign.ops.knn import PRECISIONS, reference_knn
 from modalign.ops.target_rank import reference_target_rank
 
 METRICS = ("dot", "sqeuclidean", "euclidean")
@@ -31,9 +31,11 @@ def _check(device: str, dtype: torch.dtype, metric: str, N: int, M: int, D: int,
     labels = torch.randint(0, 9, (N,), generator=generator), torch.randint(0, 9, (M,), generator=generator)
     there = [each.to(device, dtype) for each in (queries, points)]
     for exact, given in (({}, {}), ({"query_ids": skip}, {"query_ids": skip.to(device)}), ({"exclude_labels": labels}, {"exclude_labels": tuple(one.to(device) for one in labels)})):
-        found, want = knn(*there, k, metric=metric, **given), reference_knn(queries, points, k, metric=metric, **exact)
-        assert torch.equal(found.indices.cpu(), want.indices), f"knn: other indices with {list(given)}"
-        torch.testing.assert_close(found.values.cpu().double(), want.values, rtol=1e-6, atol=1e-6)
+        want = reference_knn(queries, points, k, metric=metric, **exact)
+        for precision in PRECISIONS:   # small whole numbers are exact in all
+            found = knn(*there, k, metric=metric, precision=precision, **given)
+            assert torch.equal(found.indices.cpu(), want.indices), f"knn: other indices with {list(given)} in precision {precision}"
+            torch.testing.assert_close(found.values.cpu().double(), want.values, rtol=1e-6, atol=1e-6)
         ranks = target_rank(*there, target.to(device), metric=metric, **given).cpu()
         assert torch.equal(ranks, reference_target_rank(queries, points, target, metric=metric, **exact)), f"target_rank: other ranks with {list(given)}"
 

@@ -270,6 +270,10 @@ def test_empty_and_strided():
         (dict(k=2.0), TypeError, "knn: k must be a whole number, got float 2.0"),
         (dict(metric="l2"), ValueError, "knn: metric must be one of dot, cosine, sqeuclidean, euclidean, csls, got str 'l2'"),
         (dict(exclude_self=True), ValueError, "knn: exclude_self must go without points, got both"),
+        (dict(precision="ieee"), ValueError, "knn: precision must be one of highest, certified, high, got str 'ieee'"),
+        (dict(refine=1), TypeError, "knn: refine must be"),
+        (dict(refine=True), ValueError, "knn: refine must go with a distance and points in one tensor, got cosine"),
+        (dict(refine=True, metric="euclidean", workspace_bytes=0), ValueError, "knn: refine must go with a distance and points in one tensor, got others"),
         (dict(queries=torch.ones(4, 3, dtype=torch.int64)), TypeError, "knn: queries must be float16"),
         (dict(queries=torch.ones(4)), ValueError, r"knn: queries must have 2 or more dimensions \[N, D\]|knn: queries must have"),
         (dict(points=torch.ones(9, 4)), ValueError, "knn: points must have queries's width D = 3"),
@@ -326,3 +330,32 @@ def test_a_broken_point_leaves_the_others_alone(bad, center):
     target = clean.indices[:, 2]
     ranks = target_rank(broken, None, torch.cat([target, target[:1]]), metric="euclidean", exclude_self=True, center=center)
     assert (ranks[:400] == 2).all()
+
+
+@pytest.mark.parametrize("metric", (*METRICS, "csls"))
+def test_there_is_one_precision_on_the_cpu(metric):
+    points = torch.randn(60, 9)
+    highest = knn(points, k=5, metric=metric)
+    for precision in ("certified", "high"):
+        assert torch.equal(knn(points, k=5, metric=metric, precision=precision).values, highest.values)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
+def test_refined_distances_have_the_digits_of_differences(metric):
+    """Queries beside points whose lengths are a thousand times the distance. Every query has its six points, which the search finds, with too few digits to sort them."""
+    directions = torch.nn.functional.normalize(torch.randn(20, 16), dim=1) * 100
+    points = directions.repeat_interleave(6, 0) + 0.02 * torch.randn(120, 16)
+    plain, refined = (knn(directions, points, 6, metric=metric, refine=refine) for refine in (False, True))
+    exact = reference_knn(directions.double(), points.double(), 6, metric=metric)
+    assert torch.equal(plain.indices.sort(1).values, exact.indices.sort(1).values) and torch.equal(refined.indices, exact.indices)
+    assert not torch.equal(plain.indices, exact.indices) and ((plain.values - exact.values) / exact.values).abs().max() > 1e-3
+    torch.testing.assert_close(refined.values.double(), exact.values, rtol=3e-6, atol=0)
+    both = knn(directions[None], points[None], 6, metric=metric, refine=True)
+    assert torch.equal(both.indices[0], refined.indices) and torch.equal(both.values[0], refined.values)
+
+
+def test_refined_lists_may_be_short():
+    points = torch.tensor([[0.0], [1.0], [3.0]])
+    labels = torch.tensor([0, 0, 1])
+    found = knn(points, k=2, metric="euclidean", exclude_labels=(labels, labels), refine=True)
+    assert found.indices.tolist() == [[2, -1], [2, -1], [1, 0]] and found.values.tolist() == [[3, torch.inf], [2, torch.inf], [2, 3]]

@@ -8,15 +8,23 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 
 from modalign import _host
+from modalign.ops._knn_certified import certified, error_bound
 from mutations import SCHEDULES, check_mutations
-from test_kernels_host import DTYPES, RAGGED_DEPTH, encode, rounded
+import test_kernels_host
+from test_kernels_host import DTYPES, RAGGED_DEPTH, rounded
 
 OWN = sorted(key for key, kernel in _host.kernels().items() if kernel["family"] == "knn")
 METRICS = ("dot", "cosine", "sqeuclidean", "euclidean")  # in the order of csrc/ops/knn.h
-REAL = {"f32": np.float32, "f64": np.float64, "f16": np.float32, "bf16": np.float32}
-TILE = {"f32": 128, "f64": 64, "f16": 128, "bf16": 128}
+KINDS = [*DTYPES, "split"]  # split: float32 in precision "high"
+REAL = {"f32": np.float32, "f64": np.float64, "f16": np.float32, "bf16": np.float32, "split": np.float32}
+TILE = {"f32": 128, "f64": 64, "f16": 128, "bf16": 128, "split": 128}
+
+
+def encode(kind, x):
+    return test_kernels_host.encode("f32" if kind == "split" else kind, x)
 
 
 class Search:
@@ -74,7 +82,7 @@ class Search:
         return _host.run(key or f"knn.select.{self.dtype}", self.arguments(k=self.k, **options.pop("more", {})), **options)
 
     def rank(self, key=None, **options):
-        return _host.run(key or f"target_rank.count.{self.dtype}", self.arguments(target=self.target.astype(np.int64), **options.pop("more", {})), **options)
+        return _host.run(key or f"target_rank.count.{'f32' if self.dtype == 'split' else self.dtype}", self.arguments(target=self.target.astype(np.int64), **options.pop("more", {})), **options)
 
     def is_right(self, outputs):
         """Bit by bit (the scale of cosine apart, which is rounded twice here and once there)."""
@@ -110,16 +118,16 @@ def solved(dtype, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KINDS)
 def test_neighbours_and_ranks_are_those_of_a_stable_sort(dtype, shape):
-    assert len(solved(dtype, shape)) == 6
+    assert len(solved(dtype, shape)) == (6 if dtype != "split" else 7 if SHAPES[shape].get("metric") == "dot" else 8)
 
 
 def test_every_instance_has_run():
-    assert set(OWN) == set().union(*(solved(dtype, shape) for dtype in DTYPES for shape in SHAPES))
+    assert {key for key in OWN if not key.startswith("knn_scores")} == set().union(*(solved(dtype, shape) for dtype in KINDS for shape in SHAPES))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KINDS)
 def test_over_tile_edges(dtype):
     tile = TILE[dtype]
     for N, M, k in ((tile - 1, tile, 1), (tile, tile + 1, 2), (tile + 1, tile - 1, 33), (1, 2 * tile + 1, 32), (2, 3, 3)):
@@ -128,13 +136,13 @@ def test_over_tile_edges(dtype):
 
 
 @pytest.mark.parametrize("D", [0, 1, 7, 8, 9, 31, 33, 65])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KINDS)
 def test_any_dimension(dtype, D):
     problem = Search(dtype, 4, 30, D=D, k=5, options=("labels",))
     assert problem.is_right(problem.search().outputs) and problem.is_right(problem.rank().outputs)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16"])
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "split"])
 def test_walks_and_panels_do_not_show(dtype):
     """Several walks along the points, whose lists are merged, and several panels of queries; nothing of it in the result."""
     tile = TILE[dtype]
@@ -153,7 +161,7 @@ def test_walks_and_panels_do_not_show(dtype):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KINDS)
 def test_schedules_strides_and_misalignment(dtype, schedule):
     problem = Search(dtype, 30, 140, D=21, k=9, metric="dot", options=("bias", "skip", "labels"))
 
@@ -175,11 +183,11 @@ def test_schedules_strides_and_misalignment(dtype, schedule):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KINDS)
 def test_a_duplicate_is_at_distance_zero_and_duplicates_come_by_index(dtype, metric):
     """Squared lengths have the bits of products, so |q|^2 - 2 z is 0; rows that are equal tie wherever their tiles lie."""
     rng = np.random.default_rng(3)
-    row = rounded(dtype, rng.standard_normal((1, 45)) * 100)
+    row = rounded("f32" if dtype == "split" else dtype, rng.standard_normal((1, 45)) * 100)
     problem = Search(dtype, 3, 150, D=45, k=150, metric=metric)
     problem.queries, problem.points = np.repeat(row, 3, 0), np.repeat(row, 150, 0)
     outputs = problem.search().outputs
@@ -190,7 +198,7 @@ def test_a_duplicate_is_at_distance_zero_and_duplicates_come_by_index(dtype, met
     assert (problem.rank().outputs["rank"] == problem.target).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KINDS)
 def test_what_is_no_number_is_no_neighbour(dtype):
     problem = Search(dtype, 6, 60, D=5, k=60, metric="dot", options=("bias",))
     problem.points[4, 1] = problem.points[30] = np.nan
@@ -217,23 +225,141 @@ def test_no_queries(dtype):
     assert problem.search().outputs["indices"].shape == (0, 3) and problem.rank().outputs["rank"].shape == (0,)
 
 
+# ----------------------------------------------------------------------------------------------------------------------------------- lower precision
+
+
+def floats(metric, N=9, M=140, D=50, k=140, seed=0, spread=1.0, clustered=False):
+    """A problem of any numbers; `clustered`: points in pairs that differ in the last bits."""
+    problem = Search("f32", N, M, D, k, metric)
+    rng = np.random.default_rng(seed)
+    problem.queries, problem.points = ((spread * rng.standard_normal((rows, D))).astype(np.float32).astype(float) for rows in (N, M))
+    if clustered:
+        near = problem.points[::2] * (1 + 3e-7 * rng.standard_normal(problem.points[::2].shape))
+        problem.points[1::2] = near[: M // 2].astype(np.float32)
+    return problem
+
+
+def by_point(outputs, M):
+    """[N, M] scores at the place of their point."""
+    scores = np.full((len(outputs["scores"]), M), -np.inf, outputs["scores"].dtype)
+    rows, places = np.nonzero(outputs["indices"] >= 0)
+    scores[rows, outputs["indices"][rows, places]] = outputs["scores"][rows, places]
+    return scores
+
+
+def rescored(problem, indices, dtype="f32", **options):
+    more = dict(k=indices.shape[1], indices=np.ascontiguousarray(indices, np.int64))
+    return _host.run(f"knn_scores.rescore.{dtype}", problem.arguments(**more), **options)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_chosen_points_get_the_scores_of_the_search(dtype, metric, schedule):
+    problem = floats(metric)
+    problem.dtype = dtype
+    search = problem.search().outputs
+    chosen = np.random.default_rng(1).integers(-1, problem.M, (problem.N, 45))
+    chosen[0, :3] = [problem.M, 1 << 40, -7]  # on a device values are not looked at: no points
+    outputs = rescored(problem, chosen, dtype, **SCHEDULES[schedule]).outputs
+    there = (chosen >= 0) & (chosen < problem.M)
+    want = np.take_along_axis(by_point(search, problem.M), np.where(there, chosen, 0), 1)
+    assert (outputs["scores"] == np.where(there, want, -np.inf)).all()
+    assert metric == "dot" or (outputs["squares"] == search["squares"]).all()
+
+
+@pytest.mark.parametrize("D", [1, 50, 300])
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_error_of_the_lower_precision_has_a_bound(metric, D):
+    """2^-16 |q| |x| and rounding; the bound by which `certified` decides holds and is not twenty times too large where sums are short."""
+    for spread in (1.0, 1e-6, 1e6):
+        problem = floats(metric, D=D, spread=spread)
+        high, highest = problem.search(f"knn.select.split").outputs, problem.search().outputs
+        off = np.abs(by_point(high, problem.M).astype(float) - by_point(highest, problem.M)).max(1)
+        queries, points = (torch.from_numpy(each).float() for each in (problem.queries, problem.points))
+        bound = error_bound(queries, points, metric, None).numpy()
+        assert (off <= bound).all() and (D != 1 or off.max() > bound.max() / 20)
+
+
+def certified_by_emulator(problem):
+    """`knn(precision="certified")` with its three searches run by the emulator, and the rows that were searched again."""
+    again = []
+
+    def search(key, rows=slice(None), k=problem.k):
+        some = floats(problem.metric)
+        some.__dict__.update(problem.__dict__, queries=problem.queries[rows], N=len(problem.queries[rows]), k=k)
+        outputs = some.search(key).outputs
+        return torch.from_numpy(outputs["scores"]), torch.from_numpy(outputs["indices"])
+
+    def exact(indices):
+        outputs = rescored(problem, indices.numpy()).outputs
+        return torch.from_numpy(outputs["scores"]), torch.from_numpy(outputs["squares"]) if "squares" in outputs else None
+
+    def redo(rows):
+        again.extend(rows.tolist())
+        return search("knn.select.f32", rows.numpy())
+
+    queries, points = (torch.from_numpy(each).float() for each in (problem.queries, problem.points))
+    bound = error_bound(queries, points, problem.metric, None)
+    scores, indices, _ = certified(problem.k, problem.M, lambda k: search("knn.select.split", k=k), exact, redo, bound)
+    return scores.numpy(), indices.numpy(), again
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+@pytest.mark.parametrize("metric", METRICS)
+def test_certified_has_the_bits_of_the_highest_precision(metric, clustered):
+    problem = floats(metric, M=300, k=7, seed=4, clustered=clustered)
+    want = problem.search().outputs
+    scores, indices, again = certified_by_emulator(problem)
+    assert (scores == want["scores"]).all() and (indices == want["indices"]).all() and not again
+    high = problem.search("knn.select.split").outputs
+    assert not clustered or (high["indices"] != want["indices"]).any()  # it had something to mend
+
+
+def test_what_cannot_be_certified_is_searched_again():
+    """Forty copies that differ in the last bits: more than there are candidates, so none of the first k is sure. Infinite and tiny vectors have no bound; NaN has."""
+    problem = floats("sqeuclidean", M=200, k=5, seed=5)
+    problem.points[50:130] = (problem.queries[0] + 1e-3 * np.random.default_rng(2).standard_normal((80, 50))).astype(np.float32)
+    scores, indices, again = certified_by_emulator(problem)
+    want = problem.search().outputs
+    assert again == [0] and (scores == want["scores"]).all() and (indices == want["indices"]).all()
+    problem.points[3, 2] = np.nan
+    assert certified_by_emulator(problem)[2] == [0]
+    for wrong in (np.inf, 3e38):
+        problem.points[4] = wrong
+        scores, indices, again = certified_by_emulator(problem)
+        want = problem.search().outputs
+        assert len(again) == problem.N and (scores == want["scores"]).all() and (indices == want["indices"]).all()
+    problem.points[4] = 1e-22
+    assert len(certified_by_emulator(problem)[2]) == problem.N
+
+
 # ------------------------------------------------------------------------------------------------------------------------------------------ mutations
 
 
 @functools.cache
-def broken_case(dtype):
+def broken_case(dtype, metric="sqeuclidean"):
     """A case that passes every marked place: two tiles of queries, more than one of points in each of two walks, lists that fill up."""
     tile = TILE[dtype]
-    problem = Search(dtype, tile + 1, 9 * tile + 5, D=RAGGED_DEPTH[dtype], k=3, numbers=1, worst_first=True, options=("skip", "labels"))
+    problem = Search(dtype, tile + 1, 9 * tile + 5, D=RAGGED_DEPTH.get(dtype, 40), k=3, metric=metric, numbers=1, worst_first=True, options=("skip", "labels"))
     problem.queries[1:, 3:-1] = problem.points[:, 3:-1] = 0  # few scores, so many ties at the k-th place
+    if dtype == "split" and metric == "dot":
+        problem.queries[:, 0] = 257 * problem.queries[:, 0]  # 9 bits: one plane holds 8
     problem.target[:2] = [problem.order[0, 5], problem.order[1, -1]]
     return problem
 
 
 def breakable(key):
     """Keys of float kernels that all dtypes share end in f32 as well."""
-    problem = broken_case(key.rsplit(".", 1)[1])
-    return functools.partial(problem.rank if key.startswith("target_rank") else problem.search, key=key), problem
+    dtype = key.rsplit(".", 1)[1]
+    if key.startswith("knn_scores"):
+        problem = floats("dot", N=5)
+        problem.dtype = dtype
+        chosen = np.arange(5 * 40).reshape(5, 40) % problem.M
+        want = np.take_along_axis(by_point(problem.search().outputs, problem.M), chosen, 1)
+        return functools.partial(rescored, problem, chosen, dtype), lambda outputs: bool((outputs["scores"] == want).all())
+    problem = broken_case(dtype, "dot" if dtype == "split" and "products" not in key else "sqeuclidean")
+    return functools.partial(problem.rank if key.startswith("target_rank") else problem.search, key=key), problem.is_right
 
 
 HARMLESS = ("tile: drop the barrier before the epilogue",)  # these epilogues begin with a barrier of their own
@@ -241,5 +367,5 @@ HARMLESS = ("tile: drop the barrier before the epilogue",)  # these epilogues be
 
 @pytest.mark.parametrize("key", OWN)
 def test_seeded_mutations_are_caught(key):
-    run, problem = breakable(key)
-    check_mutations(key, run, problem.is_right, HARMLESS)
+    run, is_right = breakable(key)
+    check_mutations(key, run, is_right, HARMLESS)

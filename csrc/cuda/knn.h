@@ -12,6 +12,10 @@ namespace modalign::cuda {
 std::int64_t knn_workspace(const KnnProblem& problem);
 int launch_knn(const KnnProblem& problem, const KnnResult& output, void* workspace, void* stream);
 
+// float32 and float64 alone
+std::int64_t knn_scores_workspace(const KnnProblem& problem);
+int launch_knn_scores(const KnnProblem& problem, const std::int64_t* indices, const KnnResult& output, void* workspace, void* stream);
+
 std::int64_t target_rank_workspace(const KnnProblem& problem);
 int launch_target_rank(const KnnProblem& problem, std::int64_t* rank, void* workspace, void* stream);
 

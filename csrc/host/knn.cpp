@@ -2,8 +2,8 @@
 /// @brief knn and target_rank in the emulator: every key of the compiled table, run through the very launch sequences of cuda/knn.cu.
 ///
 /// Running any key of a sequence runs the whole sequence. Arguments: N, M, D, metric (its number); queries [N, D], points [M, D] with strides as in
-/// host/gram_volume.cpp; bias [M]; skip, query_labels [N], point_labels [M] int64; budget, the bytes for rows in progress. knn also: k. target_rank: target
-/// int64 [N]. Vectors have an _element_stride.
+/// host/gram_volume.cpp; bias [M]; skip, query_labels [N], point_labels [M] int64; budget, the bytes for rows in progress. knn also: k. knn_scores: k and
+/// indices int64 [N, k]. target_rank: target int64 [N]. Vectors have an _element_stride.
 #include "cuda/knn.cuh"
 
 #include "host/pair_arguments.h"
@@ -30,13 +30,20 @@ template <class T> KnnProblem problem_of(Run& run) {
 }
 std::int64_t budget(Run& run) { return run.has("budget") ? run.integer("budget") : kSelectBytes; }
 
-template <class T> void knn(Run& run) {
-  using Real = real_of<T>;
-  const KnnProblem p = problem_of<T>(run);
+template <class Backend> void knn(Run& run) {
+  using Real = typename Backend::Real;
+  const KnnProblem p = problem_of<std::conditional_t<std::is_same_v<Backend, SplitBackend>, float, typename Backend::Source>>(run);
   const KnnResult output{run.output<Real>("scores", {p.N, p.k}), run.output<std::int64_t>("indices", {p.N, p.k}),
                          p.metric == Metric::dot ? nullptr : run.output<Real>("squares", {p.N})};
   HostArena arena(run);
-  run_knn<T>(p, output, KnnBuffers<T>(p, budget(run), arena), launcher(run));
+  run_knn<Backend>(p, output, KnnBuffers<Backend>(p, budget(run), arena), launcher(run));
+}
+
+template <class T> void knn_scores(Run& run) {
+  const KnnProblem p = problem_of<T>(run);
+  const KnnResult output{run.output<T>("scores", {p.N, p.k}), nullptr, p.metric == Metric::dot ? nullptr : run.output<T>("squares", {p.N})};
+  HostArena arena(run);
+  run_knn_scores<T>(p, run.input<std::int64_t>("indices"), output, PointMeasures<T>(p, arena), launcher(run));
 }
 
 template <class T> void target_rank(Run& run) {
@@ -48,9 +55,11 @@ template <class T> void target_rank(Run& run) {
 
 // Which sequence a kernel type belongs to.
 template <class Kernel> constexpr auto kSequence = nullptr;
-template <class T> constexpr auto kSequence<PairedProducts<T>> = &knn<T>;
-template <class B, class S> constexpr auto kSequence<TileWalk<B, SelectTile<B, S>>> = &knn<typename B::Source>;
-template <class Real> constexpr auto kSequence<MergeNeighbors<Real>> = &knn<Real>;
+template <class B> constexpr auto kSequence<PairedProducts<B>> = &knn<B>;
+template <class B, class S> constexpr auto kSequence<TileWalk<B, SelectTile<B, S>>> = &knn<B>;
+template <class Real> constexpr auto kSequence<MergeNeighbors<Real>> = &knn<PairBackend<Real>>;
+template <> constexpr auto kSequence<SplitRows> = &knn<SplitBackend>;
+template <class Real> constexpr auto kSequence<RescoreNeighbors<Real>> = &knn_scores<Real>;
 template <class T> constexpr auto kSequence<GatherTargets<T>> = &target_rank<T>;
 template <class B, class S, class G> constexpr auto kSequence<TileWalk<B, CountTile<B, S, G>>> = &target_rank<typename B::Source>;
 template <class Real> constexpr auto kSequence<FinishRanks<Real>> = &target_rank<Real>;

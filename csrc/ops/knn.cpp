@@ -57,8 +57,10 @@ void check_targets(const char* op, const KnnProblem& p) {
 }
 
 Three knn(const Tensor& queries, const Tensor& points, std::int64_t k, std::int64_t metric, const Optional& bias, const Optional& skip, const Optional& query_labels,
-        const Optional& point_labels) {
-  const KnnProblem p = check("knn", queries, points, k, metric, bias, skip, query_labels, point_labels);
+        const Optional& point_labels, std::int64_t precision) {
+  KnnProblem p = check("knn", queries, points, k, metric, bias, skip, query_labels, point_labels);
+  MODALIGN_CHECK(precision == 0 || precision == 1, "knn: precision must be 0 or 1, got ", precision);
+  p.precision = static_cast<Precision>(precision);
   const ScalarType real = accumulation_type(queries.scalar_type());
   Tensor scores = new_tensor(queries, {p.N, p.k}, real), indices = new_tensor(queries, {p.N, p.k}, ScalarType::Long);
   Tensor squares = new_tensor(queries, {p.metric == Metric::dot ? 0 : p.N}, real);
@@ -99,6 +101,26 @@ Tensor target_rank(const Tensor& queries, const Tensor& points, const Tensor& ta
   return rank;
 }
 
+#ifdef MODALIGN_WITH_CUDA
+std::tuple<Tensor, Tensor> knn_scores(const Tensor& queries, const Tensor& points, const Tensor& indices, std::int64_t metric, const Optional& bias) {
+  constexpr const char* op = "knn_scores";
+  MODALIGN_CHECK(indices.dim() == 2, op, ": indices must have shape [N, k], got ", shape_of(indices));
+  KnnProblem p = check(op, queries, points, 1, metric, bias, std::nullopt, std::nullopt, std::nullopt);
+  MODALIGN_CHECK(p.dtype == Scalar::f32 || p.dtype == Scalar::f64, op, ": queries must be float32 or float64");
+  p.k = indices.size(1);
+  check_like(op, "indices", indices, queries, ScalarType::Long);
+  check_shape(op, "indices", indices, {p.N, p.k});
+  MODALIGN_CHECK(indices.is_contiguous(), op, ": indices must be contiguous");
+  Tensor scores = new_tensor(queries, {p.N, p.k}, queries.scalar_type()), squares = new_tensor(queries, {p.metric == Metric::dot ? 0 : p.N}, queries.scalar_type());
+  const DeviceGuard device(queries.get_device_index());
+  const Tensor workspace = new_workspace(queries, cuda::knn_scores_workspace(p));
+  const KnnResult to{scores.mutable_data_ptr(), nullptr, squares.mutable_data_ptr()};
+  check_launch(op, cuda::launch_knn_scores(p, static_cast<const std::int64_t*>(indices.const_data_ptr()), to, workspace.mutable_data_ptr(),
+                                           current_cuda_stream(queries.get_device_index())));
+  return {scores, squares};
+}
+#endif
+
 template <class Library>
 void register_all(Library& m) {
   m.impl("knn", TORCH_BOX(&knn));
@@ -108,13 +130,17 @@ void register_all(Library& m) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(modalign, m) {
-  m.def("knn(Tensor queries, Tensor points, int k, int metric, Tensor? bias, Tensor? skip, Tensor? query_labels, Tensor? point_labels) -> (Tensor, Tensor, Tensor)");
+  m.def("knn(Tensor queries, Tensor points, int k, int metric, Tensor? bias, Tensor? skip, Tensor? query_labels, Tensor? point_labels, int precision) -> (Tensor, Tensor, Tensor)");
+  m.def("knn_scores(Tensor queries, Tensor points, Tensor indices, int metric, Tensor? bias) -> (Tensor, Tensor)");   // what knn gives these points; CUDA alone, where knn has several precisions
   m.def("target_rank(Tensor queries, Tensor points, Tensor target, int metric, Tensor? bias, Tensor? skip, Tensor? query_labels, Tensor? point_labels) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modalign, CPU, m) { register_all(m); }
 #ifdef MODALIGN_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(modalign, CUDA, m) { register_all(m); }
+STABLE_TORCH_LIBRARY_IMPL(modalign, CUDA, m) {
+  register_all(m);
+  m.impl("knn_scores", TORCH_BOX(&knn_scores));
+}
 #endif
 
 namespace cpu {

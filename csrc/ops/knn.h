@@ -25,6 +25,7 @@ namespace modalign {
 constexpr std::int64_t kMaxPoints = (std::int64_t(1) << 31) - 1;   // kernels count points in 32 bits
 
 enum class Metric { dot, cosine, sqeuclidean, euclidean };
+enum class Precision { highest, high };   // high: on CUDA float32 products may be three bf16 ones
 
 inline bool is_distance(Metric metric) { return metric == Metric::sqeuclidean || metric == Metric::euclidean; }
 
@@ -37,6 +38,7 @@ struct OptionalVector {
 struct KnnProblem {
   Scalar dtype;
   Metric metric;
+  Precision precision;           // of knn
   std::int64_t N, M, D, k;
   BatchedRows queries, points;   // [N, D], [M, D]; batch_stride is not used
   OptionalVector bias;           // [M] accumulation type

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from . import _arguments as arguments
 from ._distributed import Block, all_gather, gather_sizes, send_to_owners
+from ._knn_certified import certified, error_bound
 from ._registration import accumulation_dtype, autocast_is_on, to_autocast
 from ._selection import best_of
 
 __all__ = ["CHUNK_BYTES", "MAX_POINTS", "METRICS", "Chunks", "Query", "agree", "chunk_rows", "finished", "gather_sizes", "in_chunks", "in_shards", "mean_of", "mean_of_shards", "squares_of", "whole"]
 
+PRECISIONS = ("highest", "high")  # in the order of csrc/ops/knn.h
 METRICS = ("dot", "cosine", "sqeuclidean", "euclidean")  # in the order of csrc/ops/knn.h
 MAX_POINTS = 2**31 - 1  # kernels count points in 32 bits
 CENTER_BLOCK = 4096  # rows whose sum is one term of the mean
@@ -36,6 +38,7 @@ class Query(NamedTuple):
     metric: str
     skip: Tensor | None  # [N] the point left out, by its index
     labels: Tensor | None  # [N]
+    precision: str = "highest"
 
 
 def finished(query: Query, score: Tensor, indices: Tensor, squares: Tensor) -> Tensor:
@@ -51,7 +54,25 @@ def finished(query: Query, score: Tensor, indices: Tensor, squares: Tensor) -> T
 
 def whole(query: Query, points: Tensor, bias: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(scores, indices, squared lengths of the queries) of points that are all at hand."""
-    return torch.ops.modalign.knn(query.queries, points, query.k, METRICS.index(query.metric), bias, query.skip, query.labels, labels)
+    x, metric = query.queries, METRICS.index(query.metric)
+
+    def raw(query: Query, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.modalign.knn(query.queries, points, query.k, metric, bias, query.skip, query.labels, labels, PRECISIONS.index(precision))
+
+    if query.precision != "certified" or x.dtype is not torch.float32 or not x.is_cuda:  # elsewhere there is one precision
+        return raw(query, "high" if query.precision == "high" else "highest")
+
+    def redo(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return raw(query._replace(queries=x[rows], skip=None if query.skip is None else query.skip[rows], labels=None if query.labels is None else query.labels[rows]), "highest")[:2]
+
+    return certified(
+        query.k,
+        len(points),
+        lambda k: raw(query._replace(k=k), "high")[:2],
+        lambda indices: torch.ops.modalign.knn_scores(x, points, indices, metric, bias),
+        redo,
+        error_bound(x, points, query.metric, bias),
+    )
 
 
 def squares_of(query: Query) -> Tensor:
@@ -130,6 +151,7 @@ def in_chunks(query: Query, chunks: Iterable[tuple[int, Tensor]], rows: int, bia
                 query.metric,
                 None if query.skip is None else query.skip[here] - first,
                 None if query.labels is None else query.labels[here],
+                query.precision,
             )
             score, indices, _ = whole(some, chunk, None if bias is None else bias[there], None if labels is None else labels[there])
             best[n] = best_of(torch.cat([best[n][0], score], 1), torch.cat([best[n][1], moved(indices, first)], 1), query.k)
@@ -225,7 +247,7 @@ def mean_of_shards(points: Tensor, sizes: list[int], always: bool, group: Any) -
     return mean_of(rows, points, always, lambda each: all_gather(each, blocks, group))
 
 
-SAME = ("D", "dtype", "k", "metric", "exclude_self", "query_ids", "exclude_labels", "bias", "center", "csls_neighbors", "exchange")
+SAME = ("D", "dtype", "k", "metric", "exclude_self", "query_ids", "exclude_labels", "bias", "center", "csls_neighbors", "exchange", "precision")
 
 
 def agree(op: str, check: Callable[[], tuple[Any, list[int]]], device: torch.device, group: Any) -> Any:

@@ -19,8 +19,12 @@ from ._knn_batches import item_by_item
 from ._knn_search import METRICS, Query
 from ._registration import accumulation_dtype, refuse_forward_mode, register_looping_vmap
 from ._results import Neighbors
+from ._selection import best_of
+from .knn_values import knn_values
 
 __all__ = ["knn", "reference_knn"]
+
+PRECISIONS = ("highest", "certified", "high")
 
 
 def knn(
@@ -34,6 +38,8 @@ def knn(
     query_ids: Tensor | None = None,
     exclude_labels: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | tuple[Tensor, Tensor] | None = None,
+    precision: str = "highest",
+    refine: bool = False,
     center: bool | str = "auto",
     csls_neighbors: int = 10,
     workspace_bytes: int | None = None,
@@ -77,6 +83,14 @@ def knn(
         Sizes of the items of a batch: of the queries, and of the points (the same without `points`). With three dimensions rows behind an item's length are
         padding, and indices count within the item. With two dimensions items lie one behind the other, and indices count through all of them. Either way
         k may exceed an item's points, and bias, query_ids and exclude_labels have the rows of the queries and points.
+    precision : "highest", "certified" or "high"
+        Of products of float32 on CUDA; others have one precision. "high": three products of bfloat16 parts on the tensor cores, off by 2^-16 |q| |x|, so that
+        near ties may change places. "certified": the result of "highest", bit by bit, mostly at the speed of "high": 32 candidates more than k, their exact
+        scores, and a bound that says whether another point can belong to them; queries for which it can are searched again. That asks the device how many, and is no
+        part of a compiled graph.
+    refine : bool
+        For distances of points in one tensor: the neighbours' distances are made again as sums of squared differences, and put into their order. Digits that
+        ``|q|^2 - 2 q . x + |x|^2`` loses where points lie close to each other return; the first 10 of k = 100 are those of k = 10 up to near ties.
     center : "auto", True or False
         For distances, which do not change when all vectors move: the mean of the points is subtracted first, where the points are far from the origin
         (|mean|^2 > 4 times their mean squared distance from it), always, or never. Digits that a product loses there are kept by it.
@@ -131,7 +145,7 @@ def knn(
 
         def one(x: Tensor, y: Tensor | None, k: int, own: dict[str, Tensor | None]) -> Neighbors:
             pair = None if exclude_labels is None else (own["exclude_labels[0]"], own["exclude_labels[1]"])
-            options = dict(metric=metric, exclude_self=exclude_self, center=center, csls_neighbors=csls_neighbors)
+            options = dict(metric=metric, exclude_self=exclude_self, precision=precision, refine=refine, center=center, csls_neighbors=csls_neighbors)
             return knn(x, y, k, bias=own["bias"], query_ids=own["query_ids"], exclude_labels=pair, **options)
 
         return item_by_item(op, one, queries, points, k, lengths, beside, exclude_self, torch.inf if metric in check.DISTANCES else -torch.inf)
@@ -149,6 +163,10 @@ def knn(
         labels = check.check_excluded(op, exclude_labels, x, M)
         check.check_bias(op, bias, x, M, metric)
         check.check_center(op, center, metric)
+        if precision not in PRECISIONS:
+            raise ValueError(f"{op}: precision must be one of {', '.join(PRECISIONS)}, got {arguments.describe(precision)}")
+        if arguments.check_flag(op, "refine", refine) and (metric not in check.DISTANCES or streamed or several):
+            raise ValueError(f"{op}: refine must go with a distance and points in one tensor, got {metric if metric not in check.DISTANCES else 'others'}")
         check.check_k(op, k, None if several else M, exclude_self)
         fewest = None if several or M is None else min(len(x), M) - exclude_self
         means = check.check_csls_neighbors(op, csls_neighbors, fewest) if metric == "csls" else 0
@@ -156,16 +174,17 @@ def knn(
             why = 'metric "csls"' if metric == "csls" else f"center={center!r}"
             raise ValueError(f"{op}: points must be readable twice with {why}, got an iterator, which is not; give a list, an array, or an object with __iter__")
         refuse_forward_mode(op, (x, *([y] if isinstance(y, Tensor) else [])))
-        asked = _Asked(x, k, metric, bias, exclude_self, query_ids, labels, center)
+        asked = _Asked(x, k, metric, bias, exclude_self, query_ids, labels, center, precision)
         flags = [exclude_self, query_ids is not None, exclude_labels is not None, bias is not None]
         dtype, which, centers = arguments.FLOATING_DTYPES.index(x.dtype), (*METRICS, "csls").index(metric), (False, True, "auto").index(center)
-        return (asked, y), [x.shape[1], dtype, k, which, *map(int, flags), centers, means, int(exchange == "ring")]
+        return (asked, y), [x.shape[1], dtype, k, which, *map(int, flags), centers, means, int(exchange == "ring"), PRECISIONS.index(precision)]
 
     device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
     asked, y = search.agree(op, checked, device, process_group) if several else checked()[0]
     layout = partial(_in_shards, op, group=process_group, exchange=exchange, workspace=workspace) if several else partial(_in_chunks, op) if streamed else at_once
     with torch.no_grad(), torch.autocast(asked.queries.device.type, enabled=False):
-        return _csls(asked, y, csls_neighbors, layout) if metric == "csls" else layout(asked, y)
+        found = _csls(asked, y, csls_neighbors, layout) if metric == "csls" else layout(asked, y)
+        return _refined(asked, y, found) if refine else found
 
 
 class _Asked(NamedTuple):
@@ -179,10 +198,17 @@ class _Asked(NamedTuple):
     query_ids: Tensor | None
     labels: tuple[Tensor, Tensor] | tuple[None, None]
     center: object
+    precision: str = "highest"
 
     def query(self, queries: Tensor, first: int = 0) -> Query:
         own = torch.arange(first, first + len(queries), device=queries.device) if self.exclude_self else self.query_ids
-        return Query(queries, self.k, self.metric, own, self.labels[0])
+        return Query(queries, self.k, self.metric, own, self.labels[0], self.precision)
+
+
+def _refined(asked: _Asked, points: Tensor, found: Neighbors) -> Neighbors:
+    values = knn_values(asked.queries, points, found.indices, metric=asked.metric)
+    score, indices = best_of(-values.nan_to_num(nan=torch.inf, posinf=torch.inf), found.indices, asked.k)
+    return Neighbors(-score, indices)
 
 
 def _check_workspace(op: str, workspace_bytes: object) -> int:
@@ -229,14 +255,16 @@ def _in_shards(op: str, asked: _Asked, points: Tensor, group: Any, exchange: str
 
 def _csls(asked: _Asked, points: Any, neighbors: int, layout: Callable[..., Neighbors]) -> Neighbors:
     """The cosines with half the points' means taken off, made CSLS after the search."""
-    own, theirs = csls_means(asked.queries, points, neighbors, asked.exclude_self, layout)
+    own, theirs = csls_means(asked.queries, points, neighbors, asked.exclude_self, layout, asked.precision)
     found = layout(asked._replace(metric="cosine", bias=theirs / -2), points)
     return Neighbors(2 * found.values - own[:, None], found.indices)
 
 
-def csls_means(queries: Tensor, points: Any, neighbors: int, exclude_self: bool, layout: Callable[[_Asked, Any], Neighbors]) -> tuple[Tensor, Tensor]:
+def csls_means(
+    queries: Tensor, points: Any, neighbors: int, exclude_self: bool, layout: Callable[[_Asked, Any], Neighbors], precision: str = "highest"
+) -> tuple[Tensor, Tensor]:
     """The mean cosine of each query and its nearest points, and of each point and its nearest queries."""
-    asked = _Asked(queries, neighbors, "cosine", None, exclude_self, None, (None, None), False)
+    asked = _Asked(queries, neighbors, "cosine", None, exclude_self, None, (None, None), False, precision)
     own = _mean_value(layout(asked, points))
     if exclude_self:
         return own, own
@@ -259,6 +287,11 @@ def _fake(queries: Tensor, points: Tensor, k: int, metric: int, *rest: Any) -> t
     N, real = queries.shape[0], accumulation_dtype(queries.dtype)
     squares = queries.new_empty((0 if METRICS[metric] == "dot" else N,), dtype=real)
     return queries.new_empty((N, k), dtype=real), queries.new_empty((N, k), dtype=torch.int64), squares
+
+
+@torch.library.register_fake("modalign::knn_scores")
+def _fake_scores(queries: Tensor, points: Tensor, indices: Tensor, metric: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return queries.new_empty(indices.shape), queries.new_empty((0 if METRICS[metric] == "dot" else len(queries),))
 
 
 register_looping_vmap("modalign::knn")
