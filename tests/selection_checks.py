@@ -40,8 +40,20 @@ def _check(device: str, dtype: torch.dtype, metric: str, N: int, M: int, D: int,
         assert torch.equal(ranks, reference_target_rank(queries, points, target, metric=metric, **exact)), f"target_rank: other ranks with {list(given)}"
 
 
+def _check_certified(device: str, metric: str, N: int, M: int, D: int, k: int) -> None:
+    """The bits of the highest precision on any numbers, also where half of the points are nearly the others."""
+    generator = torch.Generator().manual_seed(M)
+    queries, points = (torch.randn(rows, D, generator=generator) for rows in (N, M))
+    points[1::2] = points[: 2 * (M // 2) : 2] * (1 + 3e-7 * torch.randn(M // 2, D, generator=generator))
+    highest, certified = (knn(queries.to(device), points.to(device), k, metric=metric, precision=precision) for precision in ("highest", "certified"))
+    assert torch.equal(highest.indices, certified.indices) and torch.equal(highest.values, certified.values), "knn: certified is not the highest precision"
+
+
 def checks(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype in DTYPES:
         for metric in METRICS:
             for sizes in SIZES:
                 yield f"selection-{str(dtype).removeprefix('torch.')}-{metric}-{'x'.join(map(str, sizes))}-{device}", partial(_check, device, dtype, metric, *sizes)
+    for metric in (*METRICS, "cosine"):
+        for sizes in SIZES:
+            yield f"selection-certified-{metric}-{'x'.join(map(str, sizes))}-{device}", partial(_check_certified, device, metric, *sizes)

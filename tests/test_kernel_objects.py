@@ -11,7 +11,7 @@ VOLUME_KERNELS = 72  # instances of csrc/cuda/gram_volume.cuh with the shared on
 LOSS_KERNELS = 80  # instances of csrc/cuda/contrastive_loss.cuh: 17 for each of four dtypes, 5 for float and double, 2 for half types
 SEGMENT_KERNELS = 20  # instances of csrc/cuda/segment_max_similarity.cuh: 5 for each of four dtypes
 STRUCTURE_KERNELS = 10  # instances of csrc/cuda/structure_loss.cuh: 5 for each of float and double
-KNN_KERNELS = 25  # instances of csrc/cuda/knn.cuh: 4 for each of four dtypes, 2 for float and double
+KNN_KERNELS = 25  # instances of csrc/cuda/knn.cuh: 4 for each of four dtypes, 3 for float and double, 3 for float as two planes
 REGISTERS = 65536  # of a multiprocessor
 CUDA_MACHINE = 190  # e_machine of a cubin
 

@@ -270,10 +270,11 @@ def test_empty_and_strided():
         (dict(k=2.0), TypeError, "knn: k must be a whole number, got float 2.0"),
         (dict(metric="l2"), ValueError, "knn: metric must be one of dot, cosine, sqeuclidean, euclidean, csls, got str 'l2'"),
         (dict(exclude_self=True), ValueError, "knn: exclude_self must go without points, got both"),
-        (dict(precision="ieee"), ValueError, "knn: precision must be one of highest, certified, high, got str 'ieee'"),
+        (dict(precision="ieee"), ValueError, "knn: precision must be one of highest, certified, high, got 'ieee'"),
+        (dict(precision=["high"]), ValueError, r"knn: precision must be one of highest, certified, high, got \['high'\]"),
         (dict(refine=1), TypeError, "knn: refine must be"),
-        (dict(refine=True), ValueError, "knn: refine must go with a distance and points in one tensor, got cosine"),
-        (dict(refine=True, metric="euclidean", workspace_bytes=0), ValueError, "knn: refine must go with a distance and points in one tensor, got others"),
+        (dict(refine=True), ValueError, "knn: refine must go with a distance and points in one tensor that is taken at once, got metric cosine"),
+        (dict(refine=True, metric="euclidean", workspace_bytes=0), ValueError, "knn: refine must go with a distance and points in one tensor that is taken at once, got points in chunks, or workspace_bytes"),
         (dict(queries=torch.ones(4, 3, dtype=torch.int64)), TypeError, "knn: queries must be float16"),
         (dict(queries=torch.ones(4)), ValueError, r"knn: queries must have 2 or more dimensions \[N, D\]|knn: queries must have"),
         (dict(points=torch.ones(9, 4)), ValueError, "knn: points must have queries's width D = 3"),
@@ -352,6 +353,12 @@ def test_refined_distances_have_the_digits_of_differences(metric):
     torch.testing.assert_close(refined.values.double(), exact.values, rtol=3e-6, atol=0)
     both = knn(directions[None], points[None], 6, metric=metric, refine=True)
     assert torch.equal(both.indices[0], refined.indices) and torch.equal(both.values[0], refined.values)
+
+
+def test_what_is_refined_and_infinitely_far_still_comes_before_nothing():
+    points, labels = torch.tensor([[1.5e19], [-1.5e19], [0.0]]), torch.tensor([0, 1, 0])
+    found = knn(points, k=2, metric="sqeuclidean", exclude_labels=(labels, labels), center=False, refine=True)
+    assert found.indices[0].tolist() == [1, -1] and (found.values[0] == torch.inf).all()
 
 
 def test_refined_lists_may_be_short():

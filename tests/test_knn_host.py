@@ -271,7 +271,7 @@ def test_chosen_points_get_the_scores_of_the_search(dtype, metric, schedule):
 @pytest.mark.parametrize("D", [1, 50, 300])
 @pytest.mark.parametrize("metric", METRICS)
 def test_the_error_of_the_lower_precision_has_a_bound(metric, D):
-    """2^-16 |q| |x| and rounding; the bound by which `certified` decides holds and is not twenty times too large where sums are short."""
+    """2^-15 |q| |x| and rounding; the bound by which `certified` decides holds and is not twenty times too large where sums are short."""
     for spread in (1.0, 1e-6, 1e6):
         problem = floats(metric, D=D, spread=spread)
         high, highest = problem.search(f"knn.select.split").outputs, problem.search().outputs
@@ -332,6 +332,19 @@ def test_what_cannot_be_certified_is_searched_again():
         assert len(again) == problem.N and (scores == want["scores"]).all() and (indices == want["indices"]).all()
     problem.points[4] = 1e-22
     assert len(certified_by_emulator(problem)[2]) == problem.N
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_short_queries_are_certified_too(metric):
+    """The square of their length is no number of float32."""
+    rng = np.random.default_rng(7)
+    problem = floats(metric, M=120, D=20, k=5)
+    problem.points = (rng.standard_normal((1, 20)) * (1 + 1e-6 * rng.standard_normal((120, 20)))).astype(np.float32).astype(float)
+    problem.queries = (1e-24 * rng.standard_normal((9, 20))).astype(np.float32).astype(float)
+    problem.queries[0], problem.queries[1] = 0, np.float32(1e-12) * rng.standard_normal(20).astype(np.float32)
+    scores, indices, again = certified_by_emulator(problem)
+    want = problem.search().outputs
+    assert (scores == want["scores"]).all() and (indices == want["indices"]).all() and set(range(2, 9)) <= set(again)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------ mutations

@@ -14,7 +14,7 @@
 ///            finish      one thread per query: sums over the walks; -1 without a target
 ///
 /// Numbers    f32, f64: FmaBackend in the input precision. bf16, f16: one tensor-core product, whose operands are exact, fp32 accumulation.
-///            split: f32 in precision "high", three tensor-core products, off by 2^-16 |q| |x| and the rounding of fp32 sums.
+///            split: f32 in precision "high", three tensor-core products, off by 2^-15 |q| |x| and the rounding of fp32 sums.
 /// FLOPs      2 N M D. Bytes: operands once per tile of the other side; 12 N k (f64: 16 N k) written.
 /// Memory     2 M numbers (split: also both operands once more); for the rows of a panel lists of 64 to 4 k entries a walk, together at most 256 MB where one tile of rows allows it.
 /// Order      sums over D ascending, one for every product. Equal bits from run to run, for every panel and walk.

@@ -8,7 +8,7 @@
 ///   MmaBackend<Half, Parts, RowMajor, ColumnMajor>
 ///       Half = bf16 or f16 on the tensor cores, accumulated in fp32, 128 x 128. Parts = 1: the operands are Half. Parts = 2: each operand is the sum
 ///       of two bf16 planes, x = hi + lo, hi = bf16(x), lo = bf16(x - hi); lo.hi + hi.lo + hi.hi is added, small products first (error about
-///       2^-16 |x| |y|: "high" precision for fp32, exact operands for f16).
+///       2^-15 |x| |y|: "high" precision for fp32, exact operands for f16).
 ///
 /// The Major of an operand says which index runs along its contiguous direction: the contraction index (`Major::depth`) or the line (`Major::line`).
 /// Any sizes, strides and alignments work: 16-byte loads where `Operand::vectors` allows them, single elements elsewhere, zeros beyond the edges.

@@ -12,17 +12,17 @@ from ._selection import best_of
 __all__ = ["SPARE", "certified", "error_bound"]
 
 SPARE = 32  # candidates beyond k
-SHORT = 1e-15  # the square of a length below this loses digits in float32
+SHORT = 1e-15  # the square of an element below this loses digits in float32
 
 
 def error_bound(queries: Tensor, points: Tensor, metric: str, bias: Tensor | None) -> Tensor:
     """[N] how far a score in precision "high" and the one in "highest" lie apart at most, csrc/ops/knn.h; inf where that is not known.
 
-    A product in three bfloat16 parts is off by 2^-16 |q| |x|, and D sums in float32 are on either side. Lengths are such products themselves.
+    A product in three bfloat16 parts is off by 2^-15 |q| |x| (the product of the low parts is left out, and these are rounded), and D sums in float32 are on
+    either side. Lengths are such products themselves.
     """
     relative = 2.0**-15 + queries.shape[1] * 2.0**-21
-    size = points.abs().amax(1) if points.shape[1] else points.new_zeros(len(points))
-    known = ((size == 0) | (size > SHORT) | size.isnan()).all()  # a point with NaN is no neighbour in either
+    known = [(size == 0) | (size > SHORT) | size.isnan() for size in (_largest_element(queries), _largest_element(points))]  # NaN is no neighbour in either
     longest = points.norm(dim=1).nan_to_num(nan=0.0, posinf=torch.inf).amax()
     length = queries.norm(dim=1)
     bound = relative * length * (1 if metric == "cosine" else longest)
@@ -30,7 +30,14 @@ def error_bound(queries: Tensor, points: Tensor, metric: str, bias: Tensor | Non
         bound = bound + relative * longest.square()
     if bias is not None:
         bound = bound + 2.0**-22 * bias.abs().nan_to_num(nan=0.0, posinf=0.0).amax()
-    return torch.where(known & longest.isfinite() & length.isfinite(), bound, torch.inf)
+    return torch.where(known[0] & known[1].all() & longest.isfinite() & length.isfinite(), bound, torch.inf)
+
+
+def _largest_element(rows: Tensor) -> Tensor:
+    """Of every row, in magnitude, without a copy of them."""
+    if rows.shape[1] == 0:
+        return rows.new_zeros(len(rows))
+    return torch.linalg.vector_norm(rows, torch.inf, dim=1)
 
 
 def certified(

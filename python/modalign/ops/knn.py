@@ -84,10 +84,10 @@ def knn(
         padding, and indices count within the item. With two dimensions items lie one behind the other, and indices count through all of them. Either way
         k may exceed an item's points, and bias, query_ids and exclude_labels have the rows of the queries and points.
     precision : "highest", "certified" or "high"
-        Of products of float32 on CUDA; others have one precision. "high": three products of bfloat16 parts on the tensor cores, off by 2^-16 |q| |x|, so that
+        Of products of float32 on CUDA; others have one precision. "high": three products of bfloat16 parts on the tensor cores, off by 2^-15 |q| |x|, so that
         near ties may change places. "certified": the result of "highest", bit by bit, mostly at the speed of "high": 32 candidates more than k, their exact
-        scores, and a bound that says whether another point can belong to them; queries for which it can are searched again. That asks the device how many, and is no
-        part of a compiled graph.
+        scores, and a bound that says whether another point can belong to them; queries for which it can are searched again. That asks the device how many, for
+        every search, so it is no part of a compiled graph or of vmap there.
     refine : bool
         For distances of points in one tensor: the neighbours' distances are made again as sums of squared differences, and put into their order. Digits that
         ``|q|^2 - 2 q . x + |x|^2`` loses where points lie close to each other return; the first 10 of k = 100 are those of k = 10 up to near ties.
@@ -130,12 +130,15 @@ def knn(
     Complexity
     ----------
     2 N M D FLOP. Memory beyond the result: on the CPU (N + M) D numbers and 2 k keys for each row in progress; on CUDA 2 M numbers, and lists of 64 to 4 k
-    entries for the rows in progress, at most 256 MiB where 128 rows fit.
+    entries for the rows in progress, at most 256 MiB where 128 rows fit; below the highest precision also (N + M) D numbers.
 
     Papers: exact search by products and a running selection: Johnson, Douze, Jegou, "Billion-scale similarity search with GPUs", IEEE Big Data 2021. CSLS:
     Conneau et al., "Word Translation Without Parallel Data", ICLR 2018, section 2.3.
     """
     op = "knn"
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        raise ValueError(f"{op}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    arguments.check_flag(op, "refine", refine)
     if lengths is not None or getattr(queries, "ndim", 2) == 3:
         if workspace_bytes is not None or process_group is not None or not (points is None or isinstance(points, Tensor)):
             raise ValueError(f"{op}: a batch must be of tensors in one process and without workspace_bytes, got more")
@@ -163,10 +166,9 @@ def knn(
         labels = check.check_excluded(op, exclude_labels, x, M)
         check.check_bias(op, bias, x, M, metric)
         check.check_center(op, center, metric)
-        if precision not in PRECISIONS:
-            raise ValueError(f"{op}: precision must be one of {', '.join(PRECISIONS)}, got {arguments.describe(precision)}")
-        if arguments.check_flag(op, "refine", refine) and (metric not in check.DISTANCES or streamed or several):
-            raise ValueError(f"{op}: refine must go with a distance and points in one tensor, got {metric if metric not in check.DISTANCES else 'others'}")
+        if refine and (metric not in check.DISTANCES or streamed or several):
+            found = f"metric {metric}" if metric not in check.DISTANCES else "points of several processes" if several else "points in chunks, or workspace_bytes"
+            raise ValueError(f"{op}: refine must go with a distance and points in one tensor that is taken at once, got {found}")
         check.check_k(op, k, None if several else M, exclude_self)
         fewest = None if several or M is None else min(len(x), M) - exclude_self
         means = check.check_csls_neighbors(op, csls_neighbors, fewest) if metric == "csls" else 0
@@ -207,8 +209,9 @@ class _Asked(NamedTuple):
 
 def _refined(asked: _Asked, points: Tensor, found: Neighbors) -> Neighbors:
     values = knn_values(asked.queries, points, found.indices, metric=asked.metric)
-    score, indices = best_of(-values.nan_to_num(nan=torch.inf, posinf=torch.inf), found.indices, asked.k)
-    return Neighbors(-score, indices)
+    none = found.indices < 0  # behind all others, also behind those that are infinitely far
+    score, indices = best_of(-values.nan_to_num(nan=torch.inf, posinf=torch.inf), found.indices.masked_fill(none, search.MAX_POINTS + 1), asked.k)
+    return Neighbors(-score, indices.masked_fill(indices > search.MAX_POINTS, -1))
 
 
 def _check_workspace(op: str, workspace_bytes: object) -> int:
