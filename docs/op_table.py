@@ -67,6 +67,7 @@ def table(link: str) -> str:
     from modalign import _host, info, ops
 
     declared = {case.name: case for case in reversed(cases.CASES)}  # the first entry of an op; later ones are samples of other sizes
+    raw = {"masked_attention_varlen": "masked_attention", "scaled_dot_product_attention": "masked_attention"}  # other ways to call an op
     covered, families = info.ops(), {kernel["family"] for kernel in _host.kernels().values()}
     yes = {True: "yes", False: "no"}
     lines = ["| op | CPU | CUDA | dtypes | backward | double backward | deterministic | paper |", "|---|---|---|---|---|---|---|---|"]
@@ -76,10 +77,10 @@ def table(link: str) -> str:
         case = declared[name]
         cells = [
             f"[`{name}`]({link.format(name)})",
-            yes["CPU" in covered[name]],
-            cuda(name, families, "CUDA" in covered[name]),
+            yes["CPU" in covered[raw.get(name, name)]],
+            cuda(name, families, "CUDA" in covered[raw.get(name, name)]),
             ", ".join(str(dtype).removeprefix("torch.") for dtype in case.dtypes),
-            yes[hasattr(torch.ops.modalign, f"{name}_bwd")],
+            yes[hasattr(torch.ops.modalign, f"{raw.get(name, name)}_bwd")],
             "yes" if case.double_backward else "no, raises",
             yes[case.deterministic],
             paper(name),

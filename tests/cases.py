@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from attention_cases import MASKED_ATTENTION, MASKED_ATTENTION_LSE, MASKED_ATTENTION_VARLEN, SCALED_DOT_PRODUCT_ATTENTION
 from contrastive_cases import CONTRASTIVE, DERIVED
 from knn_values_cases import KNN_VALUES
 from modalign import ops
@@ -463,7 +464,7 @@ WIDE = [
     ),
 ]
 
-CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS]
+CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS, MASKED_ATTENTION, MASKED_ATTENTION_LSE, MASKED_ATTENTION_VARLEN, SCALED_DOT_PRODUCT_ATTENTION]
 
 # Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py, test_hard_negatives.py and test_knn.py.
 SELECTIONS = [

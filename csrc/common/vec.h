@@ -200,12 +200,14 @@ inline Vector<T> exponential(Vector<T> x) {
   constexpr T shifter = single ? T(12582912) : T(6755399441055744);   // 1.5 2^23, 1.5 2^52: adding it rounds to an integer, left in the low bits
   constexpr T high = single ? T(0.693359375) : T(0.693145751953125), low = single ? T(-2.12194440e-4) : T(1.42860682030941723212e-6);
   constexpr int degree = single ? 7 : 13;
+  constexpr double inverse_factorials[] = {1.0, 1.0, 0.5, 0.16666666666666666, 0.041666666666666664, 0.008333333333333333, 0.001388888888888889, 0.0001984126984126984,
+                                           2.48015873015873e-05, 2.7557319223985893e-06, 2.755731922398589e-07, 2.505210838544172e-08, 2.08767569878681e-09, 1.6059043836821613e-10};
   const Vector<T> clamped = x > broadcast(highest) ? broadcast(highest) : x;
   const Vector<T> shifted = clamped * broadcast(T(1.4426950408889634)) + broadcast(shifter);
   const Vector<T> n = shifted - broadcast(shifter);
   const Vector<T> r = (clamped - n * broadcast(high)) - n * broadcast(low);
-  Vector<T> power = broadcast(T(1));
-  for (int d = degree; d >= 1; --d) power = power * r * broadcast(T(1) / T(d)) + broadcast(T(1));
+  Vector<T> power = broadcast(T(inverse_factorials[degree]));
+  for (int d = degree - 1; d >= 0; --d) power = power * r + broadcast(T(inverse_factorials[d]));
   Vector<Integer> bits, exponent;
   std::memcpy(&exponent, &shifted, sizeof exponent);
   std::memcpy(&bits, &power, sizeof bits);

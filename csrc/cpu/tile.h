@@ -111,8 +111,8 @@ inline void unpack_row(const T* row_panels, std::int64_t r, std::int64_t depth, 
 
 enum class Into { store, add, subtract };
 
-// c[r][v] (=, +=, -=) sum_k a[k][r] b[k][v] for R rows and NV vectors. a: [depth][a_stride], b: [depth][b_stride].
-template <class T, int R>
+// c[r][v] (=, +=, -=) sum_k a[k][r] b[k][v] for R rows and NV vectors. a: [depth][a_stride], by_rows: [R][a_stride]; b: [depth][b_stride].
+template <class T, int R, bool by_rows = false>
 inline void register_block(const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, std::int64_t depth, T* c, std::int64_t ldc, Into into) {
   constexpr int L = kVectorLanes<T>;
   Vector<T> sum[R][kRegisterVectors];
@@ -127,11 +127,11 @@ inline void register_block(const T* a, std::int64_t a_stride, const T* b, std::i
     for (int v = 0; v < kRegisterVectors; ++v) column[v] = load(b + v * L);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vector<T> row = broadcast(a[r]);
+      const Vector<T> row = broadcast(a[by_rows ? r * a_stride : r]);
 #pragma GCC unroll 4
       for (int v = 0; v < kRegisterVectors; ++v) sum[r][v] += row * column[v];
     }
-    a += a_stride;
+    a += by_rows ? 1 : a_stride;
     b += b_stride;
   }
 #pragma GCC unroll 16
@@ -190,6 +190,46 @@ inline void value_product(const T* left, std::int64_t rows, std::int64_t depth, 
           else to[i * ldo + j] = edge[i * NR + j];
     }
   }
+}
+
+// The same two forms for operands that are used too rarely to be packed, row-major as they are: row r of a matrix at matrix + r * ld.
+//
+// tile[r][c] = sum_k left[r][k] column[c][k] for `rows` rows; column panels as in tile_product. The last rows are copied, so that nothing behind them is read.
+template <class T>
+inline void tile_product_by_rows(const T* left, std::int64_t left_ld, std::int64_t rows, const T* column_panels, std::int64_t columns, std::int64_t depth, T* tile, std::int64_t ld,
+                                 T* edge /* [MR * depth] */) {
+  constexpr int MR = kRegisterRows, NR = kRegisterColumns<T>, P = kPanelColumns<T>;
+  for (std::int64_t r = 0; r < rows; r += MR) {
+    const T* a = left + r * left_ld;
+    std::int64_t stride = left_ld;
+    if (r + MR > rows) {
+      for (std::int64_t i = 0; i < MR; ++i)
+        if (r + i < rows) std::memcpy(edge + i * depth, a + i * left_ld, depth * sizeof(T));
+        else std::memset(edge + i * depth, 0, depth * sizeof(T));
+      a = edge, stride = depth;
+    }
+    for (std::int64_t c = 0; c < columns; c += NR)
+      register_block<T, MR, true>(a, stride, column_panels + c / P * P * depth + c % P, P, depth, tile + r * ld + c, ld, Into::store);
+  }
+}
+
+// out[r][n] += sum_k tile[k][r] value[k][n] for r < rows, n < width, a multiple of kRegisterColumns; turned: of tile[r][k]. The tile is read up to the next multiple of MR.
+template <bool turned, class T>
+inline void add_tile_times_rows(const T* tile, std::int64_t ld, std::int64_t rows, std::int64_t depth, const T* value, std::int64_t value_ld, std::int64_t width, T* out, std::int64_t ldo) {
+  constexpr int MR = kRegisterRows, NR = kRegisterColumns<T>;
+  alignas(64) T edge[MR * NR];
+  for (std::int64_t n = 0; n < width; n += NR)
+    for (std::int64_t r = 0; r < rows; r += MR) {
+      T* to = out + r * ldo + n;
+      const T* left = tile + r * (turned ? ld : 1);
+      if (r + MR <= rows) {
+        register_block<T, MR, turned>(left, ld, value + n, value_ld, depth, to, ldo, Into::add);
+        continue;
+      }
+      register_block<T, MR, turned>(left, ld, value + n, value_ld, depth, edge, NR, Into::store);
+      for (std::int64_t i = 0; i < rows - r; ++i)
+        for (int j = 0; j < NR; ++j) to[i * ldo + j] += edge[i * NR + j];
+    }
 }
 
 // One row of a value operand (length width) into its panels: value[n / P][row][n % P]. Padding columns become zero.

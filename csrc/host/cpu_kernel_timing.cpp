@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <functional>
 #include <memory>
@@ -15,6 +16,7 @@
 #include "cpu/contrastive_loss.h"
 #include "cpu/gram_volume.h"
 #include "cpu/knn.h"
+#include "cpu/masked_attention.h"
 #include "cpu/segment_max_similarity.h"
 #include "cpu/tile_forms.h"
 #include "host/on_instruction_set.h"
@@ -27,6 +29,7 @@ namespace modalign::cpu {
     extern const ContrastiveKernels kContrastiveKernels;    \
     extern const SegmentMaxKernels kSegmentMaxKernels;      \
     extern const KnnKernels kKnnKernels;                    \
+    extern const AttentionKernels kAttentionKernels;        \
     }
 MODALIGN_TABLES(portable)
 #ifdef MODALIGN_WITH_X86
@@ -41,6 +44,7 @@ const GramVolumeKernels& gram_volume_kernels() { return MODALIGN_CHOSEN(GramVolu
 const ContrastiveKernels& contrastive_kernels() { return MODALIGN_CHOSEN(ContrastiveKernels, kContrastiveKernels); }
 const SegmentMaxKernels& segment_max_kernels() { return MODALIGN_CHOSEN(SegmentMaxKernels, kSegmentMaxKernels); }
 const KnnKernels& knn_kernels() { return MODALIGN_CHOSEN(KnnKernels, kKnnKernels); }
+const AttentionKernels& attention_kernels() { return MODALIGN_CHOSEN(AttentionKernels, kAttentionKernels); }
 }  // namespace modalign::cpu
 
 namespace modalign::host {
@@ -299,6 +303,38 @@ Call knn_call(const Request& request) {
     return call;
 }
 
+/// Causal attention, one item. Outputs: the output; backward: the three gradients.
+template <bool kBackward>
+Call attention_call(const Request& request) {
+    demand(request.inputs.size() == (kBackward ? 4 : 3), request.kernel, "inputs must be query [H, N, D], key [Hkv, M, D] and value [Hkv, M, Dv]" + std::string(kBackward ? " and grad [H, N, Dv]" : ""));
+    AttentionProblem p{};
+    p.dtype = request.dtype, p.B = 1, p.H = request.size(0, 0), p.Hkv = request.size(1, 0), p.D = request.size(0, 2), p.Dv = request.size(2, 2);
+    p.Nq = p.total_queries = request.size(0, 1), p.Nk = p.total_keys = request.size(1, 1);
+    demand(p.Hkv > 0 && p.H % p.Hkv == 0, request.kernel, "key must have heads that divide the query's");
+    const auto rows = [&](std::size_t index, std::int64_t heads, std::int64_t count, std::int64_t width) {
+        return AttentionRows{request.input(index, {heads, count, width}).data(), heads * count * width, count * width, width, 1};
+    };
+    p.query = rows(0, p.H, p.Nq, p.D), p.key = rows(1, p.Hkv, p.Nk, p.D), p.value = rows(2, p.Hkv, p.Nk, p.Dv);
+    p.causal = Causal::bottom_right, p.scale = 1 / std::sqrt(double(p.D));
+    const cpu::AttentionKernels& kernels = cpu::attention_kernels();
+    py::array out = new_array(p.dtype, {p.H, p.Nq, p.Dv}), lse = new_array(p.dtype == Scalar::f64 ? Scalar::f64 : Scalar::f32, {p.H, p.Nq});
+    Call call{{}, {out}, request.inputs, {}};
+    const AttentionForward to{out.mutable_data(), lse.mutable_data()};
+    void* workspace = call.workspace(kernels.workspace(p));
+    call.run = [p, to, workspace, &kernels] { kernels.forward(p, to, workspace, cpu::kSerial); };
+    call.inputs.insert(call.inputs.end(), {out, lse});
+    if constexpr (kBackward) {
+        call.run();
+        call.outputs = {new_array(p.dtype, {p.H, p.Nq, p.D}), new_array(p.dtype, {p.Hkv, p.Nk, p.D}), new_array(p.dtype, {p.Hkv, p.Nk, p.Dv})};
+        AttentionBackward back{};
+        back.grad_out = rows(3, p.H, p.Nq, p.Dv), back.out = {out.data(), p.H * p.Nq * p.Dv, p.Nq * p.Dv, p.Dv, 1}, back.lse = lse.data();
+        back.grad_query = call.outputs[0].mutable_data(), back.grad_key = call.outputs[1].mutable_data(), back.grad_value = call.outputs[2].mutable_data();
+        void* back_workspace = call.workspace(kernels.bwd_workspace(p, back));
+        call.run = [p, back, back_workspace, &kernels] { kernels.backward(p, back, back_workspace, cpu::kSerial); };
+    }
+    return call;
+}
+
 enum class Form { product, square_sum, log_sum_exp, weighted_values };
 
 template <class T, Form form>
@@ -355,6 +391,8 @@ const std::map<std::string, Call (*)(const Request&)>& cpu_kernels() {
         {"segment_max_similarity", segment_call<false>},
         {"segment_max_similarity_bwd", segment_call<true>},
         {"knn", knn_call},
+        {"masked_attention", attention_call<false>},
+        {"masked_attention_bwd", attention_call<true>},
         {"tile_product", tile_call<Form::product>},
         {"tile_square_sum", tile_call<Form::square_sum>},
         {"tile_log_sum_exp", tile_call<Form::log_sum_exp>},

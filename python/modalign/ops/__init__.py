@@ -17,11 +17,14 @@ from .gram_volume import gram_volume  # noqa: E402
 from .knn import knn  # noqa: E402
 from .knn_graph import knn_graph  # noqa: E402
 from .knn_values import knn_values  # noqa: E402
+from .masked_attention import masked_attention  # noqa: E402
+from .masked_attention_varlen import masked_attention_varlen  # noqa: E402
 from .mine_hard_negatives import mine_hard_negatives  # noqa: E402
 from .mutual_nearest import mutual_nearest  # noqa: E402
 from .paired_gram_volume import paired_gram_volume  # noqa: E402
 from .pairwise_logsumexp import pairwise_logsumexp  # noqa: E402
 from .segment_max_similarity import segment_max_similarity  # noqa: E402
+from .scaled_dot_product_attention import scaled_dot_product_attention  # noqa: E402
 from .siglip_loss import siglip_loss  # noqa: E402
 from .structure_loss import structure_loss  # noqa: E402
 from .target_rank import target_rank  # noqa: E402
@@ -41,10 +44,13 @@ __all__ = [
     "knn",
     "knn_graph",
     "knn_values",
+    "masked_attention",
+    "masked_attention_varlen",
     "mine_hard_negatives",
     "mutual_nearest",
     "paired_gram_volume",
     "pairwise_logsumexp",
+    "scaled_dot_product_attention",
     "segment_max_similarity",
     "siglip_loss",
     "structure_loss",

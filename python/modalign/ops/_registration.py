@@ -114,7 +114,7 @@ def call(name: str, *values: Any) -> Any:
     op = getattr(torch.ops.modalign, name)
     if not functorch_is_active():
         return op(*values)
-    flat, spec = pytree.tree_flatten(list(values), is_leaf=lambda value: value is None)
+    flat, spec = pytree.tree_flatten(list(values), is_leaf=lambda value: value is None or (isinstance(value, list) and bool(value) and isinstance(value[0], int)))
     return _Transformable.apply(op, *_autograd_of[name], spec, *flat)
 
 
@@ -155,8 +155,8 @@ def register_folding_vmap(qualified_name: str, contiguous: tuple[int, ...] = ())
     torch.library.register_vmap(qualified_name, batched)
 
 
-def register_looping_vmap(qualified_name: str) -> None:
-    """vmap for an op without a problem index: one call per entry of the vmapped dimension."""
+def register_looping_vmap(qualified_name: str, contiguous: tuple[int, ...] = ()) -> None:
+    """vmap for an op without a problem index: one call per entry of the vmapped dimension. `contiguous`: as in `register_folding_vmap`."""
     op = getattr(torch.ops.modalign, qualified_name.partition("::")[2])
 
     def entry(value: Any, dimension: Any, index: int) -> Any:
@@ -166,7 +166,12 @@ def register_looping_vmap(qualified_name: str) -> None:
         return value if dimension is None else value.select(dimension, index)
 
     def looped(info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[Any, Any]:
-        results = [op(*(entry(value, dimension, index) for value, dimension in zip(given, in_dims, strict=True))) for index in range(info.batch_size)]
+        results = []
+        for index in range(info.batch_size):
+            one = [entry(value, dimension, index) for value, dimension in zip(given, in_dims, strict=True)]
+            for position in contiguous:
+                one[position] = one[position].contiguous()
+            results.append(op(*one))
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
         return tuple(torch.stack(group) for group in zip(*results, strict=True)), (0,) * len(results[0])
@@ -184,10 +189,12 @@ def register_pair(
     backward: Callable[..., Any],
     saved: tuple[int, ...] = (),
     vmap: str = "fold",
+    autocast: bool = True,
 ) -> None:
     """Everything Python adds to the raw ops `modalign::<name>` and `modalign::<name>_bwd`; `op` is the public name that messages use, `saved` the
     positions of the
-    arguments of `<name>_bwd` that come from the forward and are taken contiguous only; vmap: "fold" where all tensors carry a problem index, else "loop".
+    arguments of `<name>_bwd` that come from the forward and are taken contiguous only; vmap: "fold" where all tensors carry a problem index, else "loop";
+    autocast: under it the ops compute in float32, else the public function has seen to the dtypes.
 
     One thing torch leaves no place for: raw ops drop forward-mode tangents without a word, so public functions call `refuse_forward_mode` first."""
     forward_name, backward_name = f"modalign::{name}", f"modalign::{name}_bwd"
@@ -196,11 +203,12 @@ def register_pair(
     torch.library.register_autograd(forward_name, backward, setup_context=setup_context)
     _autograd_of[name] = (setup_context, backward)
     refuse_double_backward(backward_name, op)
-    register_float32_autocast(forward_name)
-    register_float32_autocast(backward_name)  # backward() may be called inside the region, too
+    if autocast:
+        register_float32_autocast(forward_name)
+        register_float32_autocast(backward_name)  # backward() may be called inside the region, too
     if vmap == "loop":
         register_looping_vmap(forward_name)
-        register_looping_vmap(backward_name)
+        register_looping_vmap(backward_name, saved)
     else:
         register_folding_vmap(forward_name)
         register_folding_vmap(backward_name, saved)

@@ -132,6 +132,7 @@ class OpCase:
     raw: Callable[[Maker], Sequence[tuple[Any, tuple[Any, ...]]]] | None = None
     bad_inputs: Callable[[Maker], Sequence[BadInput]] | None = None
     label: str = ""  # what tests are called; the name unless several cases describe one op
+    refusal: str = ""  # whom messages about refused derivatives name; the name unless another op does the work
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     tolerances: dict[torch.dtype, Tolerance] = field(default_factory=dict)  # in place of the table's; a comment beside an entry says why
 

@@ -305,7 +305,7 @@ def check_func_grad(case: OpCase, device: str) -> None:
             _raises(
                 lambda: twice(*tensors),
                 RuntimeError,
-                f"{case.name}: double backward is not supported",
+                f"{case.refusal or case.name}: double backward is not supported",
                 f"{case.name}: func.grad of func.grad of tensor {position}",
             )
 
@@ -347,8 +347,8 @@ def check_forward_mode(case: OpCase, device: str) -> None:
                 (torch.ones_like(tensor),),
             )
 
-        _raises(with_dual, RuntimeError, f"{case.name}: forward-mode differentiation is not supported", f"{case.name}: dual tensor {position}")
-        _raises(by_jvp, RuntimeError, f"{case.name}: forward-mode differentiation is not supported", f"{case.name}: func.jvp of tensor {position}")
+        _raises(with_dual, RuntimeError, f"{case.refusal or case.name}: forward-mode differentiation is not supported", f"{case.name}: dual tensor {position}")
+        _raises(by_jvp, RuntimeError, f"{case.refusal or case.name}: forward-mode differentiation is not supported", f"{case.name}: func.jvp of tensor {position}")
         if case.compile and position == 0:
             _raises(compiled, RuntimeError, "forward-mode differentiation is not supported", f"{case.name}: compiled, dual tensor {position}")
 
@@ -367,7 +367,7 @@ def check_double_backward(case: OpCase, device: str) -> None:
             _raises(
                 lambda: torch.autograd.grad(first.sum(), leaf, allow_unused=True),
                 RuntimeError,
-                f"{case.name}: double backward is not supported",
+                f"{case.refusal or case.name}: double backward is not supported",
                 f"{case.name}/{sample.name}: second derivative by floating tensor {position}",
             )
         fresh = sample.requiring_grad()
@@ -377,7 +377,7 @@ def check_double_backward(case: OpCase, device: str) -> None:
                 _raises(
                     lambda first=first, leaf=leaf: torch.autograd.grad(first.sum() + (leaf * leaf).sum(), leaf, retain_graph=True),
                     RuntimeError,
-                    f"{case.name}: double backward is not supported",
+                    f"{case.refusal or case.name}: double backward is not supported",
                     f"{case.name}/{sample.name}: mixed second derivative by floating tensor {position}",
                 )
         result = fresh.call(case.call)
@@ -387,7 +387,7 @@ def check_double_backward(case: OpCase, device: str) -> None:
             _raises(
                 lambda: torch.autograd.grad(first.sum(), weight, retain_graph=True),
                 RuntimeError,
-                f"{case.name}: double backward is not supported",
+                f"{case.refusal or case.name}: double backward is not supported",
                 f"{case.name}/{sample.name}: derivative by the upstream gradient",
             )
 

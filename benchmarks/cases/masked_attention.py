@@ -1,0 +1,100 @@
+"""Attention under masks, against torch's fused attention without a mask and with the dense one, and FlexAttention (forward; it has no backward on the CPU). The floor: torch.mm of the kept
+pairs, 4 N^2 D kept in the forward and 10 N^2 D kept in the backward, per head.
+
+masked_attention         a share of the tiles of 96 x 96 kept, drawn at random; 1: no mask
+masked_attention_ragged  a sliding window, both ways, that keeps the share of pairs: most tiles at its edges are kept in part
+masked_attention_causal  causal
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import flex_attention as flex
+
+from modalign import bench, masks, ops
+
+TILE = 96
+
+
+def by_matrix(query, key, value, mask):
+    """The mask as a matrix, as is usual."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=None if mask is None else mask.dense())
+
+
+def operands(maker, H, N, D):
+    return tuple(maker.randn(1, H, N, D) for _ in range(3))
+
+
+def pairs(p):
+    """Per head."""
+    return p["N"] ** 2 * p["kept"]
+
+
+costs = dict(
+    flops=lambda p, pass_, size: (4 if pass_ == "fwd" else 10) * pairs(p) * p["D"] * p["H"],
+    bytes=lambda p, pass_, size: size * (4 if pass_ == "fwd" else 9) * p["N"] * p["D"] * p["H"],
+    reference=by_matrix,
+    rules={"kept from 0 to 1": lambda p: 0 < p["kept"] <= 1},
+)
+SIZES = dict(H=8, N=4096, D=64)
+SHARES = (1.0, 0.5, 0.25, 0.1, 0.05)
+QUICK = [dict(H=2, N=300, D=16, kept=0.5)]
+
+
+@bench.case(grid=[dict(**SIZES, kept=kept) for kept in SHARES], quick=QUICK, **costs)
+def masked_attention(maker, H, N, D, kept):
+    tiles = -(-N // TILE)
+    keep = torch.rand(1, 1, tiles, tiles, generator=torch.Generator().manual_seed(0)) < kept
+    keep[..., range(tiles), range(tiles)] = True  # no query without a key
+    return *operands(maker, H, N, D), None if kept == 1 else masks.blocks(keep.to(maker.device), TILE, N)
+
+
+def window(N, kept):
+    """A width either way such that the share of kept pairs of N x N is as asked."""
+    return max(1, round(N * (1 - (1 - kept) ** 0.5)))
+
+
+@bench.case(grid=[dict(**SIZES, kept=kept) for kept in SHARES[1:]], quick=QUICK, **costs)
+def masked_attention_ragged(maker, H, N, D, kept):
+    place, width = torch.arange(N, dtype=torch.int32, device=maker.device), window(N, kept)
+    return *operands(maker, H, N, D), masks.intervals(torch.stack([(place - width + 1).clamp(min=0), (place + width).clamp(max=N)], -1), N)
+
+
+@bench.case(grid=[dict(**SIZES, kept=0.5)], quick=QUICK, **costs)
+def masked_attention_causal(maker, H, N, D, kept):
+    return *operands(maker, H, N, D), masks.causal(N, device=maker.device)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------ providers
+
+both = (masked_attention, masked_attention_ragged, masked_attention_causal)
+
+bench.ours(*both, runs="modalign::masked_attention")(lambda query, key, value, mask: ops.masked_attention(query, key, value, mask))
+bench.provider(*both, name="torch, matrix")(by_matrix)
+bench.provider(masked_attention_causal, name="torch, causal")(lambda query, key, value, mask: F.scaled_dot_product_attention(query, key, value, is_causal=True))
+
+_flex = torch.compile(flex.flex_attention)
+
+
+@bench.provider(*both, name="FlexAttention", compiled=True)
+def flex_attention(query, key, value, mask):
+    return _flex(query, key, value, block_mask=None if mask is None else _block_mask(mask))
+
+
+_made = {}
+
+
+def _block_mask(mask):
+    """Made once, outside of the time measured."""
+    if id(mask) not in _made:
+        dense = mask.dense()[0, 0]
+        _made.clear()
+        _made[id(mask)] = flex.create_block_mask(lambda b, h, i, j: dense[i, j], None, None, mask.queries, mask.keys, device=dense.device)
+    return _made[id(mask)]
+
+
+@bench.matmul_floor(*both)
+def products(p, pass_):
+    """Two of [N, D] x [D, kept N] forward, five backward, for every head."""
+    N, D, some = p["N"], p["D"], max(1, round(p["N"] * p["kept"]))
+    forward = [(N, D, some), (N, some, D)]
+    return (forward if pass_ == "fwd" else [*forward, (N, D, some), (N, some, D), (N, D, some)]) * p["H"]

@@ -1,0 +1,629 @@
+// Softmax attention under a mask, forward and backward, with no Nq x Nk matrix; compiled once per instruction set.
+//
+// Maths      ops/masked_attention.h.
+// Forward    a task owns kBlock queries of a head and meets the blocks of keys in order. The tile lies keys x queries: lanes are queries, so that the softmax has no sums
+//            across lanes, and the tile of probabilities is the left operand of the value product as it is. 2 (D + Dv) FLOPs a pair.
+// Backward   a task owns blocks of keys of a key head and meets all queries of the heads that share it; tiles lie queries x keys. dk and dv are finished there, dq goes into the
+//            task's slot, and slots are added in order: their number depends on the sizes alone. 2 (3 D + 2 Dv) FLOPs a pair.
+// Tiles      of which the mask keeps nothing are not made; those that it keeps whole, and that have no bias, skip the test of pairs.
+// Memory     forward the packed keys and values. Backward queries, keys and gradients packed, twice the operands together, and at most kSlots times dq.
+// Precision  sums over D are one chain; sums over keys (in the forward and dq) and over queries (dk, dv, db) are chains of kBlock, added in order. All in float, double for double.
+// Order      fixed by the sizes: equal bits for any threads.
+
+#include "cpu/masked_attention.h"
+
+#include "cpu/attention_mask.h"
+#include "cpu/statistics.h"
+
+namespace modalign::cpu {
+inline namespace MODALIGN_ISA {
+namespace {
+
+constexpr std::int64_t kBlock = kMaskBlock;   // queries and keys of a tile: whole panels of every kind
+constexpr std::int64_t kSlots = 8;           // partial sums of dq, at most
+constexpr std::int64_t kTasks = 16;          // that slots make out of few heads
+
+template <class T> constexpr T kNothing = -std::numeric_limits<T>::infinity();
+
+std::int64_t blocks(std::int64_t n) { return (n + kBlock - 1) / kBlock; }
+
+// ---- sequences and pairs ------------------------------------------------------------------------------------------------------------------------------------
+
+struct Sequence {
+  std::int64_t item, first_query, queries, first_key, keys;   // item of the tensors; keys: those within the length
+  std::int64_t reach;                                         // causal: query i sees the keys up to i + reach
+};
+
+Sequence sequence(const AttentionProblem& p, std::int64_t b) {
+  Sequence s{b, 0, p.Nq, 0, p.Nk, 0};
+  if (p.cu_queries) s = {0, p.cu_queries[b], p.cu_queries[b + 1] - p.cu_queries[b], p.cu_keys[b], p.cu_keys[b + 1] - p.cu_keys[b], 0};
+  s.reach = p.causal == Causal::none ? s.keys : p.causal == Causal::top_left ? 0 : s.keys - s.queries;
+  if (p.key_lengths) s.keys = maximum(0, minimum(s.keys, p.key_lengths[b]));
+  return s;
+}
+
+// Which pairs of a head are kept, and what is added to their logits.
+class HeadPairs {
+ public:
+  HeadPairs(const AttentionProblem& p, const Mask& mask, const Sequence& s, std::int64_t b, std::int64_t h)
+      : s_(s), mask_(mask), b_(b), h_(h), bias_(p.bias), bias_dtype_(p.bias_dtype), bias_at_(bias_.data ? b * bias_.batch_stride + h / (p.H / bias_.heads) * bias_.head_stride : 0) {}
+
+  Coverage coverage(std::int64_t i, std::int64_t rows, std::int64_t j, std::int64_t columns) const {
+    if (j > i + rows - 1 + s_.reach) return Coverage::nothing;
+    return (j + columns - 1 <= i + s_.reach ? Coverage::everything : Coverage::some) & mask_.coverage(b_, h_, i, rows, j, columns);
+  }
+
+  bool has_bias() const { return bias_.data != nullptr; }
+
+  // to[line * kBlock + k]: the bias, -inf where a pair is not kept. Lines are keys and k counts queries, or the other way round.
+  template <bool lines_are_keys, class T>
+  void addends(std::int64_t i, std::int64_t rows, std::int64_t j, std::int64_t columns, T* to) const {
+    std::int32_t keep[kBlock];
+    const std::int64_t lines = lines_are_keys ? columns : rows, count = lines_are_keys ? rows : columns;
+    for (std::int64_t line = 0; line < lines; ++line, to += kBlock) {
+      const std::int64_t at = lines_are_keys ? (j + line) * bias_.column_stride + i * bias_.row_stride : (i + line) * bias_.row_stride + j * bias_.column_stride;
+      if (bias_.data) load_row<T>(bias_dtype_, bias_.data, bias_at_ + at, lines_are_keys ? bias_.row_stride : bias_.column_stride, count, to);
+      else for (std::int64_t k = 0; k < count; ++k) to[k] = 0;
+      if (!mask_.keeps_all()) {
+        mask_.line<lines_are_keys>(b_, h_, (lines_are_keys ? j : i) + line, lines_are_keys ? i : j, count, keep);
+        for (std::int64_t k = 0; k < count; ++k) to[k] = keep[k] ? to[k] : kNothing<T>;
+      }
+      // i + k + reach < j + line, and i + line + reach < j + k
+      const std::int64_t edge = lines_are_keys ? j + line - s_.reach - i : i + line + s_.reach + 1 - j;
+      if (lines_are_keys) for (std::int64_t k = 0; k < minimum(edge, count); ++k) to[k] = kNothing<T>;
+      else for (std::int64_t k = maximum(edge, 0); k < count; ++k) to[k] = kNothing<T>;
+    }
+  }
+
+ private:
+  const Sequence& s_;
+  const Mask& mask_;
+  std::int64_t b_, h_;
+  AttentionPairs bias_;
+  Scalar bias_dtype_;
+  std::int64_t bias_at_;
+};
+
+// ---- logits -------------------------------------------------------------------------------------------------------------------------------------------------
+
+// tanh; relative error some eps. Its Taylor series up to 1/4, beyond it (1 - e^-2x) / (1 + e^-2x).
+template <class T>
+inline Vector<T> hyperbolic_tangent(Vector<T> x) {
+  constexpr double series[] = {1.0, -0.3333333333333333, 0.13333333333333333, -0.05396825396825397, 0.021869488536155203, -0.008863235529902197, 0.003592128036572481,
+                               -0.0014558343870513183, 0.000590027440945586, -0.00023912911424355248, 9.691537956929451e-05, -3.927832388331683e-05};
+  constexpr int count = sizeof(T) == 4 ? 6 : 12;
+  const Vector<T> one = broadcast(T(1)), magnitude = x < Vector<T>{} ? -x : x, square = x * x;
+  Vector<T> near{};
+  for (int n = count - 1; n >= 0; --n) near = near * square + broadcast(T(series[n]));
+  const Vector<T> e = exponential<T>(broadcast(T(-2)) * magnitude), far = (one - e) / (one + e);
+  return magnitude < broadcast(T(0.25)) ? near * x : x < Vector<T>{} ? -far : far;
+}
+
+// Products become logits.
+template <class T>
+struct Logit {
+  T scale, cap;
+  Vector<T> operator()(Vector<T> product) const {
+    const Vector<T> x = product * broadcast(scale);
+    return cap == 0 ? x : broadcast(cap) * hyperbolic_tangent<T>(x / broadcast(cap));
+  }
+  // dx / dproduct at the logit z: scale (1 - tanh^2)
+  Vector<T> slope(Vector<T> z) const {
+    if (cap == 0) return broadcast(scale);
+    const Vector<T> t = z / broadcast(cap);
+    return broadcast(scale) * (broadcast(T(1)) - t * t);
+  }
+};
+
+template <class T> inline Vector<T> with_addend(Vector<T> z, Vector<T> addend) { return addend == broadcast(kNothing<T>) ? addend : z + addend; }   // also a NaN that is not kept
+
+template <class T>
+inline bool is_finite(const T* x, std::int64_t n) {
+  constexpr int L = kVectorLanes<T>;
+  Vector<T> lanes{};   // a sum of one would be a chain of additions
+  std::int64_t k = 0;
+  for (; k + L <= n; k += L) lanes += load(x + k) * broadcast(T(0));
+  T sum = 0;
+  for (int l = 0; l < L; ++l) sum += lanes[l];
+  for (; k < n; ++k) sum += x[k] * T(0);
+  return sum == 0;
+}
+
+// ---- operands -----------------------------------------------------------------------------------------------------------------------------------------------
+
+// Source rows widened and laid one behind the other.
+template <class T>
+void load_rows(Scalar dtype, const AttentionRows& from, std::int64_t item, std::int64_t h, std::int64_t first, std::int64_t count, std::int64_t depth, T* rows, std::int64_t ld) {
+  for (std::int64_t r = 0; r < count; ++r)
+    load_row<T>(dtype, from.data, item * from.batch_stride + h * from.head_stride + (first + r) * from.row_stride, from.element_stride, depth, rows + r * ld);
+}
+
+// Some rows as column panels [depth][width]; `rows` has room for them.
+template <class T>
+void pack_columns(Scalar dtype, const AttentionRows& from, std::int64_t item, std::int64_t h, std::int64_t first, std::int64_t count, std::int64_t depth, T* rows, T* panels) {
+  constexpr int P = kPanelColumns<T>;
+  load_rows<T>(dtype, from, item, h, first, count, depth, rows, depth);
+  for (std::int64_t r = 0; r < count; r += P)
+    pack_panel(P, static_cast<int>(minimum(P, count - r)), depth, [&](int n) { return rows + (r + n) * depth; }, panels + r * depth);
+}
+
+// Every block of rows of every head and sequence: f(h, b, sequence, first row, rows), in parallel.
+template <class F>
+void for_each_block(const AttentionProblem& p, std::int64_t heads, bool of_keys, const Parallel& parallel, const F& f) {
+  const std::int64_t most = blocks(of_keys ? p.Nk : p.Nq);
+  parallel_for(parallel, 0, heads * p.B * most, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t) {
+      const std::int64_t b = t / most % p.B, h = t / most / p.B, first = t % most * kBlock;
+      const Sequence s = sequence(p, b);
+      const std::int64_t rows = minimum(kBlock, (of_keys ? s.keys : s.queries) - first);
+      if (rows > 0) f(h, b, s, first, rows);
+    }
+  });
+}
+
+template <class T>
+struct Lines {   // line n at data + n * ld
+  const T* data;
+  std::int64_t ld;
+
+  // Towards the second cache. Lines one behind the other come by themselves.
+  void prefetch(std::int64_t first, std::int64_t count, std::int64_t depth) const {
+    for (std::int64_t n = first; n < first + count; ++n)
+      for (std::int64_t d = 0; d < depth; d += 64 / sizeof(T)) __builtin_prefetch(data + n * ld + d, 0, 2);
+  }
+};
+
+// A tile of a row or column of tiles, and the next of which something is kept.
+struct Kept {
+  std::int64_t at, count;   // first line, lines; at = end: no more
+  Coverage coverage;
+};
+template <class F>
+Kept next_kept(std::int64_t at, std::int64_t end, const F& coverage) {
+  for (; at < end; at += kBlock) {
+    const std::int64_t count = minimum(kBlock, end - at);
+    const Coverage found = coverage(at, count);
+    if (found != Coverage::nothing) return {at, count, found};
+  }
+  return {end, 0, Coverage::nothing};
+}
+// f(tile) for those of which something is kept; ahead(tile) where the next one is not the neighbour, before f of the one before it.
+template <class F, class Ahead, class G>
+void for_each_kept(std::int64_t end, const F& coverage, const Ahead& ahead, const G& f) {
+  for (Kept now = next_kept(0, end, coverage), next; now.at < end; now = next) {
+    next = next_kept(now.at + kBlock, end, coverage);
+    if (next.at < end && next.at > now.at + kBlock) ahead(next);
+    f(now);
+  }
+}
+
+// The rows of an operand as the tile engine reads them: where they lie if they are of T and contiguous (and fill whole vectors, where that is asked for), else from a copy.
+template <class T>
+struct Operand {
+  AttentionRows from;
+  std::int64_t heads, rows_in_all, depth, width;   // rows_in_all: of an item; width: of the copy
+  bool of_keys, in_place;
+  T* copy;   // [item][heads][rows][width]
+  Operand(const AttentionProblem& p, const AttentionRows& from, bool of_keys, std::int64_t depth, bool whole_vectors, Arena& arena)
+      : from(from), heads(of_keys ? p.Hkv : p.H), rows_in_all(of_keys ? p.total_keys : p.total_queries), depth(depth), width(whole_vectors ? round_up(depth, kRegisterColumns<T>) : depth),
+        of_keys(of_keys), in_place(size_of(p.dtype) == sizeof(T) && from.element_stride == 1 && width == depth),
+        copy(in_place ? nullptr : arena.take<T>(size(p))) {}
+  std::int64_t size(const AttentionProblem& p) const { return (of_keys ? p.key_rows() : p.query_rows()) * heads * width; }
+
+  // f(row of T [depth], h, sequence, row) may change what is copied.
+  template <class F>
+  void fill(const AttentionProblem& p, const Parallel& parallel, const F& f) const {
+    for_each_block(p, heads, of_keys, parallel, [&](std::int64_t h, std::int64_t, const Sequence& s, std::int64_t first, std::int64_t rows) {
+      first += of_keys ? s.first_key : s.first_query;
+      T* to = copy + ((s.item * heads + h) * rows_in_all + first) * width;
+      load_rows<T>(p.dtype, from, s.item, h, first, rows, depth, to, width);
+      for (std::int64_t r = 0; r < rows; ++r) {
+        f(to + r * width, h, s, first + r);
+        for (std::int64_t d = depth; d < width; ++d) to[r * width + d] = 0;
+      }
+    });
+  }
+  void fill(const AttentionProblem& p, const Parallel& parallel) const {
+    if (!in_place) fill(p, parallel, [](T*, std::int64_t, const Sequence&, std::int64_t) {});
+  }
+
+  Lines<T> lines(const Sequence& s, std::int64_t h) const {
+    const std::int64_t first = of_keys ? s.first_key : s.first_query;
+    if (copy) return {copy + ((s.item * heads + h) * rows_in_all + first) * width, width};
+    return {static_cast<const T*>(from.data) + s.item * from.batch_stride + h * from.head_stride + first * from.row_stride, from.row_stride};
+  }
+};
+
+// The copy of an operand that lies well but holds what must not be used as it is: rare, so its memory is no part of the workspace.
+template <class T>
+Scratch<T> copy_of(Operand<T>& operand, const AttentionProblem& p, bool wanted) {
+  Scratch<T> copy(wanted && operand.in_place ? operand.size(p) : 0);
+  if (wanted && operand.in_place) operand.copy = copy;
+  return copy;
+}
+
+// ---- forward ------------------------------------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct ForwardBuffers {
+  Mask mask;
+  Operand<T> key, value;
+  ForwardBuffers(const AttentionProblem& p, Arena& arena)
+      : mask(p.mask, p.B, p.H, p.Nq, p.Nk, arena), key(p, p.key, true, p.D, false, arena), value(p, p.value, true, p.Dv, true, arena) {}
+};
+
+// Queries of a block and what they have met so far.
+template <class T>
+struct QueryBlock {
+  static constexpr int L = kVectorLanes<T>;
+  std::int64_t width;                                  // of the output with its padding
+  Scratch<T> queries, tile, addend, out, row, edge;    // [D][kBlock] panels, [keys][kBlock], the same, [kBlock][width]
+  Scratch<T> maximum_, sum, shrink;                    // [kBlock]
+  Scratch<T> values;                                   // [keys][width], of values that hold NaN or infinity: these rows are zeros
+  Scratch<bool> broken, kept;                          // which those are, and for them [keys][kBlock]
+
+  explicit QueryBlock(const AttentionProblem& p)
+      : width(round_up(p.Dv, kRegisterColumns<T>)), queries(kBlock * p.D), tile(kBlock * kBlock), addend(kBlock * kBlock), out(kBlock * width), row(kBlock * maximum(p.D, p.Dv)),
+        edge(kRegisterRows * p.D), maximum_(kBlock), sum(kBlock), shrink(kBlock), values(kBlock * width), broken(kBlock), kept(kBlock * kBlock) {
+    for (std::int64_t n = 0; n < kBlock * kBlock; ++n) tile[n] = 0, addend[n] = 0;   // lanes without a query are computed with
+  }
+
+  void begin() {
+    for (std::int64_t n = 0; n < kBlock * width; ++n) out[n] = 0;
+    for (std::int64_t i = 0; i < kBlock; ++i) maximum_[i] = kNothing<T>, sum[i] = 0;
+  }
+
+  // Products become exp(logit - maximum so far), and what there was is made to fit.
+  void fold(const Logit<T>& logit, std::int64_t columns, std::int64_t keys, bool added, bool any_broken) {
+    if (!added && !any_broken && logit.cap == 0 && logit.scale > 0) return fold_plain(logit.scale, columns, keys);
+    for (std::int64_t c = 0; c < columns; c += L) {
+      Vector<T> top = load(maximum_ + c);
+      for (std::int64_t j = 0; j < keys; ++j) {
+        T* z = tile + j * kBlock + c;
+        Vector<T> value = logit(load(z));
+        if (added) value = with_addend<T>(value, load(addend + j * kBlock + c));
+        store(z, value);
+        top = larger<T>(value, top);
+        if (any_broken && broken[j])
+          for (int l = 0; l < L; ++l) kept[j * kBlock + c + l] = value[l] != kNothing<T>;
+      }
+      const Vector<T> offset = top == broadcast(kNothing<T>) ? Vector<T>{} : top, less = exponential<T>(load(maximum_ + c) - offset);
+      Vector<T> total{};
+      for (std::int64_t j = 0; j < keys; ++j) {
+        T* z = tile + j * kBlock + c;
+        const Vector<T> p = exponential<T>(load(z) - offset);
+        store(z, p);
+        total += p;
+      }
+      store(maximum_ + c, top);
+      store(shrink + c, less);
+      store(sum + c, load(sum + c) * less + total);
+    }
+  }
+
+  // Where logits are products times a positive number they need not be written.
+  void fold_plain(T scale, std::int64_t columns, std::int64_t keys) {
+    for (std::int64_t c = 0; c < columns; c += L) {
+      Vector<T> most = broadcast(kNothing<T>);
+      for (std::int64_t j = 0; j < keys; ++j) most = larger<T>(load(tile + j * kBlock + c), most);
+      const Vector<T> before = load(maximum_ + c), top = larger<T>(most * broadcast(scale), before);
+      const Vector<T> offset = top == broadcast(kNothing<T>) ? Vector<T>{} : top, less = exponential<T>(before - offset);
+      Vector<T> total{};
+      for (std::int64_t j = 0; j < keys; ++j) {
+        T* z = tile + j * kBlock + c;
+        const Vector<T> p = exponential<T>(load(z) * broadcast(scale) - offset);
+        store(z, p);
+        total += p;
+      }
+      store(maximum_ + c, top);
+      store(shrink + c, less);
+      store(sum + c, load(sum + c) * less + total);
+    }
+  }
+
+  void shrink_output(std::int64_t rows) {
+    for (std::int64_t i = 0; i < rows; ++i)
+      if (shrink[i] != 1)
+        for (std::int64_t n = 0; n < width; n += L) store(out + i * width + n, load(out + i * width + n) * broadcast(shrink[i]));
+  }
+
+  // Values of a tile with their broken rows as zeros; whether there are any.
+  bool mend(const Lines<T>& value, std::int64_t j, std::int64_t keys, std::int64_t Dv) {
+    bool any = false;
+    for (std::int64_t k = 0; k < keys; ++k) {
+      const T* from = value.data + (j + k) * value.ld;
+      broken[k] = !is_finite<T>(from, Dv);
+      any |= broken[k];
+      if (broken[k]) std::memset(values + k * width, 0, width * sizeof(T));
+      else std::memcpy(values + k * width, from, width * sizeof(T));
+    }
+    return any;
+  }
+};
+
+template <class T>
+void forward(const AttentionProblem& p, const AttentionForward& to, const ForwardBuffers<T>& buffers, const Parallel& parallel) {
+  buffers.mask.prepare(parallel);
+  buffers.key.fill(p, parallel);
+  buffers.value.fill(p, parallel);
+  const Logit<T> logit{static_cast<T>(p.scale), static_cast<T>(p.cap)};
+  const std::int64_t most = blocks(p.Nq), group = p.H / p.Hkv;
+  parallel_for(parallel, 0, p.B * p.H * most, 1, [&](std::int64_t begin, std::int64_t end) {
+    QueryBlock<T> block(p);
+    for (std::int64_t t = begin; t < end; ++t) {
+      const std::int64_t n = t % most, h = t / most % p.H, b = t / most / p.H;
+      const std::int64_t first = (n & 1 ? most - 1 - n / 2 : n / 2) * kBlock;   // long and short causal rows in turn
+      const Sequence s = sequence(p, b);
+      const std::int64_t rows = minimum(kBlock, s.queries - first);
+      if (rows <= 0) continue;
+      const HeadPairs pairs(p, buffers.mask, s, b, h);
+      const std::int64_t columns = round_up(rows, kPanelColumns<T>);
+      const Lines<T> key = buffers.key.lines(s, h / group), value = buffers.value.lines(s, h / group);
+      pack_columns<T>(p.dtype, p.query, s.item, h, s.first_query + first, rows, p.D, block.row, block.queries);
+      // Zero times a value that is no number is none either: where the output shows such a thing the block is made again, with care.
+      const auto attend = [&](bool careful) {
+        block.begin();
+        const auto coverage = [&](std::int64_t j, std::int64_t keys) { return pairs.coverage(first, rows, j, keys); };
+        const auto ahead = [&](const Kept& next) {
+          key.prefetch(next.at, next.count, p.D);
+          value.prefetch(next.at, next.count, p.Dv);
+        };
+        for_each_kept(s.keys, coverage, ahead, [&](const Kept& now) {
+          const std::int64_t j = now.at, keys = now.count;
+          tile_product_by_rows<T>(key.data + j * key.ld, key.ld, keys, block.queries, columns, p.D, block.tile, kBlock, block.edge);
+          const bool added = now.coverage == Coverage::some || pairs.has_bias(), broken = careful && block.mend(value, j, keys, p.Dv);
+          if (added) pairs.template addends<true, T>(first, rows, j, keys, block.addend);
+          block.fold(logit, columns, keys, added, broken);
+          block.shrink_output(rows);
+          if (broken) add_tile_times_rows<false, T>(block.tile, kBlock, rows, keys, block.values, block.width, block.width, block.out, block.width);
+          else add_tile_times_rows<false, T>(block.tile, kBlock, rows, keys, value.data + j * value.ld, value.ld, block.width, block.out, block.width);
+          for (std::int64_t k = 0; broken && k < keys; ++k)
+            for (std::int64_t i = 0; block.broken[k] && i < rows; ++i)
+              if (block.kept[k * kBlock + i]) add_scaled<T>(block.out + i * block.width, block.tile[k * kBlock + i], value.data + (j + k) * value.ld, p.Dv);
+        });
+      };
+      attend(false);
+      if (!is_finite<T>(block.out, rows * block.width)) attend(true);
+      const std::int64_t row = (s.item * p.H + h) * p.total_queries + s.first_query + first;
+      for (std::int64_t i = 0; i < rows; ++i) {
+        const bool empty = block.maximum_[i] == kNothing<T> && block.sum[i] == 0;
+        T* out = block.out + i * block.width;
+        for (std::int64_t d = 0; d < p.Dv; ++d) out[d] = empty ? T(0) : out[d] / block.sum[i];
+        store_row<T>(p.dtype, to.out, (row + i) * p.Dv, p.Dv, out);
+        static_cast<T*>(to.lse)[row + i] = empty ? kNothing<T> : block.maximum_[i] + std::log(block.sum[i]);
+      }
+    }
+  });
+}
+
+// ---- backward -----------------------------------------------------------------------------------------------------------------------------------------------
+
+// Blocks of keys are dealt out to slots, one after the other, so that causal masks leave none with the short ones. A bias that several heads or items share, and that has
+// pairs, is added to by one task in order.
+struct BackwardPlan {
+  std::int64_t slots, units;   // units: key heads of sequences that are tasks of their own
+  BackwardPlan(const AttentionProblem& p, const AttentionBackward& to) {
+    const bool shared = to.bias_gradient == BiasGradient::pairs && (to.bias_batches < p.B || p.bias.heads < p.Hkv);
+    units = shared ? 1 : p.B * p.Hkv;
+    slots = maximum(1, minimum(minimum(kSlots, blocks(p.Nk)), kTasks / maximum(1, units)));
+  }
+};
+
+template <class T>
+struct BackwardBuffers {
+  BackwardPlan plan;
+  Mask mask;
+  Operand<T> query, grad, key;   // as left operands and as values; grad: of the output
+  T *lse, *delta;                // [item, H, total queries]; lse +inf for empty rows
+  T* grad_query;                 // [slots][item, H, total queries][wide], then added up
+  T* columns;                    // [B * H][Nk] of db
+  bool* dirty;                   // of every block of queries, of these and of the gradient, then of keys
+  std::int64_t wide;             // D to the next whole vector
+  BackwardBuffers(const AttentionProblem& p, const AttentionBackward& to, Arena& arena)
+      : plan(p, to),
+        mask(p.mask, p.B, p.H, p.Nq, p.Nk, arena),
+        query(p, p.query, false, p.D, true, arena),
+        grad(p, to.grad_out, false, p.Dv, true, arena),
+        key(p, p.key, true, p.D, true, arena),
+        lse(arena.take<T>(p.H * p.query_rows())),
+        delta(arena.take<T>(p.H * p.query_rows())),
+        grad_query(nullptr),
+        columns(to.bias_gradient == BiasGradient::columns ? arena.take<T>(p.B * p.H * p.Nk) : nullptr),
+        dirty(arena.take<bool>(3)),
+        wide(round_up(p.D, kRegisterColumns<T>)) {
+    if (plan.slots > 1 || size_of(p.dtype) != sizeof(T) || wide != p.D) grad_query = arena.take<T>(plan.slots * p.H * p.query_rows() * wide);
+  }
+};
+
+// Keys of a block, and the gradients that gather there.
+template <class T>
+struct KeyBlock {
+  static constexpr int L = kVectorLanes<T>;
+  std::int64_t wide_key, wide_value;
+  Scratch<T> keys, values, tile, grad, addend;   // panels [D][kBlock], [Dv][kBlock]; tiles [queries][kBlock]
+  Scratch<T> grad_key, grad_value, columns, row, edge;
+  explicit KeyBlock(const AttentionProblem& p)
+      : wide_key(round_up(p.D, kRegisterColumns<T>)), wide_value(round_up(p.Dv, kRegisterColumns<T>)), keys(kBlock * p.D), values(kBlock * p.Dv), tile(kBlock * kBlock), grad(kBlock * kBlock),
+        addend(kBlock * kBlock), grad_key(kBlock * wide_key), grad_value(kBlock * wide_value), columns(kBlock), row(kBlock * maximum(p.D, p.Dv)),
+        edge(kRegisterRows * maximum(p.D, p.Dv)) {
+    for (std::int64_t n = 0; n < kBlock * kBlock; ++n) tile[n] = 0, grad[n] = 0, addend[n] = 0;
+  }
+
+  void begin(const AttentionProblem& p, const Sequence& s, std::int64_t h, std::int64_t first, std::int64_t count) {
+    pack_columns<T>(p.dtype, p.key, s.item, h, s.first_key + first, count, p.D, row, keys);
+    pack_columns<T>(p.dtype, p.value, s.item, h, s.first_key + first, count, p.Dv, row, values);
+    for (std::int64_t n = 0; n < kBlock * wide_key; ++n) grad_key[n] = 0;
+    for (std::int64_t n = 0; n < kBlock * wide_value; ++n) grad_value[n] = 0;
+  }
+
+  // tile: products become p; grad: dp becomes dx. to_bias: where ds goes, row after row, or nullptr.
+  void fold(const Logit<T>& logit, std::int64_t rows, std::int64_t width, const T* lse, const T* delta, bool added, T* to_bias, std::int64_t bias_row, std::int64_t count, bool sum_columns) {
+    for (std::int64_t i = 0; i < rows; ++i)
+      for (std::int64_t c = 0; c < width; c += L) {
+        const std::int64_t at = i * kBlock + c;
+        const Vector<T> x = logit(load(tile + at)), z = added ? with_addend<T>(x, load(addend + at)) : x;
+        Vector<T> p = exponential<T>(z - broadcast(lse[i])), ds = p * (load(grad + at) - broadcast(delta[i]));
+        if (added) {   // lse and dp may be NaN
+          const auto dropped = z == broadcast(kNothing<T>);
+          p = dropped ? Vector<T>{} : p, ds = dropped ? Vector<T>{} : ds;
+        }
+        store(tile + at, p);
+        store(grad + at, ds * logit.slope(x));
+        if (sum_columns) store(columns + c, load(columns + c) + ds);
+        if (to_bias)
+          for (std::int64_t l = 0; l < minimum(L, count - c); ++l) to_bias[i * bias_row + c + l] += ds[l];
+      }
+  }
+};
+
+template <class T>
+void backward(const AttentionProblem& p, const AttentionBackward& to, const BackwardBuffers<T>& buffers, const Parallel& parallel) {
+  buffers.mask.prepare(parallel);
+  const Logit<T> logit{static_cast<T>(p.scale), static_cast<T>(p.cap)};
+  const BackwardPlan& plan = buffers.plan;
+  const std::int64_t group = p.H / p.Hkv, head_rows = p.total_queries, all_queries = (p.cu_queries ? 1 : p.B) * p.H * head_rows, wide = buffers.wide;
+
+  // What is not finite must not leak through pairs that are not kept, whose p and ds are 0. Queries and keys have left their NaN in lse, so they may be zeros as values; so may the
+  // gradients of rows that keep nothing.
+  std::memset(buffers.dirty, 0, 3);
+  for_each_block(p, p.H, false, parallel, [&](std::int64_t h, std::int64_t, const Sequence& s, std::int64_t first, std::int64_t rows) {
+    Scratch<T> grad(p.Dv), out(maximum(p.D, p.Dv));
+    const std::int64_t at = (s.item * p.H + h) * head_rows + s.first_query + first;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t row = s.first_query + first + r;
+      const T given = static_cast<const T*>(to.lse)[at + r];
+      const bool empty = given == kNothing<T>;
+      load_rows<T>(p.dtype, to.grad_out, s.item, h, row, 1, p.Dv, grad, p.Dv);
+      load_rows<T>(p.dtype, to.out, s.item, h, row, 1, p.Dv, out, p.Dv);
+      buffers.lse[at + r] = empty ? std::numeric_limits<T>::infinity() : given;
+      buffers.delta[at + r] = empty ? T(0) : dot<T>(grad, out, p.Dv) - (to.grad_lse ? static_cast<const T*>(to.grad_lse)[at + r] : T(0));
+      if (empty && !is_finite<T>(grad, p.Dv)) buffers.dirty[1] = true;
+      load_rows<T>(p.dtype, p.query, s.item, h, row, 1, p.D, out, p.D);
+      if (!is_finite<T>(out, p.D)) buffers.dirty[0] = true;
+    }
+  });
+  for_each_block(p, p.Hkv, true, parallel, [&](std::int64_t h, std::int64_t, const Sequence& s, std::int64_t first, std::int64_t rows) {
+    Scratch<T> row(p.D);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      load_rows<T>(p.dtype, p.key, s.item, h, s.first_key + first + r, 1, p.D, row, p.D);
+      if (!is_finite<T>(row, p.D)) buffers.dirty[2] = true;
+    }
+  });
+  Operand<T> queries = buffers.query, grads = buffers.grad, all_keys = buffers.key;
+  const Scratch<T> query_copy = copy_of(queries, p, buffers.dirty[0]), grad_copy = copy_of(grads, p, buffers.dirty[1]), key_copy = copy_of(all_keys, p, buffers.dirty[2]);
+  const auto finite_or_zero = [](std::int64_t depth) {
+    return [depth](T* row, std::int64_t, const Sequence&, std::int64_t) { if (!is_finite<T>(row, depth)) std::memset(row, 0, depth * sizeof(T)); };
+  };
+  if (queries.copy) queries.fill(p, parallel, finite_or_zero(p.D));
+  if (all_keys.copy) all_keys.fill(p, parallel, finite_or_zero(p.D));
+  if (grads.copy)
+    grads.fill(p, parallel, [&](T* row, std::int64_t h, const Sequence& s, std::int64_t i) {
+      if (static_cast<const T*>(to.lse)[(s.item * p.H + h) * head_rows + i] == kNothing<T>) std::memset(row, 0, p.Dv * sizeof(T));
+    });
+
+  T* const slots = buffers.grad_query ? buffers.grad_query : static_cast<T*>(to.grad_query);
+  if (to.bias_gradient == BiasGradient::pairs) std::memset(to.grad_bias, 0, to.bias_batches * p.bias.heads * p.Nq * p.Nk * sizeof(T));
+  if (buffers.columns) std::memset(buffers.columns, 0, p.B * p.H * p.Nk * sizeof(T));
+  if (p.key_lengths || p.cu_keys) {   // rows that no task visits
+    std::memset(to.grad_key, 0, p.key_rows() * p.Hkv * p.D * size_of(p.dtype));
+    std::memset(to.grad_value, 0, p.key_rows() * p.Hkv * p.Dv * size_of(p.dtype));
+  }
+  parallel_for(parallel, 0, plan.slots * all_queries, 256, [&](std::int64_t begin, std::int64_t end) { std::memset(slots + begin * wide, 0, (end - begin) * wide * sizeof(T)); });
+
+  const auto unit = [&](KeyBlock<T>& block, std::int64_t b, std::int64_t kv, std::int64_t slot) {
+    const Sequence s = sequence(p, b);
+    const Lines<T> key = all_keys.lines(s, kv);
+    for (std::int64_t j = slot * kBlock; j < s.keys; j += plan.slots * kBlock) {
+      const std::int64_t keys = minimum(kBlock, s.keys - j), width = round_up(keys, kPanelColumns<T>);
+      block.begin(p, s, kv, j, keys);
+      for (std::int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+        const HeadPairs pairs(p, buffers.mask, s, b, h);
+        const Lines<T> query = queries.lines(s, h), grad = grads.lines(s, h);
+        const std::int64_t rows_before = (s.item * p.H + h) * head_rows + s.first_query;
+        T* grad_query = slots + (slot * all_queries + rows_before) * wide;
+        T* grad_bias = nullptr;
+        if (to.bias_gradient == BiasGradient::pairs)
+          grad_bias = static_cast<T*>(to.grad_bias) + (minimum(b, to.bias_batches - 1) * p.bias.heads + h / (p.H / p.bias.heads)) * p.Nq * p.Nk + j;
+        for (std::int64_t c = 0; c < kBlock; ++c) block.columns[c] = 0;
+        const auto coverage = [&](std::int64_t i, std::int64_t rows) { return pairs.coverage(i, rows, j, keys); };
+        const auto ahead = [&](const Kept& next) {
+          query.prefetch(next.at, next.count, p.D);
+          grad.prefetch(next.at, next.count, p.Dv);
+        };
+        for_each_kept(s.queries, coverage, ahead, [&](const Kept& now) {
+          const std::int64_t i = now.at, rows = now.count;
+          tile_product_by_rows<T>(query.data + i * query.ld, query.ld, rows, block.keys, width, p.D, block.tile, kBlock, block.edge);
+          tile_product_by_rows<T>(grad.data + i * grad.ld, grad.ld, rows, block.values, width, p.Dv, block.grad, kBlock, block.edge);
+          const bool added = now.coverage == Coverage::some || pairs.has_bias();
+          if (added) pairs.template addends<false, T>(i, rows, j, keys, block.addend);
+          block.fold(logit, rows, width, buffers.lse + rows_before + i, buffers.delta + rows_before + i, added, grad_bias ? grad_bias + i * p.Nk : nullptr, p.Nk, keys, buffers.columns != nullptr);
+          add_tile_times_rows<false, T>(block.tile, kBlock, keys, rows, grad.data + i * grad.ld, grad.ld, block.wide_value, block.grad_value, block.wide_value);
+          add_tile_times_rows<false, T>(block.grad, kBlock, keys, rows, query.data + i * query.ld, query.ld, block.wide_key, block.grad_key, block.wide_key);
+          add_tile_times_rows<true, T>(block.grad, kBlock, rows, keys, key.data + j * key.ld, key.ld, wide, grad_query + i * wide, wide);
+        });
+        if (buffers.columns) std::memcpy(buffers.columns + (b * p.H + h) * p.Nk + j, block.columns, keys * sizeof(T));
+      }
+      const std::int64_t row = (s.item * p.Hkv + kv) * p.total_keys + s.first_key + j;
+      for (std::int64_t k = 0; k < keys; ++k) {
+        store_row<T>(p.dtype, to.grad_key, (row + k) * p.D, p.D, block.grad_key + k * block.wide_key);
+        store_row<T>(p.dtype, to.grad_value, (row + k) * p.Dv, p.Dv, block.grad_value + k * block.wide_value);
+      }
+    }
+  };
+  const std::int64_t heads = p.B * p.Hkv / maximum(1, plan.units);   // of a task
+  parallel_for(parallel, 0, plan.units * plan.slots, 1, [&](std::int64_t begin, std::int64_t end) {
+    KeyBlock<T> block(p);
+    for (std::int64_t t = begin; t < end; ++t)
+      for (std::int64_t n = t / plan.slots * heads; n < (t / plan.slots + 1) * heads; ++n) unit(block, n / p.Hkv, n % p.Hkv, t % plan.slots);
+  });
+  if (buffers.grad_query)
+    parallel_for(parallel, 0, all_queries, 64, [&](std::int64_t begin, std::int64_t end) {
+      Scratch<T> sum(p.D);
+      for (std::int64_t row = begin; row < end; ++row) {
+        std::memcpy(sum, slots + row * wide, p.D * sizeof(T));
+        for (std::int64_t slot = 1; slot < plan.slots; ++slot) add_scaled<T>(sum, T(1), slots + (slot * all_queries + row) * wide, p.D);
+        store_row<T>(p.dtype, to.grad_query, row * p.D, p.D, sum);
+      }
+    });
+  if (buffers.columns) {
+    std::memset(to.grad_bias, 0, to.bias_batches * p.bias.heads * p.Nk * sizeof(T));
+    for (std::int64_t b = 0; b < p.B; ++b)
+      for (std::int64_t h = 0; h < p.H; ++h)
+        add_scaled<T>(static_cast<T*>(to.grad_bias) + (minimum(b, to.bias_batches - 1) * p.bias.heads + h / (p.H / p.bias.heads)) * p.Nk, T(1), buffers.columns + (b * p.H + h) * p.Nk, p.Nk);
+  }
+}
+
+// ---- entry points -------------------------------------------------------------------------------------------------------------------------------------------
+
+template <template <class> class Buffers, class... Problem>
+std::int64_t counted(Scalar dtype, const Problem&... problem) {
+  return with_real(dtype, [&](auto real) {
+    Arena arena(nullptr);
+    Buffers<decltype(real)>(problem..., arena);
+    return arena.used();
+  });
+}
+
+std::int64_t forward_workspace(const AttentionProblem& p) { return counted<ForwardBuffers>(p.dtype, p); }
+std::int64_t backward_workspace(const AttentionProblem& p, const AttentionBackward& to) { return counted<BackwardBuffers>(p.dtype, p, to); }
+
+void run_forward(const AttentionProblem& p, const AttentionForward& to, void* workspace, const Parallel& parallel) {
+  with_real(p.dtype, [&](auto real) {
+    Arena arena(workspace);
+    forward(p, to, ForwardBuffers<decltype(real)>(p, arena), parallel);
+  });
+}
+void run_backward(const AttentionProblem& p, const AttentionBackward& to, void* workspace, const Parallel& parallel) {
+  with_real(p.dtype, [&](auto real) {
+    Arena arena(workspace);
+    backward(p, to, BackwardBuffers<decltype(real)>(p, to, arena), parallel);
+  });
+}
+
+}  // namespace
+
+extern const AttentionKernels kAttentionKernels;
+const AttentionKernels kAttentionKernels = {forward_workspace, run_forward, backward_workspace, run_backward};
+
+}  // inline namespace
+}  // namespace modalign::cpu

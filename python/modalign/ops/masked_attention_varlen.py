@@ -1,0 +1,93 @@
+"""Attention within sequences that lie one behind the other. [FlashAttention-2, ICLR 2024]"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _arguments as arguments
+from . import _attention_arguments as check
+from ._registration import call, refuse_forward_mode
+
+__all__ = ["masked_attention_varlen"]
+
+
+def masked_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    causal: bool | str = False,
+    scale: float | None = None,
+    softcap: float = 0,
+    return_lse: bool = False,
+    deterministic: bool = True,
+) -> Any:
+    r"""`masked_attention` of sequences that lie one behind the other: sequence s has the rows cu_seqlens[s] to cu_seqlens[s + 1] - 1.
+
+    >>> import torch
+    >>> v, cu = torch.tensor([1.0, 2.0, 6.0]).view(3, 1, 1), torch.tensor([0, 1, 3], dtype=torch.int32)
+    >>> masked_attention_varlen(torch.zeros(3, 1, 1), torch.zeros(3, 1, 1), v, cu, cu, 2, 2).flatten()
+    tensor([1., 4., 4.])
+
+    Parameters
+    ----------
+    query : Tensor [T, H, D]
+    key : Tensor [Tk, Hkv, D]
+    value : Tensor [Tk, Hkv, Dv]
+    cu_seqlens_q, cu_seqlens_k : int32 tensors [sequences + 1]
+        Rising from 0 to T and Tk.
+    max_q, max_k : int
+        The longest sequences, or more.
+    causal, scale, softcap, return_lse, deterministic
+        As in `masked_attention`; `causal` is aligned in every sequence.
+
+    Returns
+    -------
+    Tensor [T, H, Dv]; with `return_lse` also lse [H, T].
+
+    Gradient
+    --------
+    As in `masked_attention`.
+
+    Edges
+    -----
+    As in `masked_attention`. A sequence may have no queries or no keys.
+
+    Raises
+    ------
+    TypeError, ValueError
+        ``masked_attention_varlen: <argument> must ..., got ...``; RuntimeError for cu_seqlens that do not rise or do not fit, whose values are looked at on
+        the CPU only.
+
+    Complexity
+    ----------
+    As `masked_attention` of each sequence alone.
+
+    Paper: Dao, "FlashAttention-2", ICLR 2024, whose argument names these are.
+    """
+    op = "masked_attention_varlen"
+    query, key, value = check.check_operands(op, query, key, value, 3)
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(cu, Tensor) or cu.dtype is not torch.int32:
+            raise TypeError(f"{op}: {name} must be an int32 tensor [sequences + 1], got {arguments.describe(cu)}")
+        if cu.dim() != 1 or len(cu) < 1 or cu.shape != cu_seqlens_k.shape or cu.device != query.device:
+            raise ValueError(f"{op}: {name} must have shape [sequences + 1] on {query.device}, equal for queries and keys, got {arguments.describe(cu)}")
+    for name, longest in (("max_q", max_q), ("max_k", max_k)):
+        if isinstance(longest, bool) or not isinstance(longest, int):
+            raise TypeError(f"{op}: {name} must be a whole number, got {arguments.describe(longest)}")
+        if longest < 0:
+            raise ValueError(f"{op}: {name} must be 0 or more, got {longest}")
+    numbers = check.check_numbers(op, query, causal, scale, softcap, deterministic, return_lse)
+    refuse_forward_mode("masked_attention", (query, key, value))
+    q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        out, lse = call("masked_attention", q, k, v, None, None, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_q, max_k, *numbers, [], [])
+    out = out[0].transpose(0, 1)
+    return (out, lse[0]) if return_lse else out
