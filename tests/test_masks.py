@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import itertools
 
+from pathlib import Path
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from modalign import masks
+from modalign.cli import app
+from modalign.cli.mask import RULES
 from modalign.ops import masked_attention
 from modalign.ops.masked_attention import reference_masked_attention
 
@@ -347,3 +352,130 @@ def test_tokens_out_of_range_are_refused_before_a_kernel_looks_them_up(field, va
     tokens = masks.layout([("prefix", 6)]).replace(**{field: value})
     with pytest.raises(RuntimeError, match="types from 0 to 15, valid 0 or 1 and coordinates of 0 or more"):
         masked_attention(q, q, q, masks.relation({(0, 0): "causal"}, tokens))
+
+
+# --------------------------------------------------------------------------------------------------------------- published rules on other tokens than one's own
+
+
+def test_masks_of_cross_attention():
+    """Against pairs looked at one by one: text with media, pooled tokens with all, tags with tiles, cells."""
+    g = draw(2)
+    last = torch.tensor([-1, -1, 0, 0, 1, 1, 1, 2])
+    segment = torch.arange(3).repeat_interleave(4)
+    text, keys = masks.tokens([2] * 8, last=last, names=masks.TYPE_NAMES), masks.tokens([1] * 12, segment=segment, t=segment, names=masks.TYPE_NAMES)
+    i, j = last[:, None], segment[None]
+    assert torch.equal(masks.media(text, keys).dense()[0, 0], (i == j) & (i >= 0))
+    assert torch.equal(masks.media(text, keys, immediate=False).dense()[0, 0], j <= i)
+    attend_like_the_matrix(masks.media(text, keys))
+
+    kinds, frame = torch.tensor([1] * 3 + [2] * 4), torch.tensor([0, 1, 2, 0, 0, 0, 0])
+    queries = masks.tokens(kinds, segment=0, last=torch.tensor([0, 0, 0, -1, 0, 0, 0]), t=frame, names=masks.TYPE_NAMES)
+    frames = masks.tokens([1] * 12, segment=0, t=torch.arange(12) // 4, names=masks.TYPE_NAMES)
+    pooled, own = kinds[:, None] == 1, frame[:, None] == (torch.arange(12) // 4)[None]
+    assert masks.dual_cross(queries, frames).dense().all()
+    seen = masks.dual_cross(queries, frames, same_frame=True, causal_media=True).dense()[0, 0]
+    assert torch.equal(seen, torch.where(pooled, own, (torch.arange(7) > 3)[:, None].expand(7, 12)))
+
+    tags = masks.tokens([0, 1, 0, 1], segment=torch.tensor([-1, 0, -1, 2]), last=torch.tensor([-1, -1, 1, 1]), names=("text", "tag"))
+    tiles = masks.tokens([0] * 12, segment=segment, names=("visual",))
+    want = torch.stack([torch.zeros(12, dtype=torch.bool), segment == 0, segment <= 1, segment == 2])
+    assert torch.equal(masks.tile_tags(tags, tiles).dense()[0, 0], want)
+
+    cell = torch.randint(0, 4, (20,), generator=g)
+    latents, map_ = masks.tokens([1] * 4, segment=torch.arange(4), names=masks.TYPE_NAMES), masks.tokens([1] * 20, segment=cell, names=masks.TYPE_NAMES)
+    assert torch.equal(masks.cell_window(latents, map_).dense()[0, 0], torch.arange(4)[:, None] == cell)
+
+
+def test_masks_of_encoders():
+    tokens = masks.layout([("visual", (2, 3)), ("question", 4)])
+    see, seen = (torch.arange(10) < 6)[:, None], (torch.arange(10) < 6)[None]
+    assert torch.equal(masks.text_guided(tokens).dense()[0, 0], ~(see & ~seen)) and masks.text_guided(tokens, late=True).kept() == 1
+
+    T, S, names = 8, 3, ("patch", "cls", "level 1", "level 2")
+    kinds = torch.tensor([1] + [2] * 4 + [3] * 4 + [0] * (T * S))
+    time = torch.cat([torch.zeros(9, dtype=torch.long), torch.arange(T).repeat_interleave(S)])
+    keep = masks.temporal_hierarchy(masks.tokens(kinds, segment=0, t=time, names=names), 2).dense()[0, 0]
+    for q in range(len(kinds)):
+        for k in range(len(kinds)):
+            a, b = int(kinds[q]), int(kinds[k])
+            if a == 1 or b == 1:
+                want = True
+            elif a == 0:
+                want = b != 0 or time[q] == time[k]
+            else:
+                want = b <= a if b else (time[k] - time[q]) % 2 ** (a - 1) == 0
+            assert bool(keep[q, k]) == bool(want), (q, k)
+    patches = masks.temporal_hierarchy(masks.tokens([0] * 5, segment=0, names=names), 0)
+    assert patches.kept() == 1  # one frame, no levels: the attention of a picture
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 16), 128])
+def test_block_masks_there_and_back(size):
+    from torch.nn.attention.flex_attention import create_block_mask, create_mask
+
+    tokens = masks.layout([("prefix", 20), ("visual", (8, 8)), ("question", 40)], [("visual", (8, 8)), ("question", 10)])
+    for mask in (masks.modality_mutual(tokens), masks.causal(200, 130, window=40), masks.full(50, 70), masks.from_dense(torch.zeros(1, 1, 50, 70, dtype=torch.bool))):
+        block_mask = masks.to_block_mask(mask, size)
+        dense = mask.dense()
+        B, H = dense.shape[:2]
+        assert torch.equal(create_mask(block_mask.mask_mod, B, H, mask.queries, mask.keys, device="cpu"), dense)
+        again = masks.from_block_mask(block_mask)
+        assert torch.equal(again.dense(), dense)
+        attend_like_the_matrix(again)
+    theirs = create_block_mask(lambda b, h, i, j: (i >= j) & (i // 50 == j // 50), None, None, 300, 300, device="cpu", BLOCK_SIZE=64)
+    i, j = torch.arange(300)[:, None], torch.arange(300)
+    assert torch.equal(masks.from_block_mask(theirs).dense()[0, 0], (i >= j) & (i // 50 == j // 50))
+
+
+def test_block_sparse_rows_there_and_back():
+    keep = torch.rand(5, 4, generator=draw(3)) < 0.5
+    mask = masks.blocks(keep, (32, 64), 150, 250)
+    indptr, indices = masks.to_bsr(mask, (32, 64))
+    assert indptr.tolist() == [0, *keep.sum(1).cumsum(0).tolist()] and torch.equal(masks.from_bsr(indptr, indices, (32, 64), 150, 250).dense(), mask.dense())
+    for wrong in (lambda: masks.to_bsr(masks.causal(150), (32, 64)), lambda: masks.from_bsr(indptr, indices + 9, (32, 64), 150, 250), lambda: masks.from_bsr(indptr[:-1], indices, (32, 64), 150, 250)):
+        with pytest.raises(ValueError, match=r"to_bsr: mask must|from_bsr: ind"):
+            wrong()
+
+
+@pytest.mark.parametrize(("columns", "is_causal"), [(1, True), (2, True), (2, False), (4, False)])
+def test_column_intervals_are_read_as_flashmask_means_them(columns, is_causal):
+    N = 60
+    g = draw(columns)
+    given = torch.randint(0, N + 1, (2, 2, N, columns), generator=g).int()
+    keep = masks.from_flashmask(given, N, is_causal=is_causal).dense()
+    for b, h, j in itertools.product(range(2), range(2), range(N)):
+        for i in range(N):
+            x = given[b, h, j].tolist()
+            if is_causal:
+                masked = i < j or (x[0] <= i < (N if columns == 1 else x[1]))
+            else:
+                masked = (i >= x[0] or i < x[1]) if columns == 2 else (x[0] <= i < x[1] or x[2] <= i < x[3])
+            assert bool(keep[b, h, i, j]) == (not masked)
+
+
+def test_column_intervals_there_and_back():
+    for mask in (masks.causal(60, 80, window=9), masks.full(50, 60), masks.from_dense(torch.zeros(1, 2, 20, 30, dtype=torch.bool))):
+        assert torch.equal(masks.from_flashmask(masks.to_flashmask(mask), mask.queries, is_causal=False).dense(), mask.dense())
+    with pytest.raises(ValueError, match="one range of queries"):
+        masks.to_flashmask(~masks.causal(60, window=9))
+    with pytest.raises(ValueError, match="startend_row_indices must have shape"):
+        masks.from_flashmask(torch.zeros(1, 1, 5, 4).int(), 5, is_causal=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------- the command line
+
+
+def test_masks_are_drawn():
+    runner = CliRunner()
+    shown = runner.invoke(app, ["mask", "show", "modality_mutual", "--spans", "prefix 2, visual 2x2, question 2, answer 1"])
+    page = (Path(__file__).parent.parent / "docs/masks.md").read_text()
+    assert shown.exit_code == 0 and shown.output.strip() in page  # what the page shows
+    for rule in RULES:
+        drawn = runner.invoke(app, ["mask", "show", rule])
+        assert drawn.exit_code == 0 and len(drawn.output.splitlines()) == 16 + 2
+    for wrong, message in ((["diagonal"], "RULE must be one of"), (["causal", "--spans", "prefix two"], "spans must look like"), (["causal", "--spans", "prefix 200"], "1 to 96 tokens"), (["causal", "--spans", "text 2"], "spans must be of")):
+        refused = runner.invoke(app, ["mask", "show", *wrong])
+        assert refused.exit_code == 1 and message in refused.output + refused.stderr

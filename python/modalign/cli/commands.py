@@ -11,6 +11,7 @@ from ..bench.command import app as bench
 from .align import align
 from .encode import encode
 from .layers import layers
+from .mask import app as mask
 from .prepare import prepare
 from .search import search
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 for command in (align, search, prepare, encode, layers):
     app.command(no_args_is_help=True)(plainly(command, "modalign"))
 app.add_typer(bench, name="bench")
+app.add_typer(mask, name="mask")
 
 
 @app.command()
