@@ -1,9 +1,10 @@
-"""Attention under masks, against torch's fused attention without a mask and with the dense one, and FlexAttention (forward; it has no backward on the CPU). The floor: torch.mm of the kept
-pairs, 4 N^2 D kept in the forward and 10 N^2 D kept in the backward, per head.
+"""Attention under masks, against torch's fused attention with the mask as a matrix, and FlexAttention, which has no backward on the CPU and therefore cases of its own. The floor: torch.mm
+of the kept pairs, 4 N^2 D kept in the forward and 10 N^2 D kept in the backward, per head.
 
 masked_attention         a share of the tiles of 96 x 96 kept, drawn at random; 1: no mask
 masked_attention_ragged  a sliding window, both ways, that keeps the share of pairs: most tiles at its edges are kept in part
 masked_attention_causal  causal
+masked_attention_flex    the first, forward alone
 """
 
 import torch
@@ -16,8 +17,12 @@ TILE = 96
 
 
 def by_matrix(query, key, value, mask):
-    """The mask as a matrix, as is usual."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=None if mask is None else mask.dense())
+    """The mask as a matrix, as is usual; queries that keep nothing give 0."""
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value)
+    dense = mask.dense()
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=dense)
+    return out if query.dtype is torch.float32 else out.masked_fill(~dense.any(-1, keepdim=True), 0)
 
 
 def operands(maker, H, N, D):
@@ -43,8 +48,9 @@ QUICK = [dict(H=2, N=300, D=16, kept=0.5)]
 @bench.case(grid=[dict(**SIZES, kept=kept) for kept in SHARES], quick=QUICK, **costs)
 def masked_attention(maker, H, N, D, kept):
     tiles = -(-N // TILE)
-    keep = torch.rand(1, 1, tiles, tiles, generator=torch.Generator().manual_seed(0)) < kept
-    keep[..., range(tiles), range(tiles)] = True  # no query without a key
+    keep = torch.zeros(tiles**2, dtype=torch.bool)
+    keep[torch.randperm(tiles**2, generator=torch.Generator().manual_seed(0))[: round(kept * tiles**2)]] = True
+    keep = keep.view(tiles, tiles)
     return *operands(maker, H, N, D), None if kept == 1 else masks.blocks(keep.to(maker.device), TILE, N)
 
 
@@ -64,20 +70,25 @@ def masked_attention_causal(maker, H, N, D, kept):
     return *operands(maker, H, N, D), masks.causal(N, device=maker.device)
 
 
+@bench.case(grid=[dict(**SIZES, kept=kept) for kept in (0.5, 0.1)], quick=QUICK, passes=["fwd"], **costs)
+def masked_attention_flex(maker, H, N, D, kept):
+    return masked_attention.make(maker, H, N, D, kept)
+
+
 # ------------------------------------------------------------------------------------------------------------------------------------------ providers
 
-both = (masked_attention, masked_attention_ragged, masked_attention_causal)
+both = (masked_attention, masked_attention_ragged, masked_attention_causal, masked_attention_flex)
 
 bench.ours(*both, runs="modalign::masked_attention")(lambda query, key, value, mask: ops.masked_attention(query, key, value, mask))
-bench.provider(*both, name="torch, matrix")(by_matrix)
+bench.provider(*both, name="eager")(by_matrix)
 bench.provider(masked_attention_causal, name="torch, causal")(lambda query, key, value, mask: F.scaled_dot_product_attention(query, key, value, is_causal=True))
 
 _flex = torch.compile(flex.flex_attention)
 
 
-@bench.provider(*both, name="FlexAttention", compiled=True)
+@bench.provider(masked_attention_flex, name="FlexAttention", compiled=True)
 def flex_attention(query, key, value, mask):
-    return _flex(query, key, value, block_mask=None if mask is None else _block_mask(mask))
+    return _flex(query.detach(), key.detach(), value.detach(), block_mask=_block_mask(mask))
 
 
 _made = {}
@@ -94,7 +105,5 @@ def _block_mask(mask):
 
 @bench.matmul_floor(*both)
 def products(p, pass_):
-    """Two of [N, D] x [D, kept N] forward, five backward, for every head."""
-    N, D, some = p["N"], p["D"], max(1, round(p["N"] * p["kept"]))
-    forward = [(N, D, some), (N, some, D)]
-    return (forward if pass_ == "fwd" else [*forward, (N, D, some), (N, some, D), (N, D, some)]) * p["H"]
+    """Two of [N, D] x [D, kept N] forward, five backward, for every head: those with values too, whose operand of N kept N numbers for every set of inputs would not fit."""
+    return [(p["N"], p["D"], max(1, round(p["N"] * p["kept"])))] * ((2 if pass_ == "fwd" else 5) * p["H"])
