@@ -81,6 +81,17 @@ both = (masked_attention, masked_attention_ragged, masked_attention_causal, mask
 
 bench.ours(*both, runs="modalign::masked_attention")(lambda query, key, value, mask: ops.masked_attention(query, key, value, mask))
 bench.provider(*both, name="eager")(by_matrix)
+
+
+@bench.provider(*both, name="formula", kind="formula")
+def formula(query, key, value, mask):
+    """The matrix of scores."""
+    z = query @ key.mT / query.shape[-1] ** 0.5
+    if mask is not None:
+        z = z.masked_fill(~mask.dense(), -torch.inf)
+    return z.softmax(-1).nan_to_num(0) @ value
+
+
 bench.provider(masked_attention_causal, name="torch, causal")(lambda query, key, value, mask: F.scaled_dot_product_attention(query, key, value, is_causal=True))
 
 _flex = torch.compile(flex.flex_attention)
