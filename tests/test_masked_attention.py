@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 from modalign import _load, info, masks
 from modalign.ops import masked_attention, masked_attention_varlen, scaled_dot_product_attention
@@ -271,7 +272,7 @@ def test_every_instruction_set_and_number_of_threads(instructions):
 
 
 def test_nothing_of_queries_times_keys_is_stored():
-    """Keys and values once more in the forward, in the backward all operands twice and eight times the gradient of the queries: far from N x N."""
+    """In the backward eight times the gradient of the queries: far from N x N."""
     small, large = (peak_memory("test_masked_attention:probe", N=N).peak for N in (8192, 16384))
     assert large < 2.5 * small and large < 16384 * 16384 / 2  # one matrix of bytes would be twice that, one of floats for either head sixteen times
 
@@ -287,6 +288,13 @@ def probe(N, D=32):
         return out, torch.autograd.grad(out.sum(), (q, k, v, bias))
 
     return (lambda: call(N)), (lambda: call(64))
+
+
+def test_there_is_no_cuda_kernel_yet_and_that_is_said():
+    with FakeTensorMode():  # needs no GPU
+        x = torch.empty(1, 1, 4, 8, device="cuda")
+        with pytest.raises(NotImplementedError, match="masked_attention: query must be on the CPU, got cuda:0; there is no CUDA kernel yet"):
+            masked_attention(x, x, x)
 
 
 def test_one_query_of_many_keys():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from typer.testing import CliRunner
 
 from modalign import masks
@@ -274,6 +275,18 @@ def test_keys_that_are_dropped_are_dropped_for_all():
     keep = mask.dense()
     assert keep.shape == (1, 1, 50, 1000) and (keep == keep[:, :, :1]).all() and 0.65 < mask.kept() < 0.75
     assert masks.key_dropout(3, 4, 0).kept() == 1 and masks.key_dropout(3, 4, 1.0).kept() == 0
+
+
+def test_masks_compile_into_one_graph():
+    """With their tensors as inputs: another mask of the same kind and size needs no new graph."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(masked_attention, backend=counter, fullgraph=True)
+    x = torch.randn(1, 2, 30, 8, requires_grad=True)
+    for seed in (1, 2):
+        mask = masks.relation({(0, 0): "causal", (1, 1): "same_segment", (1, 0): masks.band(5, 5)}, random_tokens(30, seed)) & masks.causal(30, window=9 + seed)
+        out, want = compiled(x, x, x, mask), masked_attention(x, x, x, mask)
+        assert torch.equal(out, want) and torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.autograd.grad(want.sum(), x)[0])
+    assert counter.frame_count == 1
 
 
 def test_masks_are_trees():

@@ -6,7 +6,7 @@
 // Backward   a task owns blocks of keys of a key head and meets all queries of the heads that share it; tiles lie queries x keys. dk and dv are finished there, dq goes into the
 //            task's slot, and slots are added in order: their number depends on the sizes alone. 2 (3 D + 2 Dv) FLOPs a pair.
 // Tiles      of which the mask keeps nothing are not made; those that it keeps whole, and that have no bias, skip the test of pairs.
-// Memory     forward the packed keys and values. Backward queries, keys and gradients packed, twice the operands together, and at most kSlots times dq.
+// Memory     operands are read where they lie, if they are of the accumulation type, contiguous along D and whole vectors wide, else from one copy. Backward at most kSlots times dq.
 // Precision  sums over D are one chain; sums over keys (in the forward and dq) and over queries (dk, dv, db) are chains of kBlock, added in order. All in float, double for double.
 // Order      fixed by the sizes: equal bits for any threads.
 
@@ -128,6 +128,9 @@ inline bool is_finite(const T* x, std::int64_t n) {
   for (; k < n; ++k) sum += x[k] * T(0);
   return sum == 0;
 }
+
+// By any number of threads at once.
+inline void raise_flag(bool& flag) { __atomic_store_n(&flag, true, __ATOMIC_RELAXED); }
 
 // ---- operands -----------------------------------------------------------------------------------------------------------------------------------------------
 
@@ -417,7 +420,7 @@ struct BackwardBuffers {
   T *lse, *delta;                // [item, H, total queries]; lse +inf for empty rows
   T* grad_query;                 // [slots][item, H, total queries][wide], then added up
   T* columns;                    // [B * H][Nk] of db
-  bool* dirty;                   // of every block of queries, of these and of the gradient, then of keys
+  bool* dirty;                   // whether queries, gradients of rows that keep nothing, and keys hold NaN or infinity
   std::int64_t wide;             // D to the next whole vector
   BackwardBuffers(const AttentionProblem& p, const AttentionBackward& to, Arena& arena)
       : plan(p, to),
@@ -497,16 +500,16 @@ void backward(const AttentionProblem& p, const AttentionBackward& to, const Back
       load_rows<T>(p.dtype, to.out, s.item, h, row, 1, p.Dv, out, p.Dv);
       buffers.lse[at + r] = empty ? std::numeric_limits<T>::infinity() : given;
       buffers.delta[at + r] = empty ? T(0) : dot<T>(grad, out, p.Dv) - (to.grad_lse ? static_cast<const T*>(to.grad_lse)[at + r] : T(0));
-      if (empty && !is_finite<T>(grad, p.Dv)) buffers.dirty[1] = true;
+      if (empty && !is_finite<T>(grad, p.Dv)) raise_flag(buffers.dirty[1]);
       load_rows<T>(p.dtype, p.query, s.item, h, row, 1, p.D, out, p.D);
-      if (!is_finite<T>(out, p.D)) buffers.dirty[0] = true;
+      if (!is_finite<T>(out, p.D)) raise_flag(buffers.dirty[0]);
     }
   });
   for_each_block(p, p.Hkv, true, parallel, [&](std::int64_t h, std::int64_t, const Sequence& s, std::int64_t first, std::int64_t rows) {
     Scratch<T> row(p.D);
     for (std::int64_t r = 0; r < rows; ++r) {
       load_rows<T>(p.dtype, p.key, s.item, h, s.first_key + first + r, 1, p.D, row, p.D);
-      if (!is_finite<T>(row, p.D)) buffers.dirty[2] = true;
+      if (!is_finite<T>(row, p.D)) raise_flag(buffers.dirty[2]);
     }
   });
   Operand<T> queries = buffers.query, grads = buffers.grad, all_keys = buffers.key;

@@ -22,7 +22,6 @@ from ._selection import best_of
 
 __all__ = ["CHUNK_BYTES", "MAX_POINTS", "METRICS", "Chunks", "Query", "agree", "chunk_rows", "finished", "gather_sizes", "in_chunks", "in_shards", "mean_of", "mean_of_shards", "squares_of", "whole"]
 
-PRECISIONS = ("highest", "high")  # in the order of csrc/ops/knn.h
 METRICS = ("dot", "cosine", "sqeuclidean", "euclidean")  # in the order of csrc/ops/knn.h
 MAX_POINTS = 2**31 - 1  # kernels count points in 32 bits
 CENTER_BLOCK = 4096  # rows whose sum is one term of the mean
@@ -56,19 +55,19 @@ def whole(query: Query, points: Tensor, bias: Tensor | None, labels: Tensor | No
     """(scores, indices, squared lengths of the queries) of points that are all at hand."""
     x, metric = query.queries, METRICS.index(query.metric)
 
-    def raw(query: Query, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.modalign.knn(query.queries, points, query.k, metric, bias, query.skip, query.labels, labels, PRECISIONS.index(precision))
+    def raw(query: Query, high: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.modalign.knn(query.queries, points, query.k, metric, bias, query.skip, query.labels, labels, int(high))  # Precision of csrc/ops/knn.h
 
     if query.precision != "certified" or x.dtype is not torch.float32 or not x.is_cuda:  # elsewhere there is one precision
-        return raw(query, "high" if query.precision == "high" else "highest")
+        return raw(query, query.precision == "high")
 
     def redo(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return raw(query._replace(queries=x[rows], skip=None if query.skip is None else query.skip[rows], labels=None if query.labels is None else query.labels[rows]), "highest")[:2]
+        return raw(query._replace(queries=x[rows], skip=None if query.skip is None else query.skip[rows], labels=None if query.labels is None else query.labels[rows]))[:2]
 
     return certified(
         query.k,
         len(points),
-        lambda k: raw(query._replace(k=k), "high")[:2],
+        lambda k: raw(query._replace(k=k), True)[:2],
         lambda indices: torch.ops.modalign.knn_scores(x, points, indices, metric, bias),
         redo,
         error_bound(x, points, query.metric, bias),

@@ -84,12 +84,12 @@ def masked_attention(
     Raises
     ------
     TypeError, ValueError
-        ``masked_attention: <argument> must ..., got ...``
+        ``masked_attention: <argument> must ..., got ...``; NotImplementedError on CUDA, for which there is no kernel yet.
 
     Complexity
     ----------
-    2 (D + Dv) FLOP for each pair of the tiles that are computed, backward 2 (3 D + 2 Dv). Memory beyond the result: keys and values once more; in the
-    backward all operands twice and up to eight times the gradient of the queries.
+    2 (D + Dv) FLOP for each pair of the tiles that are computed, backward 2 (3 D + 2 Dv). Memory beyond the result: operands that do not lie
+    contiguously in the accumulation dtype, or whose D is no multiple of 32, once more; in the backward up to eight times the gradient of the queries.
 
     Papers: Dao et al., "FlashAttention", NeurIPS 2022 (the running softmax); soft-cap: Gemma 2, 2024.
     """
