@@ -149,6 +149,8 @@ MODALIGN_DEVICE double logarithm(double x) { return log(x); }
 /// log(1 + x), with all digits of a small x.
 MODALIGN_DEVICE float logarithm_1p(float x) { return log1pf(x); }
 MODALIGN_DEVICE double logarithm_1p(double x) { return log1p(x); }
+MODALIGN_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
+MODALIGN_DEVICE double hyperbolic_tangent(double x) { return tanh(x); }
 MODALIGN_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 MODALIGN_DEVICE double fused_multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
 MODALIGN_DEVICE float absolute(float x) { return fabsf(x); }

@@ -9,12 +9,6 @@ inline namespace MODALIGN_ISA {
 
 constexpr std::int64_t kMaskBlock = kTileRows;   // queries or keys whose tokens are summed up together, and the longest line
 
-// What the tokens of a block have between them.
-struct TokenRanges {
-  Token<Range> range;
-  std::uint32_t types;   // a bit for each
-};
-
 template <class F>
 inline void for_each_field(Token<Range>& token, const F& f) {
   Range* const fields[kTokenFields] = {&token.index, &token.type, &token.segment, &token.last, &token.document, &token.t, &token.y, &token.x, &token.valid};
@@ -153,6 +147,7 @@ class Mask {
 
  private:
   std::int64_t items(std::int64_t batch_stride) const { return batch_stride ? B_ : 1; }
+  static const std::int32_t* rule_of(const MaskStep& s, std::int64_t h, int tq, int tk) { return s.rules + s.table[(h * kTokenTypes + tq) * kTokenTypes + tk] * (1 + kRuleParameters); }
 
   Coverage coverage_of(int n, std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, std::int64_t j, std::int64_t columns) const {
     const MaskStep& s = program_.step[n];
@@ -161,15 +156,7 @@ class Mask {
     if (s.kind == MaskStepKind::relation) {
       const TokenRanges& q = query_ranges_[n][(s.query_batch_stride ? b : 0) * blocks(Nq_) + i / kMaskBlock];
       const TokenRanges& k = key_ranges_[n][(s.key_batch_stride ? b : 0) * blocks(Nk_) + j / kMaskBlock];
-      const Coverage there = (q.range.document == k.range.document) & (1 <= q.range.valid) & (1 <= k.range.valid);
-      if (there == Coverage::nothing) return there;
-      for (std::uint32_t tq = q.types; tq; tq &= tq - 1)
-        for (std::uint32_t tk = k.types; tk; tk &= tk - 1) {
-          const std::int32_t* rule = s.rules + s.table[(h * kTokenTypes + __builtin_ctz(tq)) * kTokenTypes + __builtin_ctz(tk)] * (1 + kRuleParameters);
-          const Coverage c = holds<Range>(static_cast<Rule>(rule[0]), rule + 1, q.range, k.range);
-          any |= c != Coverage::nothing, all &= c == Coverage::everything;
-        }
-      return there & (!any ? Coverage::nothing : all ? Coverage::everything : Coverage::some);
+      return relation_coverage(q, k, [&](int tq, int tk) { return rule_of(s, h, tq, tk); });
     }
     if (s.kind == MaskStepKind::interval) {
       const std::int32_t* at = s.intervals + b * s.batch_stride + h * s.head_stride + j * 2;
@@ -194,8 +181,8 @@ class Mask {
       for (std::int64_t k = 0; k < count; ++k) types |= 1u << (lines_are_keys ? query.value(1, k) : key.value(1, k));
       const std::int32_t own = lines_are_keys ? key.value(1, 0) : query.value(1, 0);
       for (; types; types &= types - 1) {
-        const std::int32_t other = __builtin_ctz(types), tq = lines_are_keys ? other : own, tk = lines_are_keys ? own : other;
-        const std::int32_t* rule = s.rules + s.table[(h * kTokenTypes + tq) * kTokenTypes + tk] * (1 + kRuleParameters);
+        const std::int32_t other = lowest_bit(types), tq = lines_are_keys ? other : own, tk = lines_are_keys ? own : other;
+        const std::int32_t* rule = rule_of(s, h, tq, tk);
         add_rule<lines_are_keys>(static_cast<Rule>(rule[0]), rule + 1, other, key, query, count, keep);
       }
     } else if (s.kind == MaskStepKind::interval) {

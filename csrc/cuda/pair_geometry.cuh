@@ -9,15 +9,11 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/launch_sequence.cuh"
 #include "cuda/tile.cuh"
 #include "ops/gram_volume.h"
 
 namespace modalign::cuda {
-
-constexpr int kWarpKernelThreads = 128;
-constexpr int kWarpKernelBlocks = 3;   // at most 168 registers
-constexpr int kWarpsPerBlock = kWarpKernelThreads / kWarpSize;
-constexpr std::int64_t kMaxBatches = 65535;                             // grid.z
 
 // How each dtype is multiplied.
 template <class T> struct Arithmetic;
@@ -349,17 +345,6 @@ template <class Real> MODALIGN_DEVICE void store_candidate(const Real (&s)[kMaxO
 }
 
 // ------------------------------------------------------------------------------------------------------------------------------------------- prepare
-MODALIGN_DEVICE std::int64_t warp_item() { return std::int64_t(block_index_x()) * kWarpsPerBlock + warp(); }
-
-inline LaunchPlan plan_warps(std::int64_t items, std::int64_t batches, const char* key) {
-  LaunchPlan plan;
-  plan.grid[0] = unsigned(ceil_divide<std::int64_t>(items, kWarpsPerBlock));
-  plan.grid[2] = unsigned(batches);
-  plan.threads = kWarpKernelThreads;
-  plan.key = key;
-  return plan;
-}
-
 template <class Geometry, class T> struct PrepareForward {
   using Real = real_of<T>;
   static constexpr int kThreads = kWarpKernelThreads;
@@ -453,31 +438,6 @@ template <class Backend> inline int candidate_lanes(int m) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------- launch sequences
-template <class Kernel> struct KernelKey;   // an instance outside the tables does not compile
-#define MODALIGN_KEY_OF(key, ...)             \
-  template <> struct KernelKey<__VA_ARGS__> { \
-    static constexpr const char* value = key; \
-  };
-
-// Host code shared by the .cu files and the emulator. An Arena hands out workspace: `template <class U> U* take(const char* name, int64 count)`; a
-// Launch is called as launch(kernel, plan) and returns 0 or an error.
-
-// Pieces of one device allocation, 256-byte aligned; with a null base it only counts.
-class DeviceArena {
- public:
-  explicit DeviceArena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class U> U* take(const char*, std::int64_t count) {
-    char* at = base_ != nullptr ? base_ + used_ : nullptr;
-    used_ += round_up<std::int64_t>(count * std::int64_t(sizeof(U)), 256);
-    return reinterpret_cast<U*>(at);
-  }
-  std::int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  std::int64_t used_ = 0;
-};
-
 // gram_volume and triangle_area as one.
 struct PairProblem {
   Scalar dtype;
@@ -536,10 +496,6 @@ template <class T> inline Operand<T> basis_operand(const PairProblem& p, const r
 }
 template <class T> inline Operand<T> anchor_operand(const PairProblem& p) {
   return make_operand<T>(Major::depth, static_cast<const T*>(p.anchor.data), p.anchor.batch_stride, p.anchor.row_stride, p.anchor.element_stride);
-}
-
-template <class Launch, class Kernel> inline int launch_kernel(const Launch& launch, const Kernel& kernel, std::int64_t batches) {
-  return launch(kernel, kernel.plan(batches, KernelKey<Kernel>::value));   // an empty grid is a success that launches nothing
 }
 
 }   // namespace modalign::cuda

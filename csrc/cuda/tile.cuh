@@ -256,12 +256,12 @@ template <class T, Major RowMajor, Major ColumnMajor> struct FmaBackend {
     }
   }
 
-  // visit(row, column, value) for each accumulator of this thread.
-  template <class Visit> static MODALIGN_DEVICE void each(const Accumulators& sum, const Visit& visit) {
+  // visit(row, column, value ...) for each accumulator of this thread, of one or of several tiles; values may be changed.
+  template <class Visit, class... Sums> static MODALIGN_DEVICE void each(const Visit& visit, Sums&... sums) {
     MODALIGN_UNROLL
     for (int i = 0; i < kMicro; ++i) {
       MODALIGN_UNROLL
-      for (int j = 0; j < kMicro; ++j) visit(micro_row(i), micro_column(j), sum.value[i][j]);
+      for (int j = 0; j < kMicro; ++j) visit(micro_row(i), micro_column(j), sums.value[i][j]...);
     }
   }
 
@@ -475,13 +475,13 @@ template <class Half, int Parts, Major RowMajor, Major ColumnMajor> struct MmaBa
     }
   }
 
-  template <class Visit> static MODALIGN_DEVICE void each(const Accumulators& sum, const Visit& visit) {
+  template <class Visit, class... Sums> static MODALIGN_DEVICE void each(const Visit& visit, Sums&... sums) {
     MODALIGN_UNROLL
     for (int i = 0; i < 4; ++i) {
       MODALIGN_UNROLL
       for (int j = 0; j < 4; ++j) {
         MODALIGN_UNROLL
-        for (int v = 0; v < 4; ++v) visit(fragment_row(i, v / 2), fragment_column(j) + v % 2, sum.value[i][j][v]);
+        for (int v = 0; v < 4; ++v) visit(fragment_row(i, v / 2), fragment_column(j) + v % 2, sums.value[i][j][v]...);
       }
     }
   }
@@ -798,9 +798,7 @@ template <class Backend, class Out> struct ValueProductTile {
   MODALIGN_DEVICE void end(State& state, const TileRange& range, std::int64_t batch, const WalkPosition&, int) const {
     const Global<Out> target = Global<Out>(out).at((batch * rows + range.row_begin) * width);
     const int rows_here = range.rows, width_here = width;
-    Backend::each(state.sum, [&](int row, int column, Real value) {
-      if (row < rows_here && column < width_here) target[std::int64_t(row) * width_here + column] = narrow<Out>(value);
-    });
+    Backend::each([&](int row, int column, Real value) { if (row < rows_here && column < width_here) target[std::int64_t(row) * width_here + column] = narrow<Out>(value); }, state.sum);
   }
 };
 

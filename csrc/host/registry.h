@@ -16,6 +16,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <functional>
@@ -41,6 +42,7 @@ public:
 
     bool has(const char* name) const { return arguments_.contains(name) && !arguments_[name].is_none(); }
     std::int64_t integer(const char* name) const { return argument(name).cast<std::int64_t>(); }
+    std::vector<std::int64_t> integers(const char* name) const { return argument(name).cast<std::vector<std::int64_t>>(); }
     double number(const char* name) const { return argument(name).cast<double>(); }
     bool flag(const char* name) const { return argument(name).cast<bool>(); }
     std::string text(const char* name) const { return argument(name).cast<std::string>(); }

@@ -111,6 +111,8 @@ inline float logarithm(float x) { return std::log(x); }
 inline double logarithm(double x) { return std::log(x); }
 inline float logarithm_1p(float x) { return std::log1p(x); }
 inline double logarithm_1p(double x) { return std::log1p(x); }
+inline float hyperbolic_tangent(float x) { return std::tanh(x); }
+inline double hyperbolic_tangent(double x) { return std::tanh(x); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 inline int opaque(int x) { return x; }

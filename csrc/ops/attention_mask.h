@@ -76,8 +76,12 @@ struct Token {
 };
 constexpr int kTokenFields = 9;
 
+// Parameters of rules are read through a pointer, or through a view that a device gives; this is the one that begins n further on.
+MODALIGN_MASK_FUNCTION const std::int32_t* parameters_from(const std::int32_t* p, int n) { return p + n; }
+
 // Neighbourhood attention along one dimension: size, kernel, dilation, stride, causal. A window is shifted where it would leave the grid, so every query has `kernel` keys.
-MODALIGN_MASK_FUNCTION std::int32_t in_neighborhood(std::int32_t q, std::int32_t k, const std::int32_t* p) {
+template <class P>
+MODALIGN_MASK_FUNCTION std::int32_t in_neighborhood(std::int32_t q, std::int32_t k, const P& p) {
   const std::int32_t kernel = p[1], dilation = p[2], stride = p[3], residue = q % dilation;
   const std::int32_t size = (p[0] - residue + dilation - 1) / dilation, i = q / dilation, j = k / dilation;   // within the tokens of the same residue
   std::int32_t center = i / stride * stride + (p[4] ? stride - 1 : stride / 2);
@@ -88,7 +92,8 @@ MODALIGN_MASK_FUNCTION std::int32_t in_neighborhood(std::int32_t q, std::int32_t
   const std::int32_t end = p[4] ? i + 1 : first + kernel;
   return std::int32_t(k % dilation == residue) & std::int32_t(first <= j) & std::int32_t(j < end);
 }
-MODALIGN_MASK_FUNCTION Coverage in_neighborhood(Range q, Range k, const std::int32_t* p) {
+template <class P>
+MODALIGN_MASK_FUNCTION Coverage in_neighborhood(Range q, Range k, const P& p) {
   const std::int32_t reach = (p[1] + p[3]) * p[2];
   const Range apart = k - q;
   return ((apart <= reach) & (-reach <= apart)) == Coverage::nothing ? Coverage::nothing : Coverage::some;
@@ -106,8 +111,8 @@ MODALIGN_MASK_FUNCTION void answer(bool kept, std::int32_t& to) { to = kept; }
 MODALIGN_MASK_FUNCTION void answer(bool kept, Coverage& to) { to = kept ? Coverage::everything : Coverage::nothing; }
 
 // Whether a rule keeps key k for query q, types and documents apart.
-template <class X>
-MODALIGN_MASK_FUNCTION Answer<X> holds(Rule rule, const std::int32_t* p, const Token<X>& q, const Token<X>& k) {
+template <class X, class P>
+MODALIGN_MASK_FUNCTION Answer<X> holds(Rule rule, const P& p, const Token<X>& q, const Token<X>& k) {
   const auto within = [](X apart, std::int32_t reach) { return truth(apart <= reach) & truth(-reach <= apart); };
   const auto causal = [&] { return truth(k.index <= q.index); };
   const auto same_segment = [&] { return truth(k.segment == q.segment) & truth(0 <= q.segment); };
@@ -122,7 +127,8 @@ MODALIGN_MASK_FUNCTION Answer<X> holds(Rule rule, const std::int32_t* p, const T
     case Rule::causal_window: return causal() & truth(q.index - k.index <= p[0] - 1);
     case Rule::band: return truth(k.index - q.index <= p[1]) & truth(-p[0] <= k.index - q.index);
     case Rule::grid_clip: return same_segment() & within(k.t - q.t, p[0]) & within(k.y - q.y, p[1]) & within(k.x - q.x, p[2]);
-    case Rule::grid_shift: return same_segment() & in_neighborhood(q.t, k.t, p) & in_neighborhood(q.y, k.y, p + 5) & in_neighborhood(q.x, k.x, p + 10);
+    case Rule::grid_shift: return same_segment() & in_neighborhood(q.t, k.t, p) & in_neighborhood(q.y, k.y, parameters_from(p, 5)) &
+                                  in_neighborhood(q.x, k.x, parameters_from(p, 10));
     case Rule::last_segment: return truth(k.segment == q.last) & truth(0 <= q.last);
     case Rule::up_to_last_segment: return truth(0 <= k.segment) & truth(k.segment <= q.last);
     case Rule::same_time: return same_segment() & truth(k.t == q.t);
@@ -131,6 +137,35 @@ MODALIGN_MASK_FUNCTION Answer<X> holds(Rule rule, const std::int32_t* p, const T
     case Rule::causal_not_same_segment: return causal() & opposite(same_segment());
     default: return constant;
   }
+}
+
+// What the tokens of a block have between them.
+struct TokenRanges {
+  Token<Range> range;
+  std::uint32_t types;   // a bit for each
+};
+
+MODALIGN_MASK_FUNCTION int lowest_bit(std::uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __ffs(static_cast<int>(bits)) - 1;
+#else
+  return __builtin_ctz(bits);
+#endif
+}
+
+// Of the pairs of two blocks under a table: rule_of(type of query, type of key) gives the number of a rule and its parameters behind it.
+template <class F>
+MODALIGN_MASK_FUNCTION Coverage relation_coverage(const TokenRanges& q, const TokenRanges& k, const F& rule_of) {
+  const Coverage there = (q.range.document == k.range.document) & (1 <= q.range.valid) & (1 <= k.range.valid);
+  if (there == Coverage::nothing) return there;
+  bool any = false, all = true;
+  for (std::uint32_t query_types = q.types; query_types; query_types &= query_types - 1)
+    for (std::uint32_t key_types = k.types; key_types; key_types &= key_types - 1) {
+      const auto rule = rule_of(lowest_bit(query_types), lowest_bit(key_types));
+      const Coverage c = holds<Range>(static_cast<Rule>(std::int32_t(rule[0])), parameters_from(rule, 1), q.range, k.range);
+      any |= c != Coverage::nothing, all &= c == Coverage::everything;
+    }
+  return there & (!any ? Coverage::nothing : all ? Coverage::everything : Coverage::some);
 }
 
 // ---- programs -----------------------------------------------------------------------------------------------------------------------------------------------
@@ -146,7 +181,8 @@ struct MaskStep {
   const std::int32_t *query_tokens, *key_tokens;
   std::int64_t query_batch_stride, key_batch_stride, query_tokens_in_all, key_tokens_in_all;
   const std::int32_t* table;         // [heads][kTokenTypes][kTokenTypes] numbers of rules
-  const std::int32_t* rules;         // [rules][1 + kRuleParameters]: Rule, parameters
+  const std::int32_t* rules;         // [rules in all][1 + kRuleParameters]: Rule, parameters
+  std::int64_t rules_in_all;
   // interval: [batch, heads, Nk, 2]
   const std::int32_t* intervals;
   std::int64_t head_stride;          // also of tiles and dense

@@ -1,4 +1,4 @@
-// masked_attention: schemas, one check, CPU entry points. ops/masked_attention.h says what the numbers are.
+// masked_attention: schemas, one check, CPU and CUDA entry points. ops/masked_attention.h says what the numbers are.
 #include "ops/masked_attention.h"
 
 #include <optional>
@@ -8,6 +8,10 @@
 #include "common/check.h"
 #include "common/stable.h"
 #include "cpu/masked_attention.h"
+#ifdef MODALIGN_WITH_CUDA
+#include "cuda/masked_attention.h"
+#endif
+#include "ops/cuda_call.h"
 
 namespace modalign {
 namespace {
@@ -119,6 +123,7 @@ MaskProgram program_of(const Arguments& a, const AttentionProblem& p) {
       check_shape(kOp, "mask", table, {s.heads, kTokenTypes, kTokenTypes});
       check_shape(kOp, "mask", rules, {rules.size(0), 1 + kRuleParameters});
       s.table = static_cast<const std::int32_t*>(table.const_data_ptr()), s.rules = static_cast<const std::int32_t*>(rules.const_data_ptr());
+      s.rules_in_all = rules.size(0);
       if (!table.is_cuda()) check_rules(s, s.heads * kTokenTypes * kTokenTypes, rules.size(0));
     } else {
       const Tensor& t = take(0, s.kind == MaskStepKind::interval ? ScalarType::Int : ScalarType::Bool, s.kind == MaskStepKind::interval);
@@ -156,6 +161,8 @@ AttentionProblem check(const Arguments& a) {
   MODALIGN_CHECK(p.Hkv > 0 && p.H % p.Hkv == 0, kOp, ": key must have heads that divide the query's ", p.H, ", got ", p.Hkv);
   MODALIGN_CHECK(p.D > 0 && p.Dv > 0, kOp, ": query and value must have a last dimension of 1 or more, got ", shape_of(a.query), " and ", shape_of(a.value));
   p.B = a.query.size(0), p.Nq = p.total_queries = a.query.size(2), p.Nk = p.total_keys = a.key.size(2);
+  constexpr std::int64_t kMost = 0x7fffffff - 128;   // row numbers are int32 on CUDA
+  MODALIGN_CHECK(p.Nq <= kMost && p.Nk <= kMost, kOp, ": query and key must have fewer than ", kMost, " rows, got ", p.Nq, " and ", p.Nk);
   MODALIGN_CHECK(a.causal >= 0 && a.causal <= 2, kOp, ": causal must be 0, 1 or 2, got ", a.causal);
   p.causal = static_cast<Causal>(a.causal);
   p.scale = a.scale, p.cap = a.cap;
@@ -196,9 +203,18 @@ Two masked_attention(const Tensor& query, const Tensor& key, const Tensor& value
   const AttentionProblem p = check({query, key, value, bias, key_lengths, cu_queries, cu_keys, max_queries, max_keys, causal, scale, cap, mask_tensors, mask_steps});
   Tensor out = new_tensor(query, {query.size(0), p.H, p.total_queries, p.Dv}, query.scalar_type());
   Tensor lse = new_tensor(query, {query.size(0), p.H, p.total_queries}, accumulation_type(query.scalar_type()));
-  const cpu::AttentionKernels& kernels = cpu::attention_kernels();
-  const Tensor workspace = new_workspace(query, kernels.workspace(p));
-  kernels.forward(p, {out.mutable_data_ptr(), lse.mutable_data_ptr()}, workspace.mutable_data_ptr(), kTorchParallel);
+  const AttentionForward to{out.mutable_data_ptr(), lse.mutable_data_ptr()};
+  if (query.is_cuda()) {
+#ifdef MODALIGN_WITH_CUDA
+    const DeviceGuard device(query.get_device_index());
+    const Tensor workspace = new_workspace(query, cuda::masked_attention_workspace(p));
+    check_launch(kOp, cuda::launch_masked_attention(p, to, workspace.mutable_data_ptr(), current_cuda_stream(query.get_device_index())));
+#endif
+  } else {
+    const cpu::AttentionKernels& kernels = cpu::attention_kernels();
+    const Tensor workspace = new_workspace(query, kernels.workspace(p));
+    kernels.forward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  }
   return {out, lse};
 }
 
@@ -232,10 +248,24 @@ Four masked_attention_bwd(const Tensor& grad_out, const Optional& grad_lse, cons
     grad_bias = new_tensor(query, {to.bias_batches, p.bias.heads, bias->size(2), p.Nk}, real);
     to.grad_bias = grad_bias.mutable_data_ptr();
   }
-  const cpu::AttentionKernels& kernels = cpu::attention_kernels();
-  const Tensor workspace = new_workspace(query, kernels.bwd_workspace(p, to));
-  kernels.backward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  if (query.is_cuda()) {
+#ifdef MODALIGN_WITH_CUDA
+    const DeviceGuard device(query.get_device_index());
+    const Tensor workspace = new_workspace(query, cuda::masked_attention_bwd_workspace(p));
+    check_launch(kOp, cuda::launch_masked_attention_bwd(p, to, workspace.mutable_data_ptr(), current_cuda_stream(query.get_device_index())));
+#endif
+  } else {
+    const cpu::AttentionKernels& kernels = cpu::attention_kernels();
+    const Tensor workspace = new_workspace(query, kernels.bwd_workspace(p, to));
+    kernels.backward(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  }
   return {grad_query, grad_key, grad_value, grad_bias};
+}
+
+template <class Library>
+void register_all(Library& m) {
+  m.impl("masked_attention", TORCH_BOX(&masked_attention));
+  m.impl("masked_attention_bwd", TORCH_BOX(&masked_attention_bwd));
 }
 
 }  // namespace
@@ -249,10 +279,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(modalign, m) {
       "Tensor? cu_queries, Tensor? cu_keys, int max_queries, int max_keys, int causal, float scale, float softcap, Tensor[] mask_tensors, int[] mask_steps, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(modalign, CPU, m) {
-  m.impl("masked_attention", TORCH_BOX(&masked_attention));
-  m.impl("masked_attention_bwd", TORCH_BOX(&masked_attention_bwd));
-}
+STABLE_TORCH_LIBRARY_IMPL(modalign, CPU, m) { register_all(m); }
+#ifdef MODALIGN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(modalign, CUDA, m) { register_all(m); }
+#endif
 
 namespace cpu {
 namespace portable { extern const AttentionKernels kAttentionKernels; }

@@ -29,8 +29,6 @@ class MaskProgram(Protocol):
 def check_operands(op: str, query: Any, key: Any, value: Any, dimensions: int) -> tuple[Tensor, Tensor, Tensor]:
     shape = "[B, H, N, D]" if dimensions == 4 else "[T, H, D]"
     query, key, value = (arguments.check_vectors(op, name, each, shape) for name, each in (("query", query), ("key", key), ("value", value)))
-    if query.is_cuda:
-        raise NotImplementedError(f"{op}: query must be on the CPU, got {query.device}; there is no CUDA kernel yet")
     if autocast_is_on(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (each.to(dtype) if each.dtype is not torch.float64 else each for each in (query, key, value))

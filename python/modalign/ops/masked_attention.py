@@ -84,7 +84,7 @@ def masked_attention(
     Raises
     ------
     TypeError, ValueError
-        ``masked_attention: <argument> must ..., got ...``; NotImplementedError on CUDA, for which there is no kernel yet.
+        ``masked_attention: <argument> must ..., got ...``.
 
     Complexity
     ----------
