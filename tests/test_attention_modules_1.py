@@ -113,6 +113,12 @@ def test_attention_is_the_dense_formula(key_heads, rotary):
     close(module(x, mask=keep, positions=places if rotary else None), want)
 
 
+def test_keys_behind_a_length_are_not_seen():
+    module, x = opened(named("MaskedAttention to a context")), randn(2, 7, 12)
+    context, keep = randn(2, 4, 5, seed=1), torch.arange(4) < torch.tensor([[4], [2]])
+    close(module(x, context, key_lengths=torch.tensor([4, 2])), module(x, context, keep[:, None, None]))
+
+
 def test_rotary_depends_on_distance_alone():
     q, k = randn(1, 2, 5, 8), randn(1, 2, 5, 8, seed=1)
     places = torch.tensor([0, 3, 4, 9, 11])
@@ -152,6 +158,8 @@ def test_decoding_under_a_mask_takes_its_rows():
         (lambda: nn.MaskedAttention(12, 4)(torch.ones(2, 3, 12).long()), TypeError, "MaskedAttention: x must be float16"),
         (lambda: nn.MaskedAttention(12, 4, context_width=5)(torch.ones(2, 3, 12), torch.ones(2, 3, 4)), ValueError, r"context must be \[B, M, 5\], got"),
         (lambda: nn.MaskedAttention(8, 4, rotary=10.0)(torch.ones(2, 3, 8), positions=torch.arange(2)), ValueError, r"positions must be whole numbers \[N\] or \[B, N\]"),
+        (lambda: nn.GatedCrossAttention(8)(torch.ones(2, 3, 8), torch.ones(2, 8)), ValueError, r"media must be \[B, ..., 8\] with 3 or more dimensions"),
+        (lambda: nn.GatedCrossAttention(8)(torch.ones(2, 3, 8), torch.ones(2, 5, 8), masks.causal(3, 4)), ValueError, "mask must be of 3 queries and 5 keys"),
         (lambda: nn.NeighborAwareLayer(8, 4, window=2), ValueError, "window must be odd"),
         (lambda: nn.NeighborAwareLayer(8, 4, active_heads=[True]), ValueError, "active_heads must name 4 heads, got 1"),
         (lambda: nn.NeighborAwareLayer(8, 4, feed_forward_cut=0), ValueError, "feed_forward_cut must be a whole number"),
@@ -533,7 +541,8 @@ def test_both_directions_are_the_dense_formula(share, options, monkeypatch):
 
     module = opened(Case("", lambda: nn.DualCrossAttention(12, 10, heads=4, key_heads=2, share=share), None))
     names = masks.TYPE_NAMES
-    queries = masks.tokens([1] * 4 + [2] * 3, segment=torch.tensor([0, 0, 1, 1] + [-1] * 3), last=torch.tensor([0, 0, 1, 1, -1, 0, 1]), t=torch.tensor([0, 1, 0, 1, 0, 0, 0]), names=names)
+    places = dict(segment=torch.tensor([0, 0, 1, 1] + [-1] * 3), last=torch.tensor([0, 0, 1, 1, -1, 0, 1]), t=torch.tensor([0, 1, 0, 1, 0, 0, 0]))
+    queries = masks.tokens([1] * 4 + [2] * 3, **places, names=names)
     keys = masks.tokens([1] * 8, segment=torch.tensor([0] * 4 + [1] * 4), t=torch.tensor([0, 0, 1, 1] * 2), names=names)
     visual, text, context = randn(2, 4, 12), randn(2, 3, 12, seed=1), randn(2, 8, 10, seed=2)
     keep = mask = None

@@ -179,8 +179,8 @@ def tile_tags(queries: Tokens, keys: Tokens) -> Mask:
 def tile_layout(*sequences: Iterable[tuple[str, int]], tile_tokens: int, thumbnail: bool = False) -> tuple[Tokens, Tokens]:
     """(queries, keys) for `tile_tags`, of sequences that are lists of spans ("text", tokens) and ("picture", tiles); shorter sequences are padded. [NVLM, 2024]
 
-    A picture of k tiles stands in the text as k + 1 tags, one of each tile and one of the thumbnail; keys are tile_tokens of each of them. thumbnail=True (the hybrid): the tokens of the
-    thumbnail follow its tag in the text, as "visual", and are no keys.
+    A picture of k tiles stands in the text as k + 1 tags, one of each tile and one of the thumbnail; keys are tile_tokens of each of them. thumbnail=True (the hybrid): the tokens of
+    the thumbnail follow its tag in the text, as "visual", and are no keys.
 
     >>> queries, keys = tile_layout([("text", 1), ("picture", 2), ("text", 1)], tile_tokens=1)
     >>> tile_tags(queries, keys).dense()[0, 0].int().tolist()

@@ -34,8 +34,8 @@ class CompositeDecoderLayer(DecoderLayer):
     >>> streams.put(text, visual).shape
     torch.Size([2, 8, 16])
 
-    The call takes text [B, Nt, width]; visual [B, Nv, width], or None in decoding; mask, that of `TokenStreams.text_mask` over the keys [past; visual; text] (without one: causal, the
-    visual tokens before all text); their positions; past and return_keys of `MaskedAttention`. Gives (text, visual), with return_keys also the `KeyValues`.
+    The call takes text [B, Nt, width]; visual [B, Nv, width], or None in decoding; mask, that of `TokenStreams.text_mask` over the keys [past; visual; text] (without one: causal,
+    the visual tokens before all text); their positions; past and return_keys of `MaskedAttention`. Gives (text, visual), with return_keys also the `KeyValues`.
 
     Parameters: those of `DecoderLayer`, whose weights it has, and visual_update, "self" or "ffn": the two ways in which the paper can be read. Raises as `MaskedAttention` does."""
 

@@ -19,7 +19,8 @@ def pool_frames(frames: Tensor, size: int = 3, *, mode: str = "average") -> Tens
     >>> pool_frames(torch.ones(1, 2, 27, 27, 8)).shape
     torch.Size([1, 18, 8])
 
-    mode: "average" of the cells of the picture, or "bilinear", between the pixels around the middle of a cell. The paper writes bilinear pooling and N / 9; its tables have 9 tokens a frame.
+    mode: "average" of the cells of the picture, or "bilinear", between the pixels around the middle of a cell. The paper writes bilinear pooling, and N / 9 tokens where its tables have 9
+    a frame.
     """
     check_sizes("pool_frames", size=size)
     if mode not in ("average", "bilinear"):

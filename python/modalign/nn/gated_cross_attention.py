@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._arguments import describe
 from ._tokens import check_tokens
 from .decoder_layer import DecoderLayer
 from .masked_attention import KeyValues, MaskedAttention
@@ -50,6 +51,8 @@ class GatedCrossAttention(nn.Module):
         self.feed_forward_gate = nn.Parameter(torch.zeros(()))
 
     def keys(self, media: Tensor) -> KeyValues:
+        if media.dim() < 3:
+            raise ValueError(f"GatedCrossAttention: media must be [B, ..., {self.attention.context_width}] with 3 or more dimensions, got {describe(media)}")
         return self.attention.keys(media.flatten(1, -2))
 
     def forward(self, x: Tensor, media: Tensor | KeyValues, mask: Any = None) -> Tensor:

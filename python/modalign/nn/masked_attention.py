@@ -67,7 +67,7 @@ class MaskedAttention(nn.Module):
     - positions int64 [N] or [B, N], and key_positions of a context, for `rotary`; from 0 on unless given, or from the end of `past` on;
     - past, `KeyValues` of earlier tokens, in front of the keys of this call; return_keys: also the `KeyValues` of all, which are the next call's `past`.
 
-    Gives [B, N, width]. A query that keeps nothing gives 0 (the bias of W_o, if it has one) and has no gradient.
+    Gives [B, N, out_width]. A query that keeps nothing gives 0 (the bias of W_o, if it has one) and has no gradient.
 
     Raises TypeError and ValueError, ``MaskedAttention: <argument> must ..., got ...``.
 
@@ -78,7 +78,7 @@ class MaskedAttention(nn.Module):
         Of keys and values, default `heads`, which it divides.
     head_width : int
         Default width / heads.
-    context_width : int
+    context_width, out_width : int
         Default width.
     bias : bool
         Of the four projections.
@@ -94,16 +94,18 @@ class MaskedAttention(nn.Module):
         key_heads: int | None = None,
         head_width: int | None = None,
         context_width: int | None = None,
+        out_width: int | None = None,
         bias: bool = False,
         rotary: float | None = None,
     ) -> None:
         super().__init__()
         check_sizes("MaskedAttention", width=width, heads=heads)
-        key_heads, context_width = heads if key_heads is None else key_heads, width if context_width is None else context_width
+        key_heads = heads if key_heads is None else key_heads
+        context_width, out_width = width if context_width is None else context_width, width if out_width is None else out_width
         if head_width is None and width % heads:
             raise ValueError(f"MaskedAttention: heads must divide width = {width} where head_width is not given, got {heads}")
         head_width = width // heads if head_width is None else head_width
-        check_sizes("MaskedAttention", key_heads=key_heads, head_width=head_width, context_width=context_width)
+        check_sizes("MaskedAttention", key_heads=key_heads, head_width=head_width, context_width=context_width, out_width=out_width)
         if heads % key_heads:
             raise ValueError(f"MaskedAttention: key_heads must divide heads = {heads}, got {key_heads}")
         if rotary is not None and (head_width % 2 or rotary <= 0):
@@ -112,7 +114,7 @@ class MaskedAttention(nn.Module):
         self.q_proj = nn.Linear(width, heads * head_width, bias=bias)
         self.k_proj = nn.Linear(context_width, key_heads * head_width, bias=bias)
         self.v_proj = nn.Linear(context_width, key_heads * head_width, bias=bias)
-        self.o_proj = nn.Linear(heads * head_width, width, bias=bias)
+        self.o_proj = nn.Linear(heads * head_width, out_width, bias=bias)
 
     def queries(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """[B, heads, N, head_width]"""
@@ -124,7 +126,7 @@ class MaskedAttention(nn.Module):
         return KeyValues(self._rotated(self._heads(self.k_proj(context)), positions), self._heads(self.v_proj(context)))
 
     def join(self, out: Tensor) -> Tensor:
-        """[B, heads, N, head_width] to [B, N, width]"""
+        """[B, heads, N, head_width] to [B, N, out_width]"""
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def forward(
@@ -145,8 +147,10 @@ class MaskedAttention(nn.Module):
             positions = torch.arange(past.key.shape[2], past.key.shape[2] + x.shape[1], device=x.device)
         if isinstance(context, KeyValues):
             keys = context
+        elif context is None:
+            keys = self.keys(x, positions)
         else:
-            keys = self.keys(x, positions) if context is None else self.keys(check_tokens("MaskedAttention", "context", context, ("B", "M", self.context_width), x), key_positions)
+            keys = self.keys(check_tokens("MaskedAttention", "context", context, ("B", "M", self.context_width), x), key_positions)
         keys = keys if past is None else past.append(keys)
         out = self.join(masked_attention(self.queries(x, positions), keys.key, keys.value, mask, causal=causal, key_lengths=key_lengths))
         return (out, keys) if return_keys else out

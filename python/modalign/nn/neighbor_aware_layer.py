@@ -42,8 +42,8 @@ class NeighborAwareLayer(DecoderLayer):
 
     From the layer on where visual keys are dropped for good, nothing reads visual tokens any more: with renormalize, a `DecoderLayer` on the text stream alone gives the same text.
 
-    Parameters: width, heads; window, odd, 3 published; active_heads, a bool for each head, default all; layer_drop: no head is active (released: all layers from one on); feed_forward_cut
-    (released: mlpcut_ratio); renormalize; options of `DecoderLayer`. `head_gate` [heads] is a buffer, 1 for an active head. Raises as `MaskedAttention` does."""
+    Parameters: width, heads; window, odd, 3 published (attncut_w); active_heads, a bool for each head, default all; layer_drop: no head is active (released: in all layers from
+    layercut_num on); feed_forward_cut (mlpcut_ratio); renormalize; options of `DecoderLayer`. `head_gate` [heads] is a buffer, 1 for an active head. Raises as `MaskedAttention` does."""
 
     head_gate: Tensor
 
