@@ -242,10 +242,13 @@ def test_patches_do_not_see_the_question_early_and_see_it_late():
 
 
 def test_padding_of_a_question_is_never_read():
+    """Neither by a result nor by a gradient."""
     module, patches, question = opened(named("TextGuidedEncoder")), randn(2, 5, 8), randn(2, 4, 6, seed=1)
-    out = module(patches, question, THERE)
+    out = module(patches, question.clone(), THERE)
     question[1, 2:] = torch.nan
     changed = module(patches, question, THERE)
+    grads = [torch.autograd.grad(each.patches.sum() + each.question[THERE].sum(), list(module.parameters())) for each in (out, changed)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     assert torch.equal(out.patches, changed.patches) and torch.equal(out.question[THERE], changed.question[THERE])
     short = module(patches[1:], question[1:, :2])
     close(short.patches, out.patches[1:])
