@@ -31,6 +31,7 @@ from .published import (
     no_visual_attention,
     temporal_hierarchy,
     text_guided,
+    tile_layout,
     tile_tags,
 )
 from .rules import COUNTS, NAMES, Rule, band, causal_window, grid_clip, grid_shift, time_stride
@@ -69,6 +70,7 @@ __all__ = [
     "relation",
     "temporal_hierarchy",
     "text_guided",
+    "tile_layout",
     "tile_tags",
     "time_stride",
     "to_block_mask",

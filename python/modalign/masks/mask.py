@@ -227,7 +227,7 @@ def intervals(keep: Tensor, queries: int) -> Mask:
     """Key j is kept for the queries from keep[..., j, 0] to keep[..., j, 1] - 1. int32 [Nk, 2], [H, Nk, 2] or [B, H, Nk, 2]."""
     if not isinstance(keep, Tensor) or keep.is_floating_point() or keep.dim() not in (2, 3, 4) or keep.shape[-1] != 2:
         raise ValueError(f"intervals: keep must be whole numbers [Nk, 2], [H, Nk, 2] or [B, H, Nk, 2], got {getattr(keep, 'shape', keep)}")
-    if keep.device.type == "cpu" and bool(((keep[..., 0] > keep[..., 1]) | (keep < 0).any(-1) | (keep > queries).any(-1)).any()):
+    if keep.device.type == "cpu" and not torch.compiler.is_compiling() and bool(((keep[..., 0] > keep[..., 1]) | (keep < 0).any(-1) | (keep > queries).any(-1)).any()):
         raise ValueError(f"intervals: keep must hold 0 <= first <= end <= queries = {queries}, got another")
     four = keep[(None,) * (4 - keep.dim())].to(torch.int32).contiguous()
     return Mask(queries, keep.shape[-2], (four,), (INTERVAL, 0, 0, 0))

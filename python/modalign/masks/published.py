@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .mask import Mask, relation
 from .rules import grid_clip, time_stride, whole_number
-from .tokens import TYPE_NAMES, Tokens
+from .tokens import FIELDS, TYPE_NAMES, TYPES, Tokens
 
 __all__ = [
     "cell_window",
@@ -21,18 +23,23 @@ __all__ = [
     "no_visual_attention",
     "temporal_hierarchy",
     "text_guided",
+    "tile_layout",
     "tile_tags",
 ]
 
 TEXT = ("prefix", "question", "answer")
 
 
-def _with_visual_rows(tokens: Tokens, **rules: Any) -> Mask:
+def _visual_rows(**rules: Any) -> dict[tuple[Any, Any], Any]:
     """Causal rows of text; visual rows keep what `rules` says of keys "text" and "visual"."""
     table: dict[tuple[Any, Any], Any] = {(q, k): "causal" for q in TEXT for k in TYPE_NAMES}
     table |= {("visual", k): rules["text"] for k in TEXT}
     table["visual", "visual"] = rules["visual"]
-    return relation(table, tokens)
+    return table
+
+
+def _with_visual_rows(tokens: Tokens, **rules: Any) -> Mask:
+    return relation(_visual_rows(**rules), tokens)
 
 
 def image_prefix(tokens: Tokens) -> Mask:
@@ -100,7 +107,7 @@ def modality_mutual(tokens: Tokens, turn: Tensor | None = None) -> Mask:
     return relation(table, tokens) | relation({("visual", "question"): "same_segment"}, tokens.replace(segment=turn))
 
 
-def neighbor_window(tokens: Tokens, window: int = 3) -> Mask:
+def neighbor_window(tokens: Tokens, window: int = 3, *, active_heads: Sequence[bool] | None = None) -> Mask:
     """Neighbour-aware visual attention: a visual token sees a window x window square of its image, both ways, clipped at the border. [Treat Visual Tokens as Text?, 2024]
 
     ======  ======  ==========================================
@@ -109,10 +116,16 @@ def neighbor_window(tokens: Tokens, window: int = 3) -> Mask:
     text    causal  causal
     visual  causal  grid_clip(0, (window - 1) / 2, the same)
     ======  ======  ==========================================
+
+    active_heads: a bool for each head; one that is False keeps no pair with a visual query or key.
     """
     if whole_number("neighbor_window", "window", window, 1) % 2 == 0:
         raise ValueError(f"neighbor_window: window must be odd, got {window}")
-    return _with_visual_rows(tokens, text="causal", visual=grid_clip(0, window // 2, window // 2))
+    table = _visual_rows(text="causal", visual=grid_clip(0, window // 2, window // 2))
+    if active_heads is None:
+        return relation(table, tokens)
+    blind = {pair: rule for pair, rule in table.items() if "visual" not in pair}
+    return relation([table if active else blind for active in active_heads], tokens)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ queries that look at other tokens
@@ -130,7 +143,7 @@ def media(queries: Tokens, keys: Tokens, *, immediate: bool = True) -> Mask:
     queries: `last` is the medium of a token, -1 before the first: such a token keeps nothing. keys: `segment` is the medium.
     """
     rule = "last_segment" if immediate else "up_to_last_segment"
-    return relation(_every_type(rule), queries, keys)
+    return relation(_whatever_type(rule), queries, keys)
 
 
 def dual_cross(queries: Tokens, keys: Tokens, *, same_frame: bool = False, causal_media: bool = False) -> Mask:
@@ -163,9 +176,51 @@ def tile_tags(queries: Tokens, keys: Tokens) -> Mask:
     return relation({("text", "visual"): "up_to_last_segment", ("tag", "visual"): "same_segment"}, queries, keys)
 
 
+def tile_layout(*sequences: Iterable[tuple[str, int]], tile_tokens: int, thumbnail: bool = False) -> tuple[Tokens, Tokens]:
+    """(queries, keys) for `tile_tags`, of sequences that are lists of spans ("text", tokens) and ("picture", tiles); shorter sequences are padded. [NVLM, 2024]
+
+    A picture of k tiles stands in the text as k + 1 tags, one of each tile and one of the thumbnail; keys are tile_tokens of each of them. thumbnail=True (the hybrid): the tokens of
+    the thumbnail follow its tag in the text, as "visual", and are no keys.
+
+    >>> queries, keys = tile_layout([("text", 1), ("picture", 2), ("text", 1)], tile_tokens=1)
+    >>> tile_tags(queries, keys).dense()[0, 0].int().tolist()
+    [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]]
+    """
+    whole_number("tile_layout", "tile_tokens", tile_tokens, 1)
+    rows = []
+    for spans in sequences:
+        types, segments, last, tiles = [], [], [], 0
+        for name, size in spans:
+            if name not in ("text", "picture"):
+                raise ValueError(f'tile_layout: spans must be "text" or "picture", got {name!r}')
+            whole_number("tile_layout", f"a span of {name}", size, int(name == "picture"))
+            if name == "text":
+                added = [0] * size, [-1] * size
+            else:
+                numbers = list(range(tiles, tiles + size))
+                added = [1] * (size + 1), [*numbers, -1 if thumbnail else tiles + size]
+                if thumbnail:
+                    added = added[0] + [2] * tile_tokens, added[1] + [-1] * tile_tokens
+            types, segments, last = types + added[0], segments + added[1], last + [tiles - 1] * len(added[0])
+            tiles += 0 if name == "text" else size + (not thumbnail)
+        rows.append((types, segments, last, [tile for tile in range(tiles) for _ in range(tile_tokens)]))
+    queries = _padded([dict(type=types, segment=segments, last=last) for types, segments, last, _ in rows])
+    return queries, _padded([dict(type=[2] * len(tiles), segment=tiles, last=[-1] * len(tiles)) for *_, tiles in rows])
+
+
+def _padded(rows: list[dict[str, list[int]]]) -> Tokens:
+    N = max((len(row["type"]) for row in rows), default=0)
+    fields = torch.zeros(len(rows), len(FIELDS), N, dtype=torch.int32)
+    fields[:, FIELDS.index("index")] = torch.arange(N, dtype=torch.int32)
+    for b, row in enumerate(rows):
+        for name, values in (row | {"valid": [1] * len(row["type"])}).items():
+            fields[b, FIELDS.index(name), : len(values)] = torch.tensor(values, dtype=torch.int32)
+    return Tokens(fields, ("text", "tag", "visual"))
+
+
 def cell_window(queries: Tokens, keys: Tokens) -> Mask:
     """Windowed latent cross-attention: a latent query sees the tokens of its own cell, which is the `segment` of both. [FUSION, 2025]"""
-    return relation(_every_type("same_segment"), queries, keys)
+    return relation(_whatever_type("same_segment"), queries, keys)
 
 
 # -------------------------------------------------------------------------------------------------------------------------------------------- encoders
@@ -181,7 +236,7 @@ def text_guided(tokens: Tokens, *, late: bool = False) -> Mask:
     text    always  always
     ======  ======  =====================
     """
-    table = _every_type("always")
+    table: dict[tuple[Any, Any], Any] = {(q, k): "always" for q in TYPE_NAMES for k in TYPE_NAMES}
     return relation({pair: rule for pair, rule in table.items() if late or not (pair[0] == "visual" and pair[1] in TEXT)}, tokens)
 
 
@@ -208,5 +263,5 @@ def temporal_hierarchy(tokens: Tokens, levels: int, *, stride: int = 2) -> Mask:
     return relation(table, tokens)
 
 
-def _every_type(rule: str) -> dict[tuple[Any, Any], Any]:
-    return {(q, k): rule for q in TYPE_NAMES for k in TYPE_NAMES}
+def _whatever_type(rule: str) -> dict[tuple[Any, Any], Any]:
+    return {(q, k): rule for q in range(TYPES) for k in range(TYPES)}

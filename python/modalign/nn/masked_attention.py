@@ -1,0 +1,171 @@
+"""Multi-head attention under a mask, with its projections."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import masked_attention
+from ..ops._arguments import describe
+from ..ops._registration import accumulation_dtype
+from ._tokens import check_sizes, check_tokens
+
+__all__ = ["KeyValues", "MaskedAttention", "rotate"]
+
+
+class KeyValues(NamedTuple):
+    """key, value : [B, key_heads, N, head_width], as `MaskedAttention.keys` makes them: the cache of a layer. A pytree."""
+
+    key: Tensor
+    value: Tensor
+
+    def append(self, later: KeyValues) -> KeyValues:
+        """These tokens and `later` ones behind them."""
+        return KeyValues(torch.cat([self.key, later.key], 2), torch.cat([self.value, later.value], 2))
+
+
+def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Rotary embedding of x [B, H, N, D] at positions [N] or [B, N]: entries f and f + D / 2 turn by the angle ``position base^(-2 f / D)``. [RoFormer, 2021]
+
+    >>> rotate(torch.tensor([1.0, 0.0]).view(1, 1, 1, 2), torch.tensor([2]), 10000.0).flatten()          # cos 2, sin 2
+    tensor([-0.4161,  0.9093])
+    """
+    real, half = accumulation_dtype(x.dtype), x.shape[-1] // 2
+    speed = base ** (-torch.arange(half, device=x.device, dtype=real) / half)
+    angle = (positions.to(real)[..., None] * speed).unsqueeze(-3)
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.to(real).split(half, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+class MaskedAttention(nn.Module):
+    """`ops.masked_attention` between projections: of tokens among themselves, or of tokens to a context.
+
+    ::
+
+        q = rotate(W_q x),  k = rotate(W_k c),  v = W_v c          c = context, or x
+        out = W_o [heads of masked_attention(q, k, v, mask)]
+
+    >>> import torch
+    >>> from modalign import masks
+    >>> attention = MaskedAttention(16, heads=4, key_heads=2, rotary=10000.0)
+    >>> tokens = masks.layout([("prefix", 2), ("visual", (2, 2)), ("question", 3)])
+    >>> x = torch.randn(2, 9, 16)
+    >>> attention(x, mask=masks.image_prefix(tokens)).shape
+    torch.Size([2, 9, 16])
+    >>> first, cache = attention(x[:, :8], causal=True, return_keys=True)                               # decoding: earlier keys are kept
+    >>> torch.allclose(attention(x[:, 8:], causal=True, past=cache), attention(x, causal=True)[:, 8:], atol=1e-6)
+    True
+
+    The call takes
+
+    - x [B, N, width];
+    - context, where the keys are of other tokens: [B, M, context_width], or `KeyValues` that `keys` made of them, such as those of a picture that many steps look at;
+    - mask, causal and key_lengths of `ops.masked_attention`;
+    - positions int64 [N] or [B, N], and key_positions of a context, for `rotary`; from 0 on unless given, or from the end of `past` on;
+    - past, `KeyValues` of earlier tokens, in front of the keys of this call; return_keys: also the `KeyValues` of all, which are the next call's `past`.
+
+    Gives [B, N, out_width]. A query that keeps nothing gives 0 (the bias of W_o, if it has one) and has no gradient.
+
+    Raises TypeError and ValueError, ``MaskedAttention: <argument> must ..., got ...``.
+
+    Parameters
+    ----------
+    width, heads : int
+    key_heads : int
+        Of keys and values, default `heads`, which it divides.
+    head_width : int
+        Default width / heads.
+    context_width, out_width : int
+        Default width.
+    bias : bool
+        Of the four projections.
+    rotary : float, optional
+        The base of the rotary embedding (10000 in most models); None: no positions.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        key_heads: int | None = None,
+        head_width: int | None = None,
+        context_width: int | None = None,
+        out_width: int | None = None,
+        bias: bool = False,
+        rotary: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes("MaskedAttention", width=width, heads=heads)
+        key_heads = heads if key_heads is None else key_heads
+        context_width, out_width = width if context_width is None else context_width, width if out_width is None else out_width
+        if head_width is None and width % heads:
+            raise ValueError(f"MaskedAttention: heads must divide width = {width} where head_width is not given, got {heads}")
+        head_width = width // heads if head_width is None else head_width
+        check_sizes("MaskedAttention", key_heads=key_heads, head_width=head_width, context_width=context_width, out_width=out_width)
+        if heads % key_heads:
+            raise ValueError(f"MaskedAttention: key_heads must divide heads = {heads}, got {key_heads}")
+        if rotary is not None and (head_width % 2 or rotary <= 0):
+            raise ValueError(f"MaskedAttention: rotary must be positive and head_width even, got {rotary} and {head_width}")
+        self.width, self.heads, self.key_heads, self.head_width, self.context_width, self.rotary = width, heads, key_heads, head_width, context_width, rotary
+        self.q_proj = nn.Linear(width, heads * head_width, bias=bias)
+        self.k_proj = nn.Linear(context_width, key_heads * head_width, bias=bias)
+        self.v_proj = nn.Linear(context_width, key_heads * head_width, bias=bias)
+        self.o_proj = nn.Linear(heads * head_width, out_width, bias=bias)
+
+    def queries(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[B, heads, N, head_width]"""
+        return self._rotated(self._heads(self.q_proj(x)), positions)
+
+    def keys(self, context: Tensor, positions: Tensor | None = None) -> KeyValues:
+        """Keys and values of tokens [B, M, context_width]."""
+        check_tokens("MaskedAttention", "context", context, ("B", "M", self.context_width))
+        return KeyValues(self._rotated(self._heads(self.k_proj(context)), positions), self._heads(self.v_proj(context)))
+
+    def join(self, out: Tensor) -> Tensor:
+        """[B, heads, N, head_width] to [B, N, out_width]"""
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | KeyValues | None = None,
+        mask: Any = None,
+        *,
+        causal: bool | str = False,
+        key_lengths: Tensor | None = None,
+        positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
+        past: KeyValues | None = None,
+        return_keys: bool = False,
+    ) -> Any:
+        check_tokens("MaskedAttention", "x", x, ("B", "N", self.width))
+        if positions is None and past is not None:
+            positions = torch.arange(past.key.shape[2], past.key.shape[2] + x.shape[1], device=x.device)
+        if isinstance(context, KeyValues):
+            keys = context
+        elif context is None:
+            keys = self.keys(x, positions)
+        else:
+            keys = self.keys(check_tokens("MaskedAttention", "context", context, ("B", "M", self.context_width), x), key_positions)
+        keys = keys if past is None else past.append(keys)
+        out = self.join(masked_attention(self.queries(x, positions), keys.key, keys.value, mask, causal=causal, key_lengths=key_lengths))
+        return (out, keys) if return_keys else out
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, key_heads={self.key_heads}, head_width={self.head_width}, rotary={self.rotary}"
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (-1, self.head_width)).transpose(1, 2)
+
+    def _rotated(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        if self.rotary is None:
+            return x
+        if positions is None:
+            positions = torch.arange(x.shape[2], device=x.device)
+        elif positions.is_floating_point() or positions.dim() not in (1, 2) or positions.shape[-1] != x.shape[2]:
+            raise ValueError(f"MaskedAttention: positions must be whole numbers [N] or [B, N] with N = {x.shape[2]}, got {describe(positions)}")
+        return rotate(x, positions, self.rotary)
