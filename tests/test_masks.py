@@ -188,7 +188,7 @@ def test_causal_as_a_mask(N, M, align):
     attend_like_the_matrix(masks.causal(N, M, align=align, window=100))
 
 
-def test_rows_are_rows():
+def test_rows_are_rows_and_columns_columns():
     tokens = random_tokens(200, 3)
     g = draw(1)
     for mask in (
@@ -200,8 +200,13 @@ def test_rows_are_rows():
     ):
         for start, stop in ((0, 200), (150, 151), (33, 150), (5, 5)):
             assert torch.equal(mask.rows(start, stop).dense(), mask.dense()[:, :, start:stop])
-    with pytest.raises(ValueError, match="start and stop"):
-        mask.rows(3, 201)
+            assert torch.equal(mask.columns(start, stop).dense(), mask.dense()[..., start:stop])
+        part = mask.rows(60, 101).columns(30, 160)
+        assert (part.queries, part.keys) == (41, 130) and torch.equal(part.dense(), mask.dense()[:, :, 60:101, 30:160])
+        attend_like_the_matrix(part)
+    for cut in (mask.rows, mask.columns):
+        with pytest.raises(ValueError, match=f"{cut.__name__}: start and stop must rise from 0 to 200, got 3 and 201"):
+            cut(3, 201)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------- published rules

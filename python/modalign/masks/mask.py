@@ -91,6 +91,25 @@ class Mask:
                 made[first], steps[at + 2] = made[first][:, :, chosen], 1
         return replace(self, queries=stop - start, tensors=tuple(made), steps=tuple(steps))
 
+    def columns(self, start: int, stop: int) -> Mask:
+        """The mask of the keys from `start` to `stop` - 1 alone, as a cache that is still growing needs it."""
+        if not 0 <= start <= stop <= self.keys:
+            raise ValueError(f"columns: start and stop must rise from 0 to {self.keys}, got {start} and {stop}")
+        made = list(self.tensors)
+        steps = list(self.steps)
+        for at in range(0, len(steps), STEP):
+            kind, first = steps[at : at + 2]
+            if kind == RELATION:
+                made[first + 1] = made[first + 1][:, :, start:stop].contiguous()
+            elif kind == INTERVAL:
+                made[first] = made[first][:, :, start:stop].contiguous()
+            elif kind == DENSE and made[first].shape[3] != 1:
+                made[first] = made[first][..., start:stop]
+            elif kind == TILES:
+                chosen = torch.arange(start, stop, device=made[first].device) // steps[at + 3]
+                made[first], steps[at + 3] = made[first][..., chosen], 1
+        return replace(self, keys=stop - start, tensors=tuple(made), steps=tuple(steps))
+
     def kept(self) -> float:
         """The share of pairs that is kept, over items and heads; rows are looked at in blocks."""
         if self.queries * self.keys == 0:
