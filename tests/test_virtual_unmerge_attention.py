@@ -20,11 +20,11 @@ def frequencies(D, theta=10000.0):
 
 
 def by_pairs(q, k, v, g, position, keep, theta=10000.0):
-    """One item, from the scores of section 3.2: angles are those of differences of positions, nothing is turned by itself. keep [N, N]."""
+    """One item, from the scores of the paper: angles are those of differences of positions, nothing is turned by itself. keep [N, N]."""
     H, Nu, D = q.shape
     k, v = (each.repeat_interleave(H // len(each), 0) for each in (k, v))
     there = g >= 0
-    gq, angle = g.clamp(min=0), (position[:, None] - position).double()[..., None] * frequencies(D, theta)  # [N, N, D / 2]
+    gq, angle = g.clamp(min=0), (position.double()[:, None] - position)[..., None] * frequencies(D, theta)  # [N, N, D / 2]
     (q1, q2), (k1, k2) = (each[:, gq].chunk(2, -1) for each in (q, k))
     even = q1[:, :, None] * k1[:, None] + q2[:, :, None] * k2[:, None]
     odd = q1[:, :, None] * k2[:, None] - q2[:, :, None] * k1[:, None]
@@ -59,7 +59,7 @@ def test_it_is_the_formula_in_relative_angles(seed):
         (g, {}, token, causal(45)),
         (g, {"causal": False, "theta": 50.0}, token, all_),
         (own, {"positions": position}, position, causal(45)),
-        (g, {"cu_seqlens": cu}, token - start, causal(45) & packed),
+        (g, {"cu_seqlens": cu}, token - start, causal(45) & packed),  # positions from 0 in every sequence
         (own, {"cu_seqlens": cu, "mask": mask, "causal": False, "positions": position[0]}, position[0], mask & packed),
         (g, {"mask": masks.from_dense(mask)}, token, causal(45) & mask),
         (g, {"positions": token / 3}, token / 3, causal(45)),
@@ -230,6 +230,7 @@ def test_wrong_steps_are_refused():
         ((one[0][:1], one[1][:1], one[2][:1]), {}, "key must be like the cache's but for its tokens"),
         ((q[:, :, :2], *one[1:]), {}, "query must have key's 1 tokens"),
         (one, {"positions": torch.arange(2)}, r"positions must have shape \[1\] or \[2, 1\]"),
+        (one, {"scale": float("nan")}, "scale must be finite"),
         (one, {"rotary": (table, table)}, "rotary must be given if the cache was made with it"),
     ):
         with pytest.raises(ValueError, match="VirtualUnmergeCache.attend: " + message):

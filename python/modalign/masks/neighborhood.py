@@ -103,7 +103,7 @@ def neighborhood_of(windows: Sequence[Window], device: Any) -> Neighborhood:
     """Sizes of the grid may be symbols of a compiled graph: nothing branches on them.
 
     A window is the places from `first` to first + kernel - 1 among the tokens of one residue. Twice a place, it lies at most kernel - 1 from the middle of the window; so a query has that middle
-    for its coordinate, and the rule is grid_clip. Of the ranges of a tile that rule can say that it lies within all its windows, and misses few that lie without. (grid_shift knows where a query
+    for its coordinate, and the rule is grid_clip. By the ranges of a tile that rule knows whether all windows hold it, and nearly always whether none meets it. (grid_shift is told where a query
     is, not its window: it has to allow for the shift at the border everywhere.)
     """
     rest = math.prod([size for size, *_ in windows])
@@ -149,10 +149,8 @@ def _order(windows: Sequence[Window], residues: Tensor, places: list[Tensor], me
         number = place * strips // count
         strip = strip * strips + torch.where(strip % 2 == 1, strips - 1 - number, number)
         inside, key = inside * size + place, key * strips
-    key = (key + strip) * windows[-1][0] + torch.where(strip % 2 == 1, members[-1] - 1 - places[-1], places[-1])
-    for size, *_ in windows[:-1]:
-        key = key * size
-    return (key + inside).argsort()
+    along = torch.where(strip % 2 == 1, members[-1] - 1 - places[-1], places[-1])
+    return (((key + strip) * windows[-1][0] + along) * math.prod([size for size, *_ in windows[:-1]]) + inside).argsort()
 
 
 def _strips(sizes: list[int], kernels: list[int], device: Any) -> Tensor:

@@ -70,7 +70,7 @@ def neighborhood_attention(
 
     Edges
     -----
-    Every query keeps at least itself, or, with a stride, a window of its neighbours. B = 0: empty. Pairs outside windows do not reach a result, not even with NaN in them.
+    Every query keeps itself. B = 0: empty. Pairs outside windows do not reach a result, not even with NaN in them.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def neighborhood_attention(
     Complexity
     ----------
     2 (D + Dv) FLOP for each pair of the tiles of 96 x 96 that windows meet. Memory beyond that of `masked_attention`: query, key, value and result once more, for their order; the mask and the order,
-    28 numbers a token, are made anew by every call. `modalign.masks.neighborhood` makes them once.
+    some 30 numbers a token, are made anew by every call. `modalign.masks.neighborhood` makes them once.
 
     Papers: Hassani et al., "Neighborhood Attention Transformer", CVPR 2023; Hassani and Shi, "Dilated Neighborhood Attention Transformer", 2022; Hassani et al., "Faster Neighborhood Attention",
     NeurIPS 2024 (causal); "Generalized Neighborhood Attention", 2025 (stride).

@@ -1,4 +1,4 @@
-"""Attention of merged tokens as if the tokens that they stand for were there, each at its own rotary angle. [DyMU, 2025]"""
+"""Attention of merged tokens as if the tokens that they stand for were there, each at its own rotary angle. [DyMU, NeurIPS 2025]"""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def virtual_unmerge_attention(
     index_map : int64 tensor [N] or [B, N]
         g: the merged token of every virtual token, 0 to Nu - 1, in any order. [N] is that of all items, and names every merged token. In [B, N], -1 is padding: no token, takes no part.
     positions : whole or floating tensor [N] or [B, N], optional
-        Of virtual tokens. Default 0 to N - 1, from 0 in every sequence of `cu_seqlens`.
+        Of virtual tokens. Default 0 to N - 1, padding counted; only differences within a sequence matter.
     theta : float, optional
         Default 10000.
     rotary : (cos, sin), tensors [N, D / 2] or [B, N, D / 2], optional
@@ -93,7 +93,7 @@ def virtual_unmerge_attention(
     That of `masked_attention` with N queries and keys: 2 (D + Dv) FLOP for each pair of virtual tokens that is kept. What Nu < N saves is outside: projections, feed-forward, the cache. Memory beyond the
     result: query, key, value and f of N tokens in the accumulation dtype, never N x N.
 
-    Paper: Wang et al., "DyMU: Dynamic Merging and Virtual Unmerging for Efficient VLMs", 2025, section 3.2.
+    Paper: Wang et al., "DyMU: Dynamic Merging and Virtual Unmerging for Efficient VLMs", NeurIPS 2025: virtual token unmerging.
     """
     op = "virtual_unmerge_attention"
     query, key, value = _check_operands(op, query, key, value)
@@ -173,9 +173,10 @@ class VirtualUnmergeCache:
         if (self.next is None) != (rotary is not None):
             raise ValueError(f"{op}: rotary must be given if the cache was made with it, and only then, got {arguments.describe(rotary)}")
         _check_angles(op, query, n, positions, None, rotary)
+        check.check_numbers(op, query, False, scale, 0, True, False)
         if rotary is None:
             positions = self.next + torch.arange(n, device=key.device) if positions is None else positions
-            self.next = torch.maximum(self.next, positions.view(-1, n).amax(1, keepdim=True) + 1) if n else self.next
+            self.next = torch.maximum(self.next, positions.reshape(-1, n).amax(1, keepdim=True) + 1) if n else self.next
         angles, Nu = _tables(query, positions, self.theta, rotary), self.key.shape[2]
         own = torch.arange(Nu, Nu + n, device=key.device).expand(len(self.index_map), n)
         self.key, self.value, self.index_map = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2), torch.cat([self.index_map, own], 1)
@@ -247,7 +248,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _virtual_tokens(index_map: Tensor, cu_seqlens: Tensor | None, groups: int, covering: bool) -> Tensor:
-    """What masks ask of virtual tokens: their sequence, their index in it, and whether they are there. Values are looked at here."""
+    """What masks ask of virtual tokens: their sequence, and whether they are there. Values are looked at here."""
     op, N = "virtual_unmerge_attention", index_map.shape[1]
     wrong = (index_map < (0 if covering else -1)) | (index_map >= groups)
     if bool(wrong.any()):
@@ -255,14 +256,12 @@ def _virtual_tokens(index_map: Tensor, cu_seqlens: Tensor | None, groups: int, c
     unnamed = index_map.flatten().bincount(minlength=groups) == 0 if covering else index_map.new_zeros(1, dtype=torch.bool)
     if bool(unnamed.any()):
         raise RuntimeError(f"{op}: index_map must name every merged token, got none for {int(unnamed.nonzero()[0])}")
-    index = torch.arange(N, device=index_map.device)
-    document = torch.zeros_like(index)
+    document = torch.zeros(N, dtype=torch.int64, device=index_map.device)
     if cu_seqlens is not None:
         if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != N or bool((cu_seqlens.diff() < 0).any()):
             raise RuntimeError(f"{op}: cu_seqlens must rise from 0 to N = {N}, got {cu_seqlens.tolist()}")
-        document = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
-        index = index - cu_seqlens[document]
-    return masks.tokens(torch.zeros_like(index_map), index=index, document=document, valid=index_map >= 0).fields
+        document = torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(N, device=index_map.device), right=True)
+    return masks.tokens(torch.zeros_like(index_map), document=document, valid=index_map >= 0).fields
 
 
 def _unmerge(x: Tensor, index_map: Tensor) -> Tensor:
@@ -377,9 +376,9 @@ def reference_virtual_unmerge_attention(
     real, N, device = accumulation_dtype(query.dtype), index_map.shape[-1], query.device
     g = index_map.view(-1, N)
     member = (g[:, :, None] == torch.arange(query.shape[2], device=device)).to(real)[:, None]  # [1 or B, 1, N, Nu]
-    sequence, start = torch.zeros(N, dtype=torch.int64, device=device), torch.zeros(N, dtype=torch.int64, device=device)
+    sequence = torch.zeros(N, dtype=torch.int64, device=device)
     for n, first in enumerate([] if cu_seqlens is None else cu_seqlens[:-1].tolist()):
-        sequence[first:], start[first:] = n, first
+        sequence[first:] = n
     token = torch.arange(N, device=device)
     keep = ((g >= 0)[:, None, None, :] & (g >= 0)[:, None, :, None]) & (sequence[:, None] == sequence)
     keep = keep & (token <= token[:, None]) if causal else keep
@@ -389,7 +388,7 @@ def reference_virtual_unmerge_attention(
             dense = dense.repeat_interleave(query.shape[1] // dense.shape[1], 1)
         keep = keep & dense
     if rotary is None:
-        angle = (token - start if positions is None else positions).double()[..., None] * (THETA if theta is None else theta) ** (
+        angle = (token if positions is None else positions).double()[..., None] * (THETA if theta is None else theta) ** (
             -torch.arange(0, query.shape[3], 2, dtype=torch.float64, device=device) / query.shape[3]
         )
         rotary = angle.cos(), angle.sin()
