@@ -67,7 +67,8 @@ def table(link: str) -> str:
     from modalign import _host, info, ops
 
     declared = {case.name: case for case in reversed(cases.CASES)}  # the first entry of an op; later ones are samples of other sizes
-    raw = {"masked_attention_varlen": "masked_attention", "scaled_dot_product_attention": "masked_attention"}  # other ways to call an op
+    others = ("masked_attention_varlen", "neighborhood_attention", "scaled_dot_product_attention", "virtual_unmerge_attention")
+    raw = dict.fromkeys(others, "masked_attention")  # other ways to call an op
     covered, families = info.ops(), {kernel["family"] for kernel in _host.kernels().values()}
     yes = {True: "yes", False: "no"}
     lines = ["| op | CPU | CUDA | dtypes | backward | double backward | deterministic | paper |", "|---|---|---|---|---|---|---|---|"]

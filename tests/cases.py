@@ -14,8 +14,10 @@ from modalign.ops.gram_volume import formula_gram_volume, reference_gram_volume
 from modalign.ops.paired_gram_volume import formula_paired_gram_volume, reference_paired_gram_volume
 from modalign.ops.triangle_area import formula_triangle_area, reference_triangle_area
 from modalign.testing import NOT_FINITE, BadInput, Maker, OpCase, Sample, degenerate_zoo
+from neighborhood_attention_cases import NEIGHBORHOOD_ATTENTION, NEIGHBORHOOD_ATTENTION_LSE
 from segment_cases import SEGMENT_MAX_SIMILARITY
 from structure_cases import STRUCTURE_LOSS
+from virtual_unmerge_cases import VIRTUAL_UNMERGE_ATTENTION
 
 KERNEL, WIDE = "k<=8", "k>8"
 
@@ -464,7 +466,7 @@ WIDE = [
     ),
 ]
 
-CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS, MASKED_ATTENTION, MASKED_ATTENTION_LSE, MASKED_ATTENTION_VARLEN, SCALED_DOT_PRODUCT_ATTENTION]
+CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS, MASKED_ATTENTION, MASKED_ATTENTION_LSE, MASKED_ATTENTION_VARLEN, SCALED_DOT_PRODUCT_ATTENTION, NEIGHBORHOOD_ATTENTION, NEIGHBORHOOD_ATTENTION_LSE, VIRTUAL_UNMERGE_ATTENTION]
 
 # Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py, test_hard_negatives.py and test_knn.py.
 SELECTIONS = [

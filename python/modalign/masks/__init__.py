@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from .formats import from_block_mask, from_bsr, from_flashmask, to_block_mask, to_bsr, to_flashmask
 from .mask import Mask, blocks, causal, from_dense, full, intervals, key_dropout, relation
+from .neighborhood import Neighborhood, neighborhood
 from .published import (
     cell_window,
     composite,
@@ -42,6 +43,7 @@ __all__ = [
     "FIELDS",
     "Mask",
     "NAMES",
+    "Neighborhood",
     "Rule",
     "TYPE_NAMES",
     "Tokens",
@@ -66,6 +68,7 @@ __all__ = [
     "media",
     "modality_mutual",
     "neighbor_window",
+    "neighborhood",
     "no_visual_attention",
     "relation",
     "temporal_hierarchy",

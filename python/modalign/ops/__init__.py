@@ -21,6 +21,7 @@ from .masked_attention import masked_attention  # noqa: E402
 from .masked_attention_varlen import masked_attention_varlen  # noqa: E402
 from .mine_hard_negatives import mine_hard_negatives  # noqa: E402
 from .mutual_nearest import mutual_nearest  # noqa: E402
+from .neighborhood_attention import neighborhood_attention  # noqa: E402
 from .paired_gram_volume import paired_gram_volume  # noqa: E402
 from .pairwise_logsumexp import pairwise_logsumexp  # noqa: E402
 from .segment_max_similarity import segment_max_similarity  # noqa: E402
@@ -30,6 +31,7 @@ from .structure_loss import structure_loss  # noqa: E402
 from .target_rank import target_rank  # noqa: E402
 from .triangle_area import triangle_area  # noqa: E402
 from .triangle_contrastive_loss import triangle_contrastive_loss  # noqa: E402
+from .virtual_unmerge_attention import VirtualUnmergeCache, virtual_unmerge_attention  # noqa: E402, F401
 
 __all__ = [
     "clip_hard_negatives",
@@ -48,6 +50,7 @@ __all__ = [
     "masked_attention_varlen",
     "mine_hard_negatives",
     "mutual_nearest",
+    "neighborhood_attention",
     "paired_gram_volume",
     "pairwise_logsumexp",
     "scaled_dot_product_attention",
@@ -57,4 +60,5 @@ __all__ = [
     "target_rank",
     "triangle_area",
     "triangle_contrastive_loss",
+    "virtual_unmerge_attention",
 ]
