@@ -84,7 +84,9 @@ def masked_attention_varlen(
             raise TypeError(f"{op}: {name} must be a whole number, got {arguments.describe(longest)}")
         if longest < 0:
             raise ValueError(f"{op}: {name} must be 0 or more, got {longest}")
-    numbers = check.check_numbers(op, query, causal, scale, softcap, deterministic, return_lse)
+    numbers = check.check_numbers(op, query, causal, scale, softcap)
+    arguments.check_flag(op, "deterministic", deterministic)
+    arguments.check_flag(op, "return_lse", return_lse)
     refuse_forward_mode("masked_attention", (query, key, value))
     q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
     with torch.autocast(query.device.type, enabled=False):
