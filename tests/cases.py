@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from attention_cases import MASKED_ATTENTION, MASKED_ATTENTION_LSE, MASKED_ATTENTION_VARLEN, SCALED_DOT_PRODUCT_ATTENTION
+from attention_score_cases import ATTENTION_SCORES
 from contrastive_cases import CONTRASTIVE, DERIVED
 from knn_values_cases import KNN_VALUES
 from modalign import ops
@@ -464,10 +465,12 @@ WIDE = [
     ),
 ]
 
-CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS, MASKED_ATTENTION, MASKED_ATTENTION_LSE, MASKED_ATTENTION_VARLEN, SCALED_DOT_PRODUCT_ATTENTION]
+CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS, MASKED_ATTENTION, MASKED_ATTENTION_LSE, MASKED_ATTENTION_VARLEN, SCALED_DOT_PRODUCT_ATTENTION, *ATTENTION_SCORES]
 
-# Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py, test_hard_negatives.py and test_knn.py.
+# Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py, test_hard_negatives.py, test_knn.py and
+# test_attention_scores.py.
 SELECTIONS = [
+    "attention_row_statistics",
     "clip_hard_negatives",
     "dual_softmax_matching",
     "gram_hard_negatives",

@@ -2,7 +2,7 @@
 //
 // Maths      ops/attention_scores.h. The log-sum-exp of every row is known, so one more product of queries and keys gives p tile by tile.
 // Mapping    a task owns kBlock keys of a head (queries, for rows) and meets all queries (keys) in order. What it owns lies across the lanes, so that nothing is summed over lanes.
-// Cost       2 D FLOPs for each pair of the tiles of which something is kept. Memory: the other operand is read where it lies or copied once, as in masked_attention.cpp.
+// Cost       2 D FLOPs for each pair of the tiles of which something is kept by a query of weight other than 0. Memory: the other operand is read where it lies or copied once, as in masked_attention.cpp.
 // Precision  sums are chains of kBlock, added in order. All in float, double for double. Equal bits for any threads: every result has one owner.
 
 #include "cpu/attention_scores.h"
@@ -58,6 +58,7 @@ struct ScoreBlock {
     for (std::int64_t c = 0; c < width; c += L) {
       Vector<T> total[sizeof...(scores)] = {};
       for (std::int64_t line = 0; line < lines; ++line) {
+        if (!lines_are_keys && weight[line] == 0) continue;
         const Vector<T> x = logit(load(tile + line * kBlock + c)), z = added ? with_addend<T>(x, load(addend + line * kBlock + c)) : x;
         const Vector<T> log_p = z == broadcast(kNothing<T>) ? z : z - (lines_are_keys ? load(lse + c) : broadcast(lse[line]));   // lse may be NaN
         int n = 0;
@@ -90,11 +91,16 @@ void harvest(const AttentionProblem& p, const void* lse, const AttentionWeights&
     const auto coverage = [&](std::int64_t at, std::int64_t count) { return lines_are_keys ? pairs.coverage(first, lanes, at, count) : pairs.coverage(at, count, first, lanes); };
     const auto ahead = [&](const Kept& next) { lines.prefetch(next.at, next.count, p.D); };
     for_each_kept(lines_are_keys ? s.keys : s.queries, coverage, ahead, [&](const Kept& now) {
+      bool any = lines_are_keys;
+      for (std::int64_t i = 0; !lines_are_keys && i < now.count; ++i) {
+        block.lse[i] = row_lse[now.at + i], block.weight[i] = row_weight[(now.at + i) * weights.row_stride];
+        any |= block.weight[i] != 0;
+      }
+      if (!any) return;
       tile_product_by_rows<T>(lines.data + now.at * lines.ld, lines.ld, now.count, block.panels, width, p.D, block.tile, kBlock, block.edge);
       const bool added = now.coverage == Coverage::some || pairs.has_bias();
       if (added && lines_are_keys) pairs.template addends<true, T>(first, lanes, now.at, now.count, block.addend);
       if (added && !lines_are_keys) pairs.template addends<false, T>(now.at, now.count, first, lanes, block.addend);
-      for (std::int64_t i = 0; !lines_are_keys && i < now.count; ++i) block.lse[i] = row_lse[now.at + i], block.weight[i] = row_weight[(now.at + i) * weights.row_stride];
       block.template fold<lines_are_keys, scores...>(logit, width, now.count, added);
     });
     for (std::size_t n = 0; n < sizeof...(scores); ++n) std::memcpy(static_cast<T*>(to[n]) + (b * p.H + h) * lanes_in_all + first, block.found + n * kBlock, lanes * sizeof(T));

@@ -5,7 +5,7 @@
 //                 maximum   max(0, max_i w_i p_ij)
 //                 kept      sum of w_i over the i that keep j
 //
-// A NaN among them makes the result NaN; a row that is not kept adds nothing, whatever it or its weight holds.
+// A NaN among them makes the result NaN; a pair that is not kept and a row of weight 0 add nothing, whatever is in them.
 #pragma once
 
 #include "ops/masked_attention.h"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _arguments as arguments
-from ._registration import accumulation_dtype, autocast_is_on, functorch_is_active
+from ._registration import accumulation_dtype, autocast_is_on, functorch_is_active, to_autocast
 
 RELATION, DENSE, BOTH = 0, 3, 4  # kinds of steps, csrc/ops/attention_mask.h; DENSE is the last of those that are terms
 CAUSAL = (False, "bottom_right", "top_left")  # in the order of csrc/ops/masked_attention.h; True is "bottom_right"
@@ -40,6 +40,9 @@ class AttentionProblem(NamedTuple):
     def differentiable(self) -> list[Tensor]:
         return [each for each in (self.query, self.key, self.bias) if each is not None]
 
+    def detached(self) -> AttentionProblem:
+        return self._replace(query=self.query.detach(), key=self.key.detach(), bias=None if self.bias is None else self.bias.detach())
+
     def widened(self) -> AttentionProblem:
         """With operands in the accumulation dtype, for results in it."""
         real = accumulation_dtype(self.query.dtype)
@@ -47,14 +50,23 @@ class AttentionProblem(NamedTuple):
 
     def of_rows(self, kept: Tensor) -> AttentionProblem:
         """Queries that `kept` [B, 1 or H, Nq] leaves out keep nothing."""
-        both = [BOTH, 0, 0, 0] if self.mask_steps else []
-        return self._replace(mask_tensors=[*self.mask_tensors, kept[..., None]], mask_steps=[*self.mask_steps, DENSE, len(self.mask_tensors), 0, 0, *both])
+        tensors, steps = mask_of_rows(self.mask_tensors, self.mask_steps, kept)
+        return self._replace(mask_tensors=tensors, mask_steps=steps)
+
+
+def mask_of_rows(tensors: list[Tensor], steps: list[int], kept: Tensor) -> tuple[list[Tensor], list[int]]:
+    return [*tensors, kept[..., None]], [*steps, DENSE, len(tensors), 0, 0, *([BOTH, 0, 0, 0] if steps else [])]
 
 
 def check_problem(
     op: str, query: Any, key: Any, value: Any, mask: Any, bias: object, causal: object, key_lengths: object, scale: object, softcap: object
 ) -> tuple[Tensor, AttentionProblem]:
-    """The value, and all the rest."""
+    """The value, and all the rest. Without a value it is about probabilities, which under autocast are made in float32."""
+    if value is None:
+        query, key, bias = (in_float32(each) for each in (query, key, bias))
+        value = key
+    else:
+        query, key, value = (in_autocast_dtype(each) for each in (query, key, value))
     query, key, value = check_operands(op, query, key, value, 4)
     (B, H, Nq, _), (Hkv, Nk) = query.shape, key.shape[1:3]
     tensors, steps = check_mask(op, mask, query, (B, H, Nq, Nk), Hkv)
@@ -68,14 +80,20 @@ def check_problem(
     return value, AttentionProblem(query, key, bias, key_lengths, check_numbers(op, query, causal, scale, softcap), tensors, steps)
 
 
+def in_autocast_dtype(value: Any) -> Any:
+    cast = isinstance(value, Tensor) and autocast_is_on(value.device.type) and value.dtype in arguments.FLOATING_DTYPES and value.dtype is not torch.float64
+    return value.to(torch.get_autocast_dtype(value.device.type)) if cast else value
+
+
+def in_float32(value: Any) -> Any:
+    return to_autocast(value) if isinstance(value, Tensor) and autocast_is_on(value.device.type) else value
+
+
 def check_operands(op: str, query: Any, key: Any, value: Any, dimensions: int) -> tuple[Tensor, Tensor, Tensor]:
     shape = "[B, H, N, D]" if dimensions == 4 else "[T, H, D]"
     query, key, value = (arguments.check_vectors(op, name, each, shape) for name, each in (("query", query), ("key", key), ("value", value)))
     if query.is_cuda:
         raise NotImplementedError(f"{op}: query must be on the CPU, got {query.device}; there is no CUDA kernel yet")
-    if autocast_is_on(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (each.to(dtype) if each.dtype is not torch.float64 else each for each in (query, key, value))
     for name, each in (("query", query), ("key", key), ("value", value)):
         if each.dim() != dimensions:
             raise ValueError(f"{op}: {name} must have {dimensions} dimensions {shape}, got {arguments.describe(each)}")
@@ -164,7 +182,7 @@ def check_lse(op: str, lse: object, query: Tensor) -> Tensor | None:
 def check_weights(op: str, name: str, weights: object, query: Tensor) -> Tensor:
     """[B, Nq] or [B, H, Nq] of the query's or the accumulation dtype as [B, 1 or H, Nq] of the latter."""
     B, H, Nq, _ = query.shape
-    real = accumulation_dtype(query.dtype)
+    weights, real = in_float32(weights), accumulation_dtype(query.dtype)
     if not isinstance(weights, Tensor) or weights.dtype not in (query.dtype, real):
         raise TypeError(f"{op}: {name} must be a tensor of {' or '.join(sorted({str(query.dtype), str(real)}))}, got {arguments.describe(weights)}")
     if weights.shape not in ((B, Nq), (B, H, Nq)) or weights.device != query.device:

@@ -19,10 +19,11 @@ def probabilities(
     key_lengths: Tensor | None,
     scale: float | None,
     softcap: float,
+    real: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """p [B, H, R, Nk] and lse [B, H, R] of the queries `rows`, or of all of them, in the accumulation dtype; the gradient comes from autograd."""
+    """p [B, H, R, Nk] and lse [B, H, R] of the queries `rows`, or of all of them, in `real`, by default the accumulation dtype; the gradient comes from autograd."""
     (_, H, Nq, D), (Hkv, Nk) = query.shape, key.shape[1:3]
-    group, real = H // Hkv, accumulation_dtype(query.dtype)
+    group, real = H // Hkv, real or accumulation_dtype(query.dtype)
     if rows is None:
         rows = torch.arange(Nq, device=query.device)
 

@@ -215,10 +215,11 @@ def register_op(
     fake: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    contiguous: tuple[int, ...] = (),
     vmap: str = "fold",
     autocast: bool = True,
 ) -> None:
-    """The same for a raw op `modalign::<name>` alone, whose gradient is made of other ops."""
+    """The same for a raw op `modalign::<name>` alone, whose gradient is made of other ops; `contiguous`: positions of arguments that it takes contiguous only."""
     qualified_name = f"modalign::{name}"
     torch.library.register_fake(qualified_name, fake)
     torch.library.register_autograd(qualified_name, backward, setup_context=setup_context)
@@ -226,6 +227,6 @@ def register_op(
     if autocast:
         register_float32_autocast(qualified_name)
     if vmap == "loop":
-        register_looping_vmap(qualified_name)
+        register_looping_vmap(qualified_name, contiguous)
     else:
-        register_folding_vmap(qualified_name)
+        register_folding_vmap(qualified_name, contiguous)
