@@ -45,11 +45,12 @@ def probabilities(
     if key_lengths is not None:
         keep = keep & (columns < key_lengths[:, None, None, None])
 
-    # What is not finite must not leak through pairs that are not kept: products with it are constants, and zeros stand for it in the gradient.
+    # What is not finite must not leak through pairs that are not kept, not even into a gradient: zeros stand for it, and its pairs are NaN by themselves.
     q, k = query[:, :, rows].to(real).unflatten(1, (Hkv, group)).flatten(2, 3), key.to(real)
-    clean = [torch.where(each.isfinite().all(-1, keepdim=True), each, 0) for each in (q, k)]
-    product = (q.detach() @ k.detach().mT).unflatten(2, (group, -1)).flatten(1, 2)
-    z = torch.where(product.isfinite(), (clean[0] @ clean[1].mT).unflatten(2, (group, -1)).flatten(1, 2), product) * (D**-0.5 if scale is None else scale)
+    finite = [each.isfinite().all(-1, keepdim=True) for each in (q, k)]
+    q, k = (torch.where(each, x, 0) for each, x in zip(finite, (q, k), strict=True))
+    z = torch.where(finite[0] & finite[1].mT, q @ k.mT * (D**-0.5 if scale is None else scale), torch.nan)
+    z = z.unflatten(2, (group, -1)).flatten(1, 2)
     if softcap:
         z = softcap * (z / softcap).tanh()
     if bias is not None:

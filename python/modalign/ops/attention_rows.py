@@ -56,7 +56,7 @@ def attention_rows(
 
     Edges
     -----
-    A query that keeps nothing: zeros. R = 0: empty. NaN as in `masked_attention`.
+    A query that keeps nothing: zeros. R = 0: empty. NaN as in `masked_attention`, and infinity as NaN.
 
     Raises
     ------
