@@ -45,6 +45,9 @@ FAMILIES = {  # of kernels that are not named after their op
 }
 
 
+PLAIN = ("attention_rows",)  # a few rows of a softmax
+
+
 def cuda(op: str, families: set[str], covered: bool) -> str:
     if FAMILIES.get(op, op) not in families:
         return "plain torch; not yet run on a GPU" if covered else "no"
@@ -62,13 +65,12 @@ def paper(op: str) -> str:
 def table(link: str) -> str:
     sys.path.insert(0, str(ROOT / "tests"))
     import cases
-    import torch
 
     from modalign import _host, info, ops
 
     declared = {case.name: case for case in reversed(cases.CASES)}  # the first entry of an op; later ones are samples of other sizes
-    others = ("masked_attention_varlen", "neighborhood_attention", "scaled_dot_product_attention", "virtual_unmerge_attention")
-    raw = dict.fromkeys(others, "masked_attention")  # other ways to call an op
+    by_attention = ("masked_attention_varlen", "scaled_dot_product_attention", "neighborhood_attention", "virtual_unmerge_attention", "attention_columns", "attention_segment_mass")
+    raw = {**dict.fromkeys(by_attention, "masked_attention"), "attention_power_iteration": "attention_column_sum"}  # other ways to call an op
     covered, families = info.ops(), {kernel["family"] for kernel in _host.kernels().values()}
     yes = {True: "yes", False: "no"}
     lines = ["| op | CPU | CUDA | dtypes | backward | double backward | deterministic | paper |", "|---|---|---|---|---|---|---|---|"]
@@ -78,10 +80,10 @@ def table(link: str) -> str:
         case = declared[name]
         cells = [
             f"[`{name}`]({link.format(name)})",
-            yes["CPU" in covered[raw.get(name, name)]],
-            cuda(name, families, "CUDA" in covered[raw.get(name, name)]),
+            "plain torch" if name in PLAIN else yes["CPU" in covered[raw.get(name, name)]],
+            "plain torch; not yet run on a GPU" if name in PLAIN else cuda(raw.get(name, name), families, "CUDA" in covered[raw.get(name, name)]),
             ", ".join(str(dtype).removeprefix("torch.") for dtype in case.dtypes),
-            yes[hasattr(torch.ops.modalign, f"{raw.get(name, name)}_bwd")],
+            "yes",  # the battery takes gradients of every case
             "yes" if case.double_backward else "no, raises",
             yes[case.deterministic],
             paper(name),

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from attention_cases import MASKED_ATTENTION, MASKED_ATTENTION_LSE, MASKED_ATTENTION_VARLEN, SCALED_DOT_PRODUCT_ATTENTION
+from attention_cases import ATTENTION
+from attention_score_cases import ATTENTION_SCORES
 from contrastive_cases import CONTRASTIVE, DERIVED
 from knn_values_cases import KNN_VALUES
 from modalign import ops
@@ -14,7 +15,7 @@ from modalign.ops.gram_volume import formula_gram_volume, reference_gram_volume
 from modalign.ops.paired_gram_volume import formula_paired_gram_volume, reference_paired_gram_volume
 from modalign.ops.triangle_area import formula_triangle_area, reference_triangle_area
 from modalign.testing import NOT_FINITE, BadInput, Maker, OpCase, Sample, degenerate_zoo
-from neighborhood_attention_cases import NEIGHBORHOOD_ATTENTION, NEIGHBORHOOD_ATTENTION_LSE
+from neighborhood_attention_cases import NEIGHBORHOODS
 from segment_cases import SEGMENT_MAX_SIMILARITY
 from structure_cases import STRUCTURE_LOSS
 from virtual_unmerge_cases import VIRTUAL_UNMERGE_ATTENTION
@@ -466,10 +467,13 @@ WIDE = [
     ),
 ]
 
-CASES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS, MASKED_ATTENTION, MASKED_ATTENTION_LSE, MASKED_ATTENTION_VARLEN, SCALED_DOT_PRODUCT_ATTENTION, NEIGHBORHOOD_ATTENTION, NEIGHBORHOOD_ATTENTION_LSE, VIRTUAL_UNMERGE_ATTENTION]
+VOLUMES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE]
+CASES = [*VOLUMES, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS, *ATTENTION, *NEIGHBORHOODS, VIRTUAL_UNMERGE_ATTENTION, *ATTENTION_SCORES]
 
-# Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py, test_hard_negatives.py and test_knn.py.
+# Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py, test_hard_negatives.py, test_knn.py and
+# test_attention_scores.py.
 SELECTIONS = [
+    "attention_row_statistics",
     "clip_hard_negatives",
     "dual_softmax_matching",
     "gram_hard_negatives",

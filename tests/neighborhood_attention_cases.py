@@ -111,3 +111,5 @@ NEIGHBORHOOD_ATTENTION_LSE = replace(
     bad_inputs=None,
     dtypes=(torch.float32, torch.float64),
 )
+
+NEIGHBORHOODS = [NEIGHBORHOOD_ATTENTION, NEIGHBORHOOD_ATTENTION_LSE]

@@ -21,7 +21,7 @@ def inputs(kernel, n, D, dtype):
         given, gradient = [generator.standard_normal((n, 3, D)).astype(dtype)], (n,)
     elif name == "segment_max_similarity":
         given, gradient = [rows(2 * n), rows(n + 3)], (n, n + 3)
-    elif name == "masked_attention":
+    elif "attention" in name:
         given, gradient = [generator.standard_normal(shape).astype(dtype) for shape in ((4, n, D), (2, n + 5, D), (2, n + 5, D + 2))], (4, n, D + 2)
     elif name == "knn":
         given, gradient = [rows(n), rows(n + 5)], ()

@@ -294,13 +294,6 @@ def probe(side, D=32):
     return (lambda: call(side)), (lambda: call(16))
 
 
-def test_there_is_no_cuda_kernel_yet_and_that_is_said():
-    with FakeTensorMode():  # needs no GPU
-        x = torch.empty(1, 1, 4, 8, device="cuda")
-        with pytest.raises(NotImplementedError, match="neighborhood_attention: query must be on the CPU, got cuda:0"):
-            neighborhood_attention(x, x, x, grid=(4,), kernel_size=3)
-
-
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [

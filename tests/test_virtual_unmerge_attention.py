@@ -280,10 +280,3 @@ def probe(N, D=32):
         return out, torch.autograd.grad(out.sum(), (q, k, v))
 
     return (lambda: call(N)), (lambda: call(64))
-
-
-def test_there_is_no_cuda_kernel_yet_and_that_is_said():
-    with FakeTensorMode():  # needs no GPU
-        x, g = torch.empty(1, 1, 4, 8, device="cuda"), torch.empty(4, dtype=torch.int64, device="cuda")
-        with pytest.raises(NotImplementedError, match="virtual_unmerge_attention: query must be on the CPU, got cuda:0"):
-            virtual_unmerge_attention(x, x, x, g)

@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 
+#include "cpu/attention_scores.h"
 #include "cpu/contrastive_loss.h"
 #include "cpu/gram_volume.h"
 #include "cpu/knn.h"
@@ -23,13 +24,14 @@
 #include "host/registry.h"
 
 namespace modalign::cpu {
-#define MODALIGN_TABLES(set)                                \
-    namespace set {                                         \
-    extern const GramVolumeKernels kGramVolumeKernels;      \
-    extern const ContrastiveKernels kContrastiveKernels;    \
-    extern const SegmentMaxKernels kSegmentMaxKernels;      \
-    extern const KnnKernels kKnnKernels;                    \
-    extern const AttentionKernels kAttentionKernels;        \
+#define MODALIGN_TABLES(set)                                    \
+    namespace set {                                             \
+    extern const GramVolumeKernels kGramVolumeKernels;          \
+    extern const ContrastiveKernels kContrastiveKernels;        \
+    extern const SegmentMaxKernels kSegmentMaxKernels;          \
+    extern const KnnKernels kKnnKernels;                        \
+    extern const AttentionKernels kAttentionKernels;            \
+    extern const AttentionScoreKernels kAttentionScoreKernels;  \
     }
 MODALIGN_TABLES(portable)
 #ifdef MODALIGN_WITH_X86
@@ -44,6 +46,7 @@ const GramVolumeKernels& gram_volume_kernels() { return MODALIGN_CHOSEN(GramVolu
 const ContrastiveKernels& contrastive_kernels() { return MODALIGN_CHOSEN(ContrastiveKernels, kContrastiveKernels); }
 const SegmentMaxKernels& segment_max_kernels() { return MODALIGN_CHOSEN(SegmentMaxKernels, kSegmentMaxKernels); }
 const KnnKernels& knn_kernels() { return MODALIGN_CHOSEN(KnnKernels, kKnnKernels); }
+const AttentionScoreKernels& attention_score_kernels() { return MODALIGN_CHOSEN(AttentionScoreKernels, kAttentionScoreKernels); }
 const AttentionKernels& attention_kernels() { return MODALIGN_CHOSEN(AttentionKernels, kAttentionKernels); }
 }  // namespace modalign::cpu
 
@@ -303,9 +306,12 @@ Call knn_call(const Request& request) {
     return call;
 }
 
-/// Causal attention, one item. Outputs: the output; backward: the three gradients.
-template <bool kBackward>
+enum class Attention { forward, backward, column_sum, row_statistics };
+
+/// Causal attention, one item. Outputs: the output; backward: the three gradients; column sums; entropies and largest probabilities.
+template <Attention kKernel>
 Call attention_call(const Request& request) {
+    constexpr bool kBackward = kKernel == Attention::backward;
     demand(request.inputs.size() == (kBackward ? 4 : 3), request.kernel, "inputs must be query [H, N, D], key [Hkv, M, D] and value [Hkv, M, Dv]" + std::string(kBackward ? " and grad [H, N, Dv]" : ""));
     AttentionProblem p{};
     p.dtype = request.dtype, p.B = 1, p.H = request.size(0, 0), p.Hkv = request.size(1, 0), p.D = request.size(0, 2), p.Dv = request.size(2, 2);
@@ -317,7 +323,8 @@ Call attention_call(const Request& request) {
     p.query = rows(0, p.H, p.Nq, p.D), p.key = rows(1, p.Hkv, p.Nk, p.D), p.value = rows(2, p.Hkv, p.Nk, p.Dv);
     p.causal = Causal::bottom_right, p.scale = 1 / std::sqrt(double(p.D));
     const cpu::AttentionKernels& kernels = cpu::attention_kernels();
-    py::array out = new_array(p.dtype, {p.H, p.Nq, p.Dv}), lse = new_array(p.dtype == Scalar::f64 ? Scalar::f64 : Scalar::f32, {p.H, p.Nq});
+    const Scalar real = p.dtype == Scalar::f64 ? Scalar::f64 : Scalar::f32;
+    py::array out = new_array(p.dtype, {p.H, p.Nq, p.Dv}), lse = new_array(real, {p.H, p.Nq});
     Call call{{}, {out}, request.inputs, {}};
     const AttentionForward to{out.mutable_data(), lse.mutable_data()};
     void* workspace = call.workspace(kernels.workspace(p));
@@ -331,6 +338,21 @@ Call attention_call(const Request& request) {
         back.grad_query = call.outputs[0].mutable_data(), back.grad_key = call.outputs[1].mutable_data(), back.grad_value = call.outputs[2].mutable_data();
         void* back_workspace = call.workspace(kernels.bwd_workspace(p, back));
         call.run = [p, back, back_workspace, &kernels] { kernels.backward(p, back, back_workspace, cpu::kSerial); };
+    }
+    const cpu::AttentionScoreKernels& scores = cpu::attention_score_kernels();
+    if constexpr (kKernel == Attention::column_sum) {
+        call.run();
+        call.outputs = {new_array(real, {p.H, p.Nk})};
+        const AttentionColumns columns{ColumnReduction::sum, lse.data(), {lse.data(), 0, p.Nq, 1}, call.outputs[0].mutable_data()};   // any numbers do for weights
+        void* score_workspace = call.workspace(scores.columns_workspace(p));
+        call.run = [p, columns, score_workspace, &scores] { scores.columns(p, columns, score_workspace, cpu::kSerial); };
+    }
+    if constexpr (kKernel == Attention::row_statistics) {
+        call.run();
+        call.outputs = {new_array(real, {p.H, p.Nq}), new_array(real, {p.H, p.Nq})};
+        const AttentionRowStatistics statistics{lse.data(), call.outputs[0].mutable_data(), call.outputs[1].mutable_data()};
+        void* score_workspace = call.workspace(scores.rows_workspace(p));
+        call.run = [p, statistics, score_workspace, &scores] { scores.rows(p, statistics, score_workspace, cpu::kSerial); };
     }
     return call;
 }
@@ -391,8 +413,10 @@ const std::map<std::string, Call (*)(const Request&)>& cpu_kernels() {
         {"segment_max_similarity", segment_call<false>},
         {"segment_max_similarity_bwd", segment_call<true>},
         {"knn", knn_call},
-        {"masked_attention", attention_call<false>},
-        {"masked_attention_bwd", attention_call<true>},
+        {"masked_attention", attention_call<Attention::forward>},
+        {"masked_attention_bwd", attention_call<Attention::backward>},
+        {"attention_column_sum", attention_call<Attention::column_sum>},
+        {"attention_row_statistics", attention_call<Attention::row_statistics>},
         {"tile_product", tile_call<Form::product>},
         {"tile_square_sum", tile_call<Form::square_sum>},
         {"tile_log_sum_exp", tile_call<Form::log_sum_exp>},

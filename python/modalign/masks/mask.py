@@ -49,27 +49,29 @@ class Mask:
     def to(self, device: Any) -> Mask:
         return replace(self, tensors=tuple(each.to(device) for each in self.tensors))
 
-    def dense(self) -> Tensor:
-        """bool [B or 1, H or 1, queries, keys]: as much memory as it says."""
+    def dense(self, rows: Tensor | None = None) -> Tensor:
+        """bool [B or 1, H or 1, queries, keys]: as much memory as it says. `rows` int64 [R]: of these queries alone, [B or 1, H or 1, R, keys]."""
         stack: list[Tensor] = []
-        for kind, first, rows, columns in zip(*(self.steps[n::STEP] for n in range(STEP)), strict=True):
+        for kind, first, height, width in zip(*(self.steps[n::STEP] for n in range(STEP)), strict=True):
             if kind == BOTH:
                 stack[-2:] = [stack[-2] & stack[-1]]
             elif kind == EITHER:
                 stack[-2:] = [stack[-2] | stack[-1]]
             elif kind == INVERSE:
                 stack[-1] = ~stack[-1]
-            elif kind == RELATION:
-                stack.append(_dense_relation(*self.tensors[first : first + 4]))
-            elif kind == INTERVAL:
-                low, high = self.tensors[first].unbind(-1)
-                row = torch.arange(self.queries, device=low.device)[:, None]
-                stack.append((low[:, :, None] <= row) & (row < high[:, :, None]))
             else:
                 pairs = self.tensors[first]
-                if kind == TILES:
-                    pairs = pairs.repeat_interleave(rows, 2)[:, :, : self.queries].repeat_interleave(columns, 3)[..., : self.keys]
-                stack.append(pairs.expand(*pairs.shape[:2], self.queries, self.keys))
+                row = torch.arange(self.queries, device=pairs.device) if rows is None else rows
+                if kind == RELATION:
+                    stack.append(_dense_relation(pairs[:, :, row], *self.tensors[first + 1 : first + 4]))
+                elif kind == INTERVAL:
+                    low, high = pairs.unbind(-1)
+                    stack.append((low[:, :, None] <= row[:, None]) & (row[:, None] < high[:, :, None]))
+                elif kind == TILES:
+                    stack.append(pairs[:, :, row // height].repeat_interleave(width, 3)[..., : self.keys])
+                else:
+                    pairs = pairs.expand(*pairs.shape[:2], self.queries, self.keys)
+                    stack.append(pairs if rows is None else pairs[:, :, rows])
         return stack[0]
 
     def rows(self, start: int, stop: int) -> Mask:

@@ -4,7 +4,13 @@ from .._load import load_library
 
 load_library()  # the files below tell torch about the raw ops, so these have to be there first
 
-from ._results import HardNegatives, Matches, NeighborGraph, Neighbors, SegmentMax  # noqa: E402, F401
+from ._results import AttentionRowStatistics, HardNegatives, Matches, NeighborGraph, Neighbors, SegmentMax  # noqa: E402, F401
+from .attention_column_sum import attention_column_sum  # noqa: E402
+from .attention_columns import attention_columns  # noqa: E402
+from .attention_power_iteration import attention_power_iteration  # noqa: E402
+from .attention_row_statistics import attention_row_statistics  # noqa: E402
+from .attention_rows import attention_rows  # noqa: E402
+from .attention_segment_mass import attention_segment_mass  # noqa: E402
 from .clip_hard_negatives import clip_hard_negatives  # noqa: E402
 from .clip_loss import clip_loss  # noqa: E402
 from .cosine_sum_contrastive_loss import cosine_sum_contrastive_loss  # noqa: E402
@@ -34,6 +40,12 @@ from .triangle_contrastive_loss import triangle_contrastive_loss  # noqa: E402
 from .virtual_unmerge_attention import VirtualUnmergeCache, virtual_unmerge_attention  # noqa: E402, F401
 
 __all__ = [
+    "attention_column_sum",
+    "attention_columns",
+    "attention_power_iteration",
+    "attention_row_statistics",
+    "attention_rows",
+    "attention_segment_mass",
     "clip_hard_negatives",
     "clip_loss",
     "cosine_sum_contrastive_loss",

@@ -197,18 +197,36 @@ def register_pair(
     autocast: under it the ops compute in float32, else the public function has seen to the dtypes.
 
     One thing torch leaves no place for: raw ops drop forward-mode tangents without a word, so public functions call `refuse_forward_mode` first."""
-    forward_name, backward_name = f"modalign::{name}", f"modalign::{name}_bwd"
-    torch.library.register_fake(forward_name, fake)
+    backward_name = f"modalign::{name}_bwd"
+    register_op(name, fake=fake, setup_context=setup_context, backward=backward, vmap=vmap, autocast=autocast)
     torch.library.register_fake(backward_name, fake_backward)
-    torch.library.register_autograd(forward_name, backward, setup_context=setup_context)
-    _autograd_of[name] = (setup_context, backward)
     refuse_double_backward(backward_name, op)
     if autocast:
-        register_float32_autocast(forward_name)
         register_float32_autocast(backward_name)  # backward() may be called inside the region, too
     if vmap == "loop":
-        register_looping_vmap(forward_name)
         register_looping_vmap(backward_name, saved)
     else:
-        register_folding_vmap(forward_name)
         register_folding_vmap(backward_name, saved)
+
+
+def register_op(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    contiguous: tuple[int, ...] = (),
+    vmap: str = "fold",
+    autocast: bool = True,
+) -> None:
+    """The same for a raw op `modalign::<name>` alone, whose gradient is made of other ops; `contiguous`: positions of arguments that it takes contiguous only."""
+    qualified_name = f"modalign::{name}"
+    torch.library.register_fake(qualified_name, fake)
+    torch.library.register_autograd(qualified_name, backward, setup_context=setup_context)
+    _autograd_of[name] = (setup_context, backward)
+    if autocast:
+        register_float32_autocast(qualified_name)
+    if vmap == "loop":
+        register_looping_vmap(qualified_name, contiguous)
+    else:
+        register_folding_vmap(qualified_name, contiguous)

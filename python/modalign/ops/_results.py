@@ -64,6 +64,22 @@ class SegmentMax(NamedTuple):
         return SegmentMax(self.values.to(device), self.indices.to(device))
 
 
+class AttentionRowStatistics(NamedTuple):
+    """How sharp every query's attention is.
+
+    entropy : Tensor [B, H, Nq]
+        In nats.
+    maximum : Tensor [B, H, Nq]
+        The largest probability.
+    """
+
+    entropy: Tensor
+    maximum: Tensor
+
+    def to(self, device: torch.device | str) -> AttentionRowStatistics:
+        return AttentionRowStatistics(self.entropy.to(device), self.maximum.to(device))
+
+
 class NeighborGraph(NamedTuple):
     """The edges from points to their neighbours in compressed rows, the columns of a row in rising order.
 

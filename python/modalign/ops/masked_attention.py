@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _arguments as arguments
 from . import _attention_arguments as check
+from . import _dense_attention as dense
 from ._registration import accumulation_dtype, call, refuse_forward_mode, register_pair
 
 __all__ = ["masked_attention", "reference_masked_attention"]
@@ -94,21 +95,19 @@ def masked_attention(
     Papers: Dao et al., "FlashAttention", NeurIPS 2022 (the running softmax); soft-cap: Gemma 2, 2024.
     """
     op = "masked_attention"
-    query, key, value = check.check_operands(op, query, key, value, 4)
-    (B, H, Nq, _), (Hkv, Nk) = query.shape, key.shape[1:3]
-    tensors, steps = check.check_mask(op, mask, query, (B, H, Nq, Nk), Hkv)
-    bias = check.check_bias(op, bias, query, (B, H, Nq, Nk), Hkv)
-    if key_lengths is not None:
-        if not isinstance(key_lengths, Tensor) or key_lengths.dtype is not torch.int64:
-            raise TypeError(f"{op}: key_lengths must be an int64 tensor [{B}], got {arguments.describe(key_lengths)}")
-        if key_lengths.shape != (B,) or key_lengths.device != query.device:
-            raise ValueError(f"{op}: key_lengths must have shape [{B}] on {query.device}, got {arguments.describe(key_lengths)}")
-        key_lengths = key_lengths.contiguous()
-    numbers = check.check_numbers(op, query, causal, scale, softcap, deterministic, return_lse)
-    refuse_forward_mode(op, [each for each in (query, key, value, bias) if each is not None])
+    value, problem = check.check_problem(op, query, key, value, mask, bias, causal, key_lengths, scale, softcap)
+    arguments.check_flag(op, "deterministic", deterministic)
+    with_lse = arguments.check_flag(op, "return_lse", return_lse)
+    refuse_forward_mode(op, [*problem.differentiable(), value])
+    out, lse = attend(problem, value)
+    return (out, lse) if with_lse else out
+
+
+def attend(problem: check.AttentionProblem, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and lse of what has been checked."""
+    query, key, bias, key_lengths, numbers, tensors, steps = problem
     with torch.autocast(query.device.type, enabled=False):
-        out, lse = call("masked_attention", query, key, value, bias, key_lengths, None, None, 0, 0, *numbers, tensors, steps)  # sizes as numbers would be fixed in a compiled graph
-    return (out, lse) if return_lse else out
+        return call("masked_attention", query, key, value, bias, key_lengths, None, None, 0, 0, *numbers, tensors, steps)  # sizes as numbers would be fixed in a compiled graph
 
 
 # ------------------------------------------------------------------------------------------------------------------------- what torch needs to know
@@ -133,12 +132,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     out, lse, *tensors = ctx.saved_tensors
     tensors, mask_tensors = tensors[:7], tensors[7:]
-    bias, need = tensors[3], ctx.needs_input_grad
+    gradients = gradients_of(ctx.needs_input_grad[:4], grad_out, grad_lse, out, lse, tensors, ctx.numbers, mask_tensors, ctx.steps)
+    return (*gradients, *(None,) * 8, [None] * len(mask_tensors), None if ctx.steps else [])  # torch takes an empty list for one of tensors
+
+
+def gradients_of(need: Any, grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, tensors: Any, numbers: Any, mask_tensors: Any, steps: Any) -> list[Tensor | None]:
+    """Of query, key, value and bias, the first four of `tensors`, where they are needed."""
+    bias = tensors[3]
     per_query = bias is not None and bias.shape[3] == 1  # such a bias moves lse by itself and nothing else
     by_kernel = bool(need[3]) and not per_query
-    grad_query, grad_key, grad_value, grad_bias = call(
-        "masked_attention_bwd", grad_out, grad_lse.contiguous(), out, lse, *tensors, *ctx.numbers, mask_tensors, ctx.steps, by_kernel
-    )
+    grad_query, grad_key, grad_value, grad_bias = call("masked_attention_bwd", grad_out, grad_lse.contiguous(), out, lse, *tensors, *numbers, mask_tensors, steps, by_kernel)
     if need[3]:
         if per_query:
             grad_bias = torch.where(lse == -torch.inf, 0, grad_lse)[..., None]
@@ -146,8 +149,7 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
                 grad_bias = grad_bias.unflatten(1, (bias.shape[1], -1)).sum(2)
             grad_bias = grad_bias.sum_to_size(bias.shape) + grad_query[:0].sum()  # so that a second derivative is refused
         grad_bias = grad_bias.to(bias.dtype)
-    gradients = [each if wanted else None for each, wanted in zip((grad_query, grad_key, grad_value, grad_bias), need, strict=False)]
-    return (*gradients, *(None,) * 8, [None] * len(mask_tensors), None if ctx.steps else [])  # torch takes an empty list for one of tensors
+    return [each if wanted else None for each, wanted in zip((grad_query, grad_key, grad_value, grad_bias), need, strict=True)]
 
 
 register_pair(
@@ -181,39 +183,8 @@ def reference_masked_attention(
     deterministic: bool = True,
 ) -> Any:
     """`masked_attention` in plain torch: all logits at once, [B, H, Nq, Nk] of memory; the gradient comes from autograd."""
-    (B, H, Nq, D), (Hkv, Nk) = query.shape, key.shape[1:3]
-    group = H // Hkv
-
-    def heads(pairs: Tensor) -> Tensor:
-        pairs = pairs[(None,) * (4 - pairs.dim())]
-        return pairs.repeat_interleave(group, 1) if pairs.shape[1] == Hkv and Hkv not in (1, H) else pairs
-
-    keep = torch.ones(B, 1, Nq, Nk, dtype=torch.bool, device=query.device)
-    if mask is not None:
-        dense = mask if isinstance(mask, Tensor) else mask.dense()
-        keep = keep & (heads(dense) if dense.shape[-3:-2] != (H,) and dense.dim() == 4 else dense)
-    rows, columns = torch.arange(Nq, device=query.device)[:, None], torch.arange(Nk, device=query.device)
-    if causal:
-        keep = keep & (columns <= rows + (0 if causal == "top_left" else Nk - Nq))
-    if key_lengths is not None:
-        keep = keep & (columns < key_lengths[:, None, None, None])
-    real = accumulation_dtype(query.dtype)
-    unseen = ~keep.expand(B, H, Nq, Nk).any(2).unflatten(1, (Hkv, group)).any(2)[..., None]  # keys that no query keeps may hold anything
-    q, k, v = query.to(real), *(each.to(real).masked_fill(unseen, 0).repeat_interleave(group, 1) for each in (key, value))
-    z = q @ k.mT * (D**-0.5 if scale is None else scale)
-    if softcap:
-        z = softcap * (z / softcap).tanh()
-    if bias is not None:
-        b = heads(bias).to(real)
-        keep = keep & (b != -torch.inf)
-        z = z + torch.where(b == -torch.inf, 0, b)
-    keep = keep.expand(z.shape)
-    z = z.masked_fill(~keep, -torch.inf)
-    top = z.detach().amax(-1, keepdim=True) if Nk else z.new_full((B, H, Nq, 1), -torch.inf)
-    top = torch.where(top == -torch.inf, 0, top)
-    weight = torch.where(keep, (z.masked_fill(~keep, 0) - top).exp(), 0)
-    total = weight.sum(-1, keepdim=True)
-    empty = total == 0
-    out = torch.where(empty, 0, weight / torch.where(empty, 1, total) @ v).to(query.dtype)
-    lse = torch.where(empty, -torch.inf, top + torch.where(empty, 1, total).log())[..., 0]
+    p, lse = dense.probabilities(query, key, None, mask, bias, causal, key_lengths, scale, softcap)
+    group = query.shape[1] // key.shape[1]
+    unseen = ~(p != 0).any(2).unflatten(1, (key.shape[1], group)).any(2)[..., None]  # what no query keeps may hold anything
+    out = (p @ value.to(p.dtype).masked_fill(unseen, 0).repeat_interleave(group, 1)).to(query.dtype)
     return (out, lse) if return_lse else out

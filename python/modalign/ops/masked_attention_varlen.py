@@ -73,7 +73,7 @@ def masked_attention_varlen(
     Paper: Dao, "FlashAttention-2", ICLR 2024, whose argument names these are.
     """
     op = "masked_attention_varlen"
-    query, key, value = check.check_operands(op, query, key, value, 3)
+    query, key, value = check.check_operands(op, *(check.in_autocast_dtype(each) for each in (query, key, value)), 3)
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(cu, Tensor) or cu.dtype is not torch.int32:
             raise TypeError(f"{op}: {name} must be an int32 tensor [sequences + 1], got {arguments.describe(cu)}")
@@ -84,7 +84,9 @@ def masked_attention_varlen(
             raise TypeError(f"{op}: {name} must be a whole number, got {arguments.describe(longest)}")
         if longest < 0:
             raise ValueError(f"{op}: {name} must be 0 or more, got {longest}")
-    numbers = check.check_numbers(op, query, causal, scale, softcap, deterministic, return_lse)
+    numbers = check.check_numbers(op, query, causal, scale, softcap)
+    arguments.check_flag(op, "deterministic", deterministic)
+    arguments.check_flag(op, "return_lse", return_lse)
     refuse_forward_mode("masked_attention", (query, key, value))
     q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
     with torch.autocast(query.device.type, enabled=False):

@@ -75,7 +75,7 @@ def neighborhood_attention(
     Raises
     ------
     TypeError, ValueError
-        ``neighborhood_attention: <argument> must ..., got ...``; NotImplementedError on CUDA.
+        ``neighborhood_attention: <argument> must ..., got ...``.
 
     Complexity
     ----------

@@ -86,7 +86,7 @@ def virtual_unmerge_attention(
     Raises
     ------
     TypeError, ValueError
-        ``virtual_unmerge_attention: <argument> must ..., got ...``; RuntimeError for indices out of range, merged tokens that nothing names and cu_seqlens that do not rise; NotImplementedError on CUDA.
+        ``virtual_unmerge_attention: <argument> must ..., got ...``; RuntimeError for indices out of range, merged tokens that nothing names and cu_seqlens that do not rise.
 
     Complexity
     ----------

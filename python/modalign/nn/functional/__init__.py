@@ -1,5 +1,6 @@
 """Losses of the papers as functions: plain compositions of torch and the streaming ops, one file per loss."""
 
+from .attention_refocusing_loss import attention_refocusing_loss
 from .binding_loss import binding_loss
 from .cgvlm_loss import cgvlm_loss
 from .clim_loss import clim_loss
@@ -21,6 +22,7 @@ from .pool_cells import pool_cells
 from .prototype_alignment_loss import prototype_alignment_loss
 from .sdm_loss import sdm_loss
 from .superaligned_loss import superaligned_loss
+from .select_by_attention_ratio import attention_ratio, select_by_attention_ratio
 from .symile_loss import symile_loss, symile_similarity
 from .tcl_loss import cross_modal_alignment, local_mutual_information, pool_patches, tcl_loss
 from .vidla_contrastive import vidla_contrastive
@@ -30,6 +32,8 @@ from .villa_regions import RegionAttributes, villa_regions
 __all__ = [
     "Mosaics",
     "RegionAttributes",
+    "attention_ratio",
+    "attention_refocusing_loss",
     "binding_loss",
     "cgvlm_loss",
     "clim_loss",
@@ -53,6 +57,7 @@ __all__ = [
     "pool_patches",
     "prototype_alignment_loss",
     "sdm_loss",
+    "select_by_attention_ratio",
     "superaligned_loss",
     "symile_loss",
     "symile_similarity",
