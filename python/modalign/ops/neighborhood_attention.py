@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..masks.neighborhood import Window, checked_windows, neighborhood_of
+from . import _arguments as arguments
 from . import _attention_arguments as check
 from .masked_attention import masked_attention, reference_masked_attention
 
@@ -86,8 +87,9 @@ def neighborhood_attention(
     NeurIPS 2024 (causal); "Generalized Neighborhood Attention", 2025 (stride).
     """
     op = "neighborhood_attention"
-    query, key, value = check.check_operands(op, query, key, value, 4)
-    check.check_numbers(op, query, False, scale, 0, True, return_lse)
+    query, key, value = check.check_operands(op, *(check.in_autocast_dtype(each) for each in (query, key, value)), 4)
+    check.check_numbers(op, query, False, scale, 0)
+    arguments.check_flag(op, "return_lse", return_lse)
     windows = checked_windows(op, grid, kernel_size, dilation, stride, is_causal)
     for name, tokens in (("query", query.shape[2]), ("key", key.shape[2])):
         if tokens != math.prod(grid):

@@ -101,7 +101,7 @@ def virtual_unmerge_attention(
     if key.shape[2] != Nu:
         raise ValueError(f"{op}: key must have query's Nu = {Nu} tokens, got {arguments.describe(key)}")
     arguments.check_flag(op, "causal", causal)
-    check.check_numbers(op, query, False, scale, 0, True, False)
+    check.check_numbers(op, query, False, scale, 0)
     if cu_seqlens is not None:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype is not torch.int32:
             raise TypeError(f"{op}: cu_seqlens must be an int32 tensor [sequences + 1], got {arguments.describe(cu_seqlens)}")
@@ -173,7 +173,7 @@ class VirtualUnmergeCache:
         if (self.next is None) != (rotary is not None):
             raise ValueError(f"{op}: rotary must be given if the cache was made with it, and only then, got {arguments.describe(rotary)}")
         _check_angles(op, query, n, positions, None, rotary)
-        check.check_numbers(op, query, False, scale, 0, True, False)
+        check.check_numbers(op, query, False, scale, 0)
         if rotary is None:
             positions = self.next + torch.arange(n, device=key.device) if positions is None else positions
             self.next = torch.maximum(self.next, positions.reshape(-1, n).amax(1, keepdim=True) + 1) if n else self.next
@@ -192,7 +192,7 @@ class VirtualUnmergeCache:
 
 
 def _check_operands(op: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = check.check_operands(op, query, key, value, 4)
+    query, key, value = check.check_operands(op, *(check.in_autocast_dtype(each) for each in (query, key, value)), 4)
     if query.shape[3] % 2:
         raise ValueError(f"{op}: query must have an even width D, of halves that are turned against each other, got {arguments.describe(query)}")
     return query, key, value
