@@ -41,6 +41,7 @@ class HeadPairs {
   }
 
   bool has_bias() const { return bias_.data != nullptr; }
+  std::int64_t bias_at() const { return bias_at_; }   // of the item and head
 
   // to[line * kBlock + k]: the bias, -inf where a pair is not kept. Lines are keys and k counts queries, or the other way round.
   template <bool lines_are_keys, class T>
@@ -128,11 +129,11 @@ void load_rows(Scalar dtype, const AttentionRows& from, std::int64_t item, std::
     load_row<T>(dtype, from.data, item * from.batch_stride + h * from.head_stride + (first + r) * from.row_stride, from.element_stride, depth, rows + r * ld);
 }
 
-// Some rows as column panels [depth][width]; `rows` has room for them.
-template <class T>
-void pack_columns(Scalar dtype, const AttentionRows& from, std::int64_t item, std::int64_t h, std::int64_t first, std::int64_t count, std::int64_t depth, T* rows, T* panels) {
+// Some rows as column panels [depth][width]; row_of(r): which the r-th is; `rows` has room for them.
+template <class T, class F>
+void pack_columns(Scalar dtype, const AttentionRows& from, std::int64_t item, std::int64_t h, const F& row_of, std::int64_t count, std::int64_t depth, T* rows, T* panels) {
   constexpr int P = kPanelColumns<T>;
-  load_rows<T>(dtype, from, item, h, first, count, depth, rows, depth);
+  for (std::int64_t r = 0; r < count; ++r) load_rows<T>(dtype, from, item, h, row_of(r), 1, depth, rows + r * depth, depth);
   for (std::int64_t r = 0; r < count; r += P)
     pack_panel(P, static_cast<int>(minimum(P, count - r)), depth, [&](int n) { return rows + (r + n) * depth; }, panels + r * depth);
 }

@@ -85,8 +85,8 @@ void harvest(const AttentionProblem& p, const void* lse, const AttentionWeights&
     const T* const row_weight = static_cast<const T*>(weights.data) + b * weights.batch_stride + h * weights.head_stride;
     const std::int64_t width = round_up(lanes, kPanelColumns<T>);
     ScoreBlock<T> block(p.D, sizeof...(scores));
-    if (lines_are_keys) pack_columns<T>(p.dtype, p.query, b, h, first, lanes, p.D, block.row, block.panels);
-    else pack_columns<T>(p.dtype, p.key, b, h / group, first, lanes, p.D, block.row, block.panels);
+    if (lines_are_keys) pack_columns<T>(p.dtype, p.query, b, h, [&](std::int64_t r) { return first + r; }, lanes, p.D, block.row, block.panels);
+    else pack_columns<T>(p.dtype, p.key, b, h / group, [&](std::int64_t r) { return first + r; }, lanes, p.D, block.row, block.panels);
     if (lines_are_keys) std::memcpy(block.lse, row_lse + first, lanes * sizeof(T));
     const auto coverage = [&](std::int64_t at, std::int64_t count) { return lines_are_keys ? pairs.coverage(first, lanes, at, count) : pairs.coverage(at, count, first, lanes); };
     const auto ahead = [&](const Kept& next) { lines.prefetch(next.at, next.count, p.D); };

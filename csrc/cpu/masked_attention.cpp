@@ -5,14 +5,15 @@
 //            across lanes, and the tile of probabilities is the left operand of the value product as it is. 2 (D + Dv) FLOPs a pair.
 // Backward   a task owns blocks of keys of a key head and meets all queries of the heads that share it; tiles lie queries x keys. dk and dv are finished there, dq goes into the
 //            task's slot, and slots are added in order: their number depends on the sizes alone. 2 (3 D + 2 Dv) FLOPs a pair.
-// Tiles      of which the mask keeps nothing are not made; those that it keeps whole, and that have no bias, skip the test of pairs.
+// Tiles      of which the mask keeps nothing are not made; those that it keeps whole, and that have no bias, skip the test of pairs. Where intervals leave few keys in many tiles, tiles are
+//            made of gathered keys (cpu/gathered_keys.h), and slots hold dk and dv.
 // Memory     operands are read where they lie, if they are of the accumulation type, contiguous along D and whole vectors wide, else from one copy. Backward at most kSlots times dq.
 // Precision  sums over D are one chain; sums over keys (in the forward and dq) and over queries (dk, dv, db) are chains of kBlock, added in order. All in float, double for double.
 // Order      fixed by the sizes: equal bits for any threads.
 
 #include "cpu/masked_attention.h"
 
-#include "cpu/attention.h"
+#include "cpu/gathered_keys.h"
 
 namespace modalign::cpu {
 inline namespace MODALIGN_ISA {
@@ -40,10 +41,13 @@ struct QueryBlock {
   Scratch<T> maximum_, sum, shrink;                    // [kBlock]
   Scratch<T> values;                                   // [keys][width], of values that hold NaN or infinity: these rows are zeros
   Scratch<bool> broken, kept;                          // which those are, and for them [keys][kBlock]
+  Scratch<KeySpan> spans;                              // gathered keys, and of a tile their rows and their values'
+  Scratch<T> gathered_key, gathered_value;
 
-  explicit QueryBlock(const AttentionProblem& p)
+  QueryBlock(const AttentionProblem& p, bool gathered)
       : width(round_up(p.Dv, kRegisterColumns<T>)), queries(kBlock * p.D), tile(kBlock * kBlock), addend(kBlock * kBlock), out(kBlock * width), row(kBlock * maximum(p.D, p.Dv)),
-        edge(kRegisterRows * p.D), maximum_(kBlock), sum(kBlock), shrink(kBlock), values(kBlock * width), broken(kBlock), kept(kBlock * kBlock) {
+        edge(kRegisterRows * p.D), maximum_(kBlock), sum(kBlock), shrink(kBlock), values(kBlock * width), broken(kBlock), kept(kBlock * kBlock),
+        spans(gathered ? p.Nk + 1 : 0), gathered_key(gathered ? kBlock * p.D : 0), gathered_value(gathered ? kBlock * width : 0) {
     for (std::int64_t n = 0; n < kBlock * kBlock; ++n) tile[n] = 0, addend[n] = 0;   // lanes without a query are computed with
   }
 
@@ -107,10 +111,10 @@ struct QueryBlock {
   }
 
   // Values of a tile with their broken rows as zeros; whether there are any.
-  bool mend(const Lines<T>& value, std::int64_t j, std::int64_t keys, std::int64_t Dv) {
+  bool mend(const Lines<T>& value, std::int64_t keys, std::int64_t Dv) {
     bool any = false;
     for (std::int64_t k = 0; k < keys; ++k) {
-      const T* from = value.data + (j + k) * value.ld;
+      const T* from = value.data + k * value.ld;
       broken[k] = !is_finite<T>(from, Dv);
       any |= broken[k];
       if (broken[k]) std::memset(values + k * width, 0, width * sizeof(T));
@@ -125,10 +129,11 @@ void forward(const AttentionProblem& p, const AttentionForward& to, const Forwar
   buffers.mask.prepare(parallel);
   buffers.key.fill(p, parallel);
   buffers.value.fill(p, parallel);
+  const GatheredKeys gathered(p, parallel);
   const Logit<T> logit{static_cast<T>(p.scale), static_cast<T>(p.cap)};
   const std::int64_t most = blocks(p.Nq), group = p.H / p.Hkv;
   parallel_for(parallel, 0, p.B * p.H * most, 1, [&](std::int64_t begin, std::int64_t end) {
-    QueryBlock<T> block(p);
+    QueryBlock<T> block(p, gathered.wanted());
     for (std::int64_t t = begin; t < end; ++t) {
       const std::int64_t n = t % most, h = t / most % p.H, b = t / most / p.H;
       const std::int64_t first = (n & 1 ? most - 1 - n / 2 : n / 2) * kBlock;   // long and short causal rows in turn
@@ -138,27 +143,41 @@ void forward(const AttentionProblem& p, const AttentionForward& to, const Forwar
       const HeadPairs pairs(p, buffers.mask, s, b, h);
       const std::int64_t columns = round_up(rows, kPanelColumns<T>);
       const Lines<T> key = buffers.key.lines(s, h / group), value = buffers.value.lines(s, h / group);
-      pack_columns<T>(p.dtype, p.query, s.item, h, s.first_query + first, rows, p.D, block.row, block.queries);
+      pack_columns<T>(p.dtype, p.query, s.item, h, [&](std::int64_t r) { return s.first_query + first + r; }, rows, p.D, block.row, block.queries);
+      // keys: how many; added: whether block.addend holds something
+      const auto meet = [&](const Lines<T>& k, const Lines<T>& v, std::int64_t keys, bool added, bool careful) {
+        tile_product_by_rows<T>(k.data, k.ld, keys, block.queries, columns, p.D, block.tile, kBlock, block.edge);
+        const bool broken = careful && block.mend(v, keys, p.Dv);
+        block.fold(logit, columns, keys, added, broken);
+        block.shrink_output(rows);
+        if (broken) add_tile_times_rows<false, T>(block.tile, kBlock, rows, keys, block.values, block.width, block.width, block.out, block.width);
+        else add_tile_times_rows<false, T>(block.tile, kBlock, rows, keys, v.data, v.ld, block.width, block.out, block.width);
+        for (std::int64_t n = 0; broken && n < keys; ++n)
+          for (std::int64_t i = 0; block.broken[n] && i < rows; ++i)
+            if (block.kept[n * kBlock + i]) add_scaled<T>(block.out + i * block.width, block.tile[n * kBlock + i], v.data + n * v.ld, p.Dv);
+      };
+      const std::int64_t listed = gathered.wanted() ? gathered.list(b, h, first, rows, block.spans) : 0;
       // Zero times a value that is no number is none either: where the output shows such a thing the block is made again, with care.
       const auto attend = [&](bool careful) {
         block.begin();
+        if (gathered.wanted()) {
+          for (std::int64_t at = 0; at < listed; at += kBlock) {
+            const KeySpan* spans = block.spans + at;
+            const std::int64_t keys = minimum(kBlock, listed - at);
+            gathered_addends<true, T>(p, pairs.bias_at(), spans, keys, first, rows, block.addend);
+            meet(gathered_lines<T>(key, spans, keys, p.D, block.gathered_key), gathered_lines<T>(value, spans, keys, block.width, block.gathered_value), keys, true, careful);
+          }
+          return;
+        }
         const auto coverage = [&](std::int64_t j, std::int64_t keys) { return pairs.coverage(first, rows, j, keys); };
         const auto ahead = [&](const Kept& next) {
           key.prefetch(next.at, next.count, p.D);
           value.prefetch(next.at, next.count, p.Dv);
         };
         for_each_kept(s.keys, coverage, ahead, [&](const Kept& now) {
-          const std::int64_t j = now.at, keys = now.count;
-          tile_product_by_rows<T>(key.data + j * key.ld, key.ld, keys, block.queries, columns, p.D, block.tile, kBlock, block.edge);
-          const bool added = now.coverage == Coverage::some || pairs.has_bias(), broken = careful && block.mend(value, j, keys, p.Dv);
-          if (added) pairs.template addends<true, T>(first, rows, j, keys, block.addend);
-          block.fold(logit, columns, keys, added, broken);
-          block.shrink_output(rows);
-          if (broken) add_tile_times_rows<false, T>(block.tile, kBlock, rows, keys, block.values, block.width, block.width, block.out, block.width);
-          else add_tile_times_rows<false, T>(block.tile, kBlock, rows, keys, value.data + j * value.ld, value.ld, block.width, block.out, block.width);
-          for (std::int64_t k = 0; broken && k < keys; ++k)
-            for (std::int64_t i = 0; block.broken[k] && i < rows; ++i)
-              if (block.kept[k * kBlock + i]) add_scaled<T>(block.out + i * block.width, block.tile[k * kBlock + i], value.data + (j + k) * value.ld, p.Dv);
+          const bool added = now.coverage == Coverage::some || pairs.has_bias();
+          if (added) pairs.template addends<true, T>(first, rows, now.at, now.count, block.addend);
+          meet({key.data + now.at * key.ld, key.ld}, {value.data + now.at * value.ld, value.ld}, now.count, added, careful);
         });
       };
       attend(false);
@@ -228,9 +247,12 @@ struct KeyBlock {
     for (std::int64_t n = 0; n < kBlock * kBlock; ++n) tile[n] = 0, grad[n] = 0, addend[n] = 0;
   }
 
-  void begin(const AttentionProblem& p, const Sequence& s, std::int64_t h, std::int64_t first, std::int64_t count) {
-    pack_columns<T>(p.dtype, p.key, s.item, h, s.first_key + first, count, p.D, row, keys);
-    pack_columns<T>(p.dtype, p.value, s.item, h, s.first_key + first, count, p.Dv, row, values);
+  // key_of(k): which the k-th is.
+  template <class F>
+  void begin(const AttentionProblem& p, const Sequence& s, std::int64_t h, const F& key_of, std::int64_t count) {
+    const auto row_of = [&](std::int64_t k) { return s.first_key + key_of(k); };
+    pack_columns<T>(p.dtype, p.key, s.item, h, row_of, count, p.D, row, keys);
+    pack_columns<T>(p.dtype, p.value, s.item, h, row_of, count, p.Dv, row, values);
     for (std::int64_t n = 0; n < kBlock * wide_key; ++n) grad_key[n] = 0;
     for (std::int64_t n = 0; n < kBlock * wide_value; ++n) grad_value[n] = 0;
   }
@@ -255,50 +277,140 @@ struct KeyBlock {
   }
 };
 
+// lse and delta of the rows, and the operands without what must not leak. What is not finite would do so through pairs that are not kept, whose p and ds are 0. Queries and keys have left
+// their NaN in lse, so they may be zeros as values; so may the gradients of rows that keep nothing.
+template <class T>
+struct BackwardOperands {
+  Operand<T> queries, grads, keys;
+  Scratch<T> query_copy, grad_copy, key_copy;
+
+  BackwardOperands(const AttentionProblem& p, const AttentionBackward& to, const BackwardBuffers<T>& buffers, const Parallel& parallel)
+      : queries(buffers.query), grads(buffers.grad), keys(buffers.key), query_copy((find(p, to, buffers, parallel), copy_of(queries, p, buffers.dirty[0]))), grad_copy(copy_of(grads, p, buffers.dirty[1])),
+        key_copy(copy_of(keys, p, buffers.dirty[2])) {
+    const auto finite_or_zero = [](std::int64_t depth) {
+      return [depth](T* row, std::int64_t, const Sequence&, std::int64_t) { if (!is_finite<T>(row, depth)) std::memset(row, 0, depth * sizeof(T)); };
+    };
+    if (queries.copy) queries.fill(p, parallel, finite_or_zero(p.D));
+    if (keys.copy) keys.fill(p, parallel, finite_or_zero(p.D));
+    if (grads.copy)
+      grads.fill(p, parallel, [&](T* row, std::int64_t h, const Sequence& s, std::int64_t i) {
+        if (static_cast<const T*>(to.lse)[(s.item * p.H + h) * p.total_queries + i] == kNothing<T>) std::memset(row, 0, p.Dv * sizeof(T));
+      });
+  }
+
+ private:
+  static void find(const AttentionProblem& p, const AttentionBackward& to, const BackwardBuffers<T>& buffers, const Parallel& parallel) {
+    std::memset(buffers.dirty, 0, 3);
+    for_each_block(p, p.H, false, parallel, [&](std::int64_t h, std::int64_t, const Sequence& s, std::int64_t first, std::int64_t rows) {
+      Scratch<T> grad(p.Dv), out(maximum(p.D, p.Dv));
+      const std::int64_t at = (s.item * p.H + h) * p.total_queries + s.first_query + first;
+      for (std::int64_t r = 0; r < rows; ++r) {
+        const std::int64_t row = s.first_query + first + r;
+        const T given = static_cast<const T*>(to.lse)[at + r];
+        const bool empty = given == kNothing<T>;
+        load_rows<T>(p.dtype, to.grad_out, s.item, h, row, 1, p.Dv, grad, p.Dv);
+        load_rows<T>(p.dtype, to.out, s.item, h, row, 1, p.Dv, out, p.Dv);
+        buffers.lse[at + r] = empty ? std::numeric_limits<T>::infinity() : given;
+        buffers.delta[at + r] = empty ? T(0) : dot<T>(grad, out, p.Dv) - (to.grad_lse ? static_cast<const T*>(to.grad_lse)[at + r] : T(0));
+        if (empty && !is_finite<T>(grad, p.Dv)) raise_flag(buffers.dirty[1]);
+        load_rows<T>(p.dtype, p.query, s.item, h, row, 1, p.D, out, p.D);
+        if (!is_finite<T>(out, p.D)) raise_flag(buffers.dirty[0]);
+      }
+    });
+    for_each_block(p, p.Hkv, true, parallel, [&](std::int64_t h, std::int64_t, const Sequence& s, std::int64_t first, std::int64_t rows) {
+      Scratch<T> row(p.D);
+      for (std::int64_t r = 0; r < rows; ++r) {
+        load_rows<T>(p.dtype, p.key, s.item, h, s.first_key + first + r, 1, p.D, row, p.D);
+        if (!is_finite<T>(row, p.D)) raise_flag(buffers.dirty[2]);
+      }
+    });
+  }
+};
+
+// Columns of db of all heads, added up where a bias is shared.
+template <class T>
+void add_columns(const AttentionProblem& p, const AttentionBackward& to, const T* columns) {
+  std::memset(to.grad_bias, 0, to.bias_batches * p.bias.heads * p.Nk * sizeof(T));
+  for (std::int64_t b = 0; b < p.B; ++b)
+    for (std::int64_t h = 0; h < p.H; ++h)
+      add_scaled<T>(static_cast<T*>(to.grad_bias) + (minimum(b, to.bias_batches - 1) * p.bias.heads + h / (p.H / p.bias.heads)) * p.Nk, T(1), columns + (b * p.H + h) * p.Nk, p.Nk);
+}
+
+// Gathered keys: a task owns blocks of queries of a key head's heads, finishes their dq, and adds what the keys get, row by row, into the task's slot. Slots are added in order.
+template <class T>
+void backward_gathered(const AttentionProblem& p, const AttentionBackward& to, const BackwardBuffers<T>& buffers, const BackwardOperands<T>& operands, const GatheredKeys& gathered,
+                       const Parallel& parallel) {
+  const Logit<T> logit{static_cast<T>(p.scale), static_cast<T>(p.cap)};
+  const std::int64_t units = p.B * p.Hkv, group = p.H / p.Hkv, wide = buffers.wide, wide_value = round_up(p.Dv, kRegisterColumns<T>), each = wide + wide_value;
+  const std::int64_t slots = maximum(1, minimum(minimum(kSlots, blocks(p.Nq)), kTasks / maximum(1, units)));
+  const bool columns = to.bias_gradient == BiasGradient::columns;
+  const Scratch<T> sums(slots * units * p.Nk * each), column_sums(columns ? slots * p.B * p.H * p.Nk : 0);
+  parallel_for(parallel, 0, units * slots, 1, [&](std::int64_t begin, std::int64_t end) {
+    KeyBlock<T> block(p);
+    const Scratch<KeySpan> spans(p.Nk + 1);
+    const Scratch<T> key_rows(kBlock * wide), grad_query(kBlock * wide);
+    for (std::int64_t t = begin; t < end; ++t) {
+      const std::int64_t slot = t % slots, unit = t / slots, b = unit / p.Hkv, kv = unit % p.Hkv;
+      const Sequence s = sequence(p, b);
+      const Lines<T> key = operands.keys.lines(s, kv);
+      T* of_keys = sums + (slot * units + unit) * p.Nk * each;
+      std::memset(of_keys, 0, p.Nk * each * sizeof(T));
+      for (std::int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+        const Lines<T> query = operands.queries.lines(s, h), grad = operands.grads.lines(s, h);
+        const std::int64_t rows_before = (s.item * p.H + h) * p.total_queries;
+        T* of_columns = column_sums + (slot * p.B * p.H + b * p.H + h) * p.Nk;
+        if (columns) std::memset(of_columns, 0, p.Nk * sizeof(T));
+        for (std::int64_t i = slot * kBlock; i < s.queries; i += slots * kBlock) {
+          const std::int64_t rows = minimum(kBlock, s.queries - i), listed = gathered.list(b, h, i, rows, spans);
+          std::memset(grad_query, 0, kBlock * wide * sizeof(T));
+          for (std::int64_t at = 0; at < listed; at += kBlock) {
+            const KeySpan* tile = spans + at;
+            const std::int64_t keys = minimum(kBlock, listed - at), width = round_up(keys, kPanelColumns<T>);
+            block.begin(p, s, kv, [&](std::int64_t k) { return tile[k].key; }, keys);
+            tile_product_by_rows<T>(query.data + i * query.ld, query.ld, rows, block.keys, width, p.D, block.tile, kBlock, block.edge);
+            tile_product_by_rows<T>(grad.data + i * grad.ld, grad.ld, rows, block.values, width, p.Dv, block.grad, kBlock, block.edge);
+            gathered_addends<false, T>(p, p.bias.data ? b * p.bias.batch_stride + h / (p.H / p.bias.heads) * p.bias.head_stride : 0, tile, keys, i, rows, block.addend);
+            for (std::int64_t c = 0; c < kBlock; ++c) block.columns[c] = 0;
+            block.fold(logit, rows, width, buffers.lse + rows_before + i, buffers.delta + rows_before + i, true, nullptr, 0, keys, columns);
+            add_tile_times_rows<false, T>(block.tile, kBlock, keys, rows, grad.data + i * grad.ld, grad.ld, wide_value, block.grad_value, wide_value);
+            add_tile_times_rows<false, T>(block.grad, kBlock, keys, rows, query.data + i * query.ld, query.ld, wide, block.grad_key, wide);
+            const Lines<T> gathered_key = gathered_lines<T>(key, tile, keys, wide, key_rows);
+            add_tile_times_rows<true, T>(block.grad, kBlock, rows, keys, gathered_key.data, gathered_key.ld, wide, grad_query, wide);
+            for (std::int64_t k = 0; k < keys; ++k) {
+              T* of_key = of_keys + tile[k].key * each;
+              add_scaled<T>(of_key, T(1), block.grad_key + k * wide, wide);
+              add_scaled<T>(of_key + wide, T(1), block.grad_value + k * wide_value, wide_value);
+              if (columns) of_columns[tile[k].key] += block.columns[k];
+            }
+          }
+          for (std::int64_t r = 0; r < rows; ++r) store_row<T>(p.dtype, to.grad_query, (rows_before + i + r) * p.D, p.D, grad_query + r * wide);
+        }
+      }
+    }
+  });
+  parallel_for(parallel, 0, units * p.Nk, 64, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t n = begin; n < end; ++n) {
+      T* sum = sums + n * each;
+      for (std::int64_t slot = 1; slot < slots; ++slot) add_scaled<T>(sum, T(1), sums + (slot * units * p.Nk + n) * each, each);
+      store_row<T>(p.dtype, to.grad_key, n * p.D, p.D, sum);
+      store_row<T>(p.dtype, to.grad_value, n * p.Dv, p.Dv, sum + wide);
+    }
+  });
+  if (!columns) return;
+  for (std::int64_t slot = 1; slot < slots; ++slot) add_scaled<T>(column_sums, T(1), column_sums + slot * p.B * p.H * p.Nk, p.B * p.H * p.Nk);
+  add_columns<T>(p, to, column_sums);
+}
+
 template <class T>
 void backward(const AttentionProblem& p, const AttentionBackward& to, const BackwardBuffers<T>& buffers, const Parallel& parallel) {
   buffers.mask.prepare(parallel);
+  const BackwardOperands<T> operands(p, to, buffers, parallel);
+  const GatheredKeys gathered(p, parallel);
+  if (gathered.wanted() && to.bias_gradient != BiasGradient::pairs) return backward_gathered(p, to, buffers, operands, gathered, parallel);
+  const Operand<T>&queries = operands.queries, &grads = operands.grads, &all_keys = operands.keys;
   const Logit<T> logit{static_cast<T>(p.scale), static_cast<T>(p.cap)};
   const BackwardPlan& plan = buffers.plan;
   const std::int64_t group = p.H / p.Hkv, head_rows = p.total_queries, all_queries = (p.cu_queries ? 1 : p.B) * p.H * head_rows, wide = buffers.wide;
-
-  // What is not finite must not leak through pairs that are not kept, whose p and ds are 0. Queries and keys have left their NaN in lse, so they may be zeros as values; so may the
-  // gradients of rows that keep nothing.
-  std::memset(buffers.dirty, 0, 3);
-  for_each_block(p, p.H, false, parallel, [&](std::int64_t h, std::int64_t, const Sequence& s, std::int64_t first, std::int64_t rows) {
-    Scratch<T> grad(p.Dv), out(maximum(p.D, p.Dv));
-    const std::int64_t at = (s.item * p.H + h) * head_rows + s.first_query + first;
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const std::int64_t row = s.first_query + first + r;
-      const T given = static_cast<const T*>(to.lse)[at + r];
-      const bool empty = given == kNothing<T>;
-      load_rows<T>(p.dtype, to.grad_out, s.item, h, row, 1, p.Dv, grad, p.Dv);
-      load_rows<T>(p.dtype, to.out, s.item, h, row, 1, p.Dv, out, p.Dv);
-      buffers.lse[at + r] = empty ? std::numeric_limits<T>::infinity() : given;
-      buffers.delta[at + r] = empty ? T(0) : dot<T>(grad, out, p.Dv) - (to.grad_lse ? static_cast<const T*>(to.grad_lse)[at + r] : T(0));
-      if (empty && !is_finite<T>(grad, p.Dv)) raise_flag(buffers.dirty[1]);
-      load_rows<T>(p.dtype, p.query, s.item, h, row, 1, p.D, out, p.D);
-      if (!is_finite<T>(out, p.D)) raise_flag(buffers.dirty[0]);
-    }
-  });
-  for_each_block(p, p.Hkv, true, parallel, [&](std::int64_t h, std::int64_t, const Sequence& s, std::int64_t first, std::int64_t rows) {
-    Scratch<T> row(p.D);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      load_rows<T>(p.dtype, p.key, s.item, h, s.first_key + first + r, 1, p.D, row, p.D);
-      if (!is_finite<T>(row, p.D)) raise_flag(buffers.dirty[2]);
-    }
-  });
-  Operand<T> queries = buffers.query, grads = buffers.grad, all_keys = buffers.key;
-  const Scratch<T> query_copy = copy_of(queries, p, buffers.dirty[0]), grad_copy = copy_of(grads, p, buffers.dirty[1]), key_copy = copy_of(all_keys, p, buffers.dirty[2]);
-  const auto finite_or_zero = [](std::int64_t depth) {
-    return [depth](T* row, std::int64_t, const Sequence&, std::int64_t) { if (!is_finite<T>(row, depth)) std::memset(row, 0, depth * sizeof(T)); };
-  };
-  if (queries.copy) queries.fill(p, parallel, finite_or_zero(p.D));
-  if (all_keys.copy) all_keys.fill(p, parallel, finite_or_zero(p.D));
-  if (grads.copy)
-    grads.fill(p, parallel, [&](T* row, std::int64_t h, const Sequence& s, std::int64_t i) {
-      if (static_cast<const T*>(to.lse)[(s.item * p.H + h) * head_rows + i] == kNothing<T>) std::memset(row, 0, p.Dv * sizeof(T));
-    });
 
   T* const slots = buffers.grad_query ? buffers.grad_query : static_cast<T*>(to.grad_query);
   if (to.bias_gradient == BiasGradient::pairs) std::memset(to.grad_bias, 0, to.bias_batches * p.bias.heads * p.Nq * p.Nk * sizeof(T));
@@ -314,7 +426,7 @@ void backward(const AttentionProblem& p, const AttentionBackward& to, const Back
     const Lines<T> key = all_keys.lines(s, kv);
     for (std::int64_t j = slot * kBlock; j < s.keys; j += plan.slots * kBlock) {
       const std::int64_t keys = minimum(kBlock, s.keys - j), width = round_up(keys, kPanelColumns<T>);
-      block.begin(p, s, kv, j, keys);
+      block.begin(p, s, kv, [j](std::int64_t k) { return j + k; }, keys);
       for (std::int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         const HeadPairs pairs(p, buffers.mask, s, b, h);
         const Lines<T> query = queries.lines(s, h), grad = grads.lines(s, h);
@@ -364,12 +476,7 @@ void backward(const AttentionProblem& p, const AttentionBackward& to, const Back
         store_row<T>(p.dtype, to.grad_query, row * p.D, p.D, sum);
       }
     });
-  if (buffers.columns) {
-    std::memset(to.grad_bias, 0, to.bias_batches * p.bias.heads * p.Nk * sizeof(T));
-    for (std::int64_t b = 0; b < p.B; ++b)
-      for (std::int64_t h = 0; h < p.H; ++h)
-        add_scaled<T>(static_cast<T*>(to.grad_bias) + (minimum(b, to.bias_batches - 1) * p.bias.heads + h / (p.H / p.bias.heads)) * p.Nk, T(1), buffers.columns + (b * p.H + h) * p.Nk, p.Nk);
-  }
+  if (buffers.columns) add_columns<T>(p, to, buffers.columns);
 }
 
 // ---- entry points -------------------------------------------------------------------------------------------------------------------------------------------

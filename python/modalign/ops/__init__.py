@@ -14,6 +14,7 @@ from .attention_segment_mass import attention_segment_mass  # noqa: E402
 from .clip_hard_negatives import clip_hard_negatives  # noqa: E402
 from .clip_loss import clip_loss  # noqa: E402
 from .cosine_sum_contrastive_loss import cosine_sum_contrastive_loss  # noqa: E402
+from .dynamic_mask_attention import dynamic_mask_attention  # noqa: E402
 from .dual_softmax_matching import dual_softmax_matching  # noqa: E402
 from .gram_contrastive_loss import gram_contrastive_loss  # noqa: E402
 from .gram_hard_negatives import gram_hard_negatives  # noqa: E402
@@ -50,6 +51,7 @@ __all__ = [
     "clip_loss",
     "cosine_sum_contrastive_loss",
     "dual_softmax_matching",
+    "dynamic_mask_attention",
     "gram_contrastive_loss",
     "gram_hard_negatives",
     "gram_target_rank",

@@ -1,0 +1,162 @@
+"""Attention in which every query keeps the keys with the best scores. [Dynamic Mask Attention, 2025]"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..masks.mask import INTERVAL, Mask
+from . import _arguments as arguments
+from . import _attention_arguments as check
+from ._registration import accumulation_dtype, call, register_op
+from .masked_attention import masked_attention, reference_masked_attention
+
+__all__ = ["dynamic_mask_attention", "reference_dynamic_mask_attention"]
+
+SCOPES = ("causal", "global")
+
+
+def dynamic_mask_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    keep: int,
+    *,
+    causal: bool = True,
+    scope: str = "causal",
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    r"""Attention over the `keep` keys with the largest bias among those that a query sees; the bias is added to the logits of those.
+
+    ::
+
+        K_i = the keep keys j <= i + Nk - Nq with the largest b_j (b_ij), of equal ones the most recent
+        z_ij = scale q_i . k_j + b_j        p_ij = exp z_ij / sum over K_i        out_i = sum over K_i of p_ij v_j
+
+    Scores b_j that do not depend on the query need no matrix: the rank of a key among those before a query only falls, so it is kept for one run of queries, and these runs are the mask.
+
+    >>> import torch
+    >>> x, v = torch.zeros(1, 1, 4, 1), torch.tensor([1.0, 2.0, 4.0, 8.0]).view(1, 1, 4, 1)
+    >>> dynamic_mask_attention(x, x, v, torch.zeros(1, 1, 1, 4), 2).flatten()                              # equal scores: a window of the last two
+    tensor([1.0000, 1.5000, 3.0000, 6.0000])
+
+    Parameters
+    ----------
+    query : Tensor [B, H, Nq, D]
+    key : Tensor [B, Hkv, Nk, D]
+        Hkv divides H: query head h meets key head h // (H // Hkv).
+    value : Tensor [B, Hkv, Nk, Dv]
+    bias : Tensor [1 or B, 1, Hkv or H, 1 or Nq, Nk]
+        In the query's or the accumulation dtype. -inf: padding, which is never kept.
+    keep : int
+        Keys of a query, 1 or more.
+    causal : bool
+        Query i sees the keys up to i + Nk - Nq. False: all.
+    scope : "causal" or "global"
+        Of which keys the best are chosen: of those that the query sees, as the paper has it, or of all (as released kernels do; early queries then keep fewer).
+    scale : float, optional
+        Default 1 / sqrt(D).
+    return_lse : bool
+        Also lse, as in `masked_attention`.
+
+    Returns
+    -------
+    Tensor [B, H, Nq, Dv] in the query's dtype; with `return_lse` also lse [B, H, Nq] in the accumulation dtype.
+
+    Gradient
+    --------
+    To query, key, value and, through the pairs that are kept, bias. The choice has none. Double backward and forward mode raise.
+
+    Edges
+    -----
+    A query that sees nothing (Nq > Nk), or padding alone: output 0, lse -inf, no gradient. keep >= Nk: nothing is dropped.
+
+    Raises
+    ------
+    TypeError, ValueError
+        ``dynamic_mask_attention: <argument> must ..., got ...``; RuntimeError for NaN in the bias.
+
+    Complexity
+    ----------
+    2 (D + Dv) FLOP for about Nq (keep + 96) pairs: keys that lie scattered are gathered for every 96 queries. The choice takes O(Nk log keep). Memory linear in queries and keys; a bias
+    of its own for every query is a matrix, and so is its mask.
+
+    Paper: Shi et al., "Trainable Dynamic Mask Sparse Attention", 2025.
+    """
+    op = "dynamic_mask_attention"
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise ValueError(f"{op}: keep must be a whole number of 1 or more, got {arguments.describe(keep)}")
+    arguments.check_flag(op, "causal", causal)
+    if scope not in SCOPES:
+        raise ValueError(f'{op}: scope must be "causal" or "global", got {arguments.describe(scope)}')
+    arguments.check_vectors(op, "query", query, "[B, H, N, D]")
+    arguments.check_vectors(op, "key", key, "[B, Hkv, N, D]")
+    if query.dim() != 4 or key.dim() != 4:
+        raise ValueError(f"{op}: query and key must have 4 dimensions [B, H, N, D], got {arguments.describe(query)} and {arguments.describe(key)}")
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        raise TypeError(f"{op}: bias must be a floating-point tensor [B, H, 1 or Nq, Nk], got {arguments.describe(bias)}")
+    (B, H, Nq, _), (Hkv, Nk) = query.shape, key.shape[1:3]
+    bias = check.check_pairs(op, "bias", bias, query, (B, H, Nq, Nk), Hkv)
+    if bias.shape[3] != Nk:
+        raise ValueError(f"{op}: bias must have as many columns as there are keys, {Nk}, got {arguments.describe(bias)}")
+    scores = bias.detach().to(accumulation_dtype(bias.dtype)).contiguous()
+    mask: Any
+    if bias.shape[2] == 1:
+        mask = Mask(Nq, Nk, (_intervals(scores[:, :, 0], Nq, keep, causal, scope),), (INTERVAL, 0, 0, 0))
+    else:
+        mask = call("dynamic_mask_kept", scores, keep, causal and scope == "causal")
+    return masked_attention(query, key, value, mask, bias=bias, causal=causal, scale=scale, return_lse=return_lse)
+
+
+def _intervals(scores: Tensor, Nq: int, keep: int, causal: bool, scope: str) -> Tensor:
+    """For which queries each key is kept, int32 [B, H, Nk, 2]. Query i is there when key i + Nk - Nq has arrived."""
+    Nk = scores.shape[2]
+    ends = call("dynamic_mask_ends", scores, keep)
+    arrival = torch.arange(Nk, dtype=torch.int32, device=scores.device)
+    if not causal or scope == "global":  # those that nobody has beaten at the end
+        ends = torch.where(ends == Nk, ends, arrival)
+    last = (ends + (Nq - Nk)).clamp(0, Nq)
+    first = (arrival + (Nq - Nk)).clamp(0, Nq).expand_as(last) if causal else torch.where(ends == arrival, last, 0)
+    return torch.stack([first.minimum(last), last], -1)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- what torch needs to know
+
+
+def _fake_ends(scores: Tensor, keep: int) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.int32)
+
+
+def _fake_kept(scores: Tensor, keep: int, causal: bool) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    return None
+
+
+register_op("dynamic_mask_ends", fake=_fake_ends, setup_context=_no_context, backward=lambda ctx, grad: (None, None), contiguous=(0,), autocast=False)
+register_op("dynamic_mask_kept", fake=_fake_kept, setup_context=_no_context, backward=lambda ctx, grad: (None, None, None), contiguous=(0,), autocast=False)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------- the reference
+
+
+def reference_dynamic_mask_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, keep: int, *, causal: bool = True, scope: str = "causal", scale: float | None = None, return_lse: bool = False
+) -> Any:
+    """`dynamic_mask_attention` in plain torch: every query sorts its keys."""
+    Nq, Nk = query.shape[2], key.shape[2]
+    scores = bias.detach().expand(*bias.shape[:2], Nq, Nk)
+    seen = torch.ones(Nq, Nk, dtype=torch.bool, device=query.device).tril(Nk - Nq if causal else Nk)
+    chosen_from = scores.masked_fill(~seen, -torch.inf) if causal and scope == "causal" else scores
+    best = Nk - 1 - chosen_from.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :keep]  # of equal ones the last
+    if causal and scope == "causal":  # keys that are not seen tie with padding, which is no better
+        mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & seen
+    else:
+        mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+    return reference_masked_attention(query, key, value, mask, bias=bias, causal=causal, scale=scale, return_lse=return_lse)
