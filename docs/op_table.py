@@ -69,7 +69,7 @@ def table(link: str) -> str:
     from modalign import _host, info, ops
 
     declared = {case.name: case for case in reversed(cases.CASES)}  # the first entry of an op; later ones are samples of other sizes
-    by_attention = ("masked_attention_varlen", "scaled_dot_product_attention", "neighborhood_attention", "virtual_unmerge_attention", "attention_columns", "attention_segment_mass")
+    by_attention = ("masked_attention_varlen", "dynamic_mask_attention", "scaled_dot_product_attention", "neighborhood_attention", "virtual_unmerge_attention", "attention_columns", "attention_segment_mass")
     raw = {**dict.fromkeys(by_attention, "masked_attention"), "attention_power_iteration": "attention_column_sum"}  # other ways to call an op
     covered, families = info.ops(), {kernel["family"] for kernel in _host.kernels().values()}
     yes = {True: "yes", False: "no"}

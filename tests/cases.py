@@ -15,6 +15,7 @@ from modalign.ops.gram_volume import formula_gram_volume, reference_gram_volume
 from modalign.ops.paired_gram_volume import formula_paired_gram_volume, reference_paired_gram_volume
 from modalign.ops.triangle_area import formula_triangle_area, reference_triangle_area
 from modalign.testing import NOT_FINITE, BadInput, Maker, OpCase, Sample, degenerate_zoo
+from dynamic_mask_cases import DYNAMIC_MASK_ATTENTION
 from neighborhood_attention_cases import NEIGHBORHOODS
 from segment_cases import SEGMENT_MAX_SIMILARITY
 from structure_cases import STRUCTURE_LOSS
@@ -468,7 +469,7 @@ WIDE = [
 ]
 
 VOLUMES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE]
-CASES = [*VOLUMES, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS, *ATTENTION, *NEIGHBORHOODS, VIRTUAL_UNMERGE_ATTENTION, *ATTENTION_SCORES]
+CASES = [*VOLUMES, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS, *ATTENTION, DYNAMIC_MASK_ATTENTION, *NEIGHBORHOODS, VIRTUAL_UNMERGE_ATTENTION, *ATTENTION_SCORES]
 
 # Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py, test_hard_negatives.py, test_knn.py and
 # test_attention_scores.py.

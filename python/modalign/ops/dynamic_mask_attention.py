@@ -50,7 +50,7 @@ def dynamic_mask_attention(
     key : Tensor [B, Hkv, Nk, D]
         Hkv divides H: query head h meets key head h // (H // Hkv).
     value : Tensor [B, Hkv, Nk, Dv]
-    bias : Tensor [1 or B, 1, Hkv or H, 1 or Nq, Nk]
+    bias : Tensor [1 or B, 1 or Hkv or H, 1 or Nq, Nk]
         In the query's or the accumulation dtype. -inf: padding, which is never kept.
     keep : int
         Keys of a query, 1 or more.
