@@ -36,6 +36,7 @@ def devices_that_ran(op: str) -> list[str]:
 
 
 FAMILIES = {  # of kernels that are not named after their op
+    "dynamic_mask_ends": "dynamic_mask_attention",
     "gram_contrastive_loss": "contrastive_volume",
     "triangle_contrastive_loss": "contrastive_triangle",
     "clip_loss": "contrastive_product",
@@ -69,8 +70,8 @@ def table(link: str) -> str:
     from modalign import _host, info, ops
 
     declared = {case.name: case for case in reversed(cases.CASES)}  # the first entry of an op; later ones are samples of other sizes
-    by_attention = ("masked_attention_varlen", "dynamic_mask_attention", "scaled_dot_product_attention", "neighborhood_attention", "virtual_unmerge_attention", "attention_columns", "attention_segment_mass")
-    raw = {**dict.fromkeys(by_attention, "masked_attention"), "attention_power_iteration": "attention_column_sum"}  # other ways to call an op
+    by_attention = ("masked_attention_varlen", "scaled_dot_product_attention", "neighborhood_attention", "virtual_unmerge_attention", "attention_columns", "attention_segment_mass")
+    raw = {**dict.fromkeys(by_attention, "masked_attention"), "attention_power_iteration": "attention_column_sum", "dynamic_mask_attention": "dynamic_mask_ends"}  # other ways to call an op
     covered, families = info.ops(), {kernel["family"] for kernel in _host.kernels().values()}
     yes = {True: "yes", False: "no"}
     lines = ["| op | CPU | CUDA | dtypes | backward | double backward | deterministic | paper |", "|---|---|---|---|---|---|---|---|"]

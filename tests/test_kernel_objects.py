@@ -13,6 +13,7 @@ SEGMENT_KERNELS = 20  # instances of csrc/cuda/segment_max_similarity.cuh: 5 for
 STRUCTURE_KERNELS = 10  # instances of csrc/cuda/structure_loss.cuh: 5 for each of float and double
 KNN_KERNELS = 25  # instances of csrc/cuda/knn.cuh: 4 for each of four dtypes, 3 for float and double, 3 for float as two planes
 ATTENTION_KERNELS = 35  # instances of csrc/cuda/masked_attention.cuh: 8 for each of four dtypes, 3 for masks
+DYNAMIC_MASK_KERNELS = 2  # instances of csrc/cuda/dynamic_mask.cuh: float and double
 REGISTERS = 65536  # of a multiprocessor
 CUDA_MACHINE = 190  # e_machine of a cubin
 
@@ -112,7 +113,7 @@ def test_every_target_holds_every_instance(compiled):
     assert len(compiled) == len([target for target in targets if not target.endswith("-virtual")])
     for sm, kernels in compiled:
         assert 80 <= sm <= 90
-        assert len([name for name in kernels if "modalign_kernel" in name]) == VOLUME_KERNELS + LOSS_KERNELS + SEGMENT_KERNELS + KNN_KERNELS + STRUCTURE_KERNELS + ATTENTION_KERNELS
+        assert len([name for name in kernels if "modalign_kernel" in name]) == VOLUME_KERNELS + LOSS_KERNELS + SEGMENT_KERNELS + KNN_KERNELS + STRUCTURE_KERNELS + ATTENTION_KERNELS + DYNAMIC_MASK_KERNELS
 
 
 def test_registers_allow_the_planned_blocks(compiled):

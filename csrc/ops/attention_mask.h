@@ -79,24 +79,32 @@ constexpr int kTokenFields = 9;
 // Parameters of rules are read through a pointer, or through a view that a device gives; this is the one that begins n further on.
 MODALIGN_MASK_FUNCTION const std::int32_t* parameters_from(const std::int32_t* p, int n) { return p + n; }
 
-// Neighbourhood attention along one dimension: size, kernel, dilation, stride, causal. A window is shifted where it would leave the grid, so every query has `kernel` keys.
+// Neighbourhood attention along one dimension: size, kernel, dilation, stride, causal. The first key of query i's window among `size` tokens of the same residue. A window is shifted where
+// it would leave the grid, so every query has `kernel` keys. Rises with i and with the size.
+template <class P>
+MODALIGN_MASK_FUNCTION std::int32_t first_neighbor(std::int32_t i, std::int32_t size, const P& p) {
+  const std::int32_t kernel = p[1], stride = p[3], causal = p[4];
+  std::int32_t center = i / stride * stride + (causal ? stride - 1 : stride / 2);
+  center = center < size - 1 ? center : size - 1;
+  const std::int32_t left = causal ? kernel - 1 : kernel / 2, right = kernel - left - 1, first = center > left ? center - left : 0;
+  return !causal && center + right >= size ? size - kernel : first;
+}
 template <class P>
 MODALIGN_MASK_FUNCTION std::int32_t in_neighborhood(std::int32_t q, std::int32_t k, const P& p) {
-  const std::int32_t kernel = p[1], dilation = p[2], stride = p[3], residue = q % dilation;
+  const std::int32_t kernel = p[1], dilation = p[2], causal = p[4], residue = q % dilation;
   const std::int32_t size = (p[0] - residue + dilation - 1) / dilation, i = q / dilation, j = k / dilation;   // within the tokens of the same residue
-  std::int32_t center = i / stride * stride + (p[4] ? stride - 1 : stride / 2);
-  center = center < size - 1 ? center : size - 1;
-  const std::int32_t left = p[4] ? kernel - 1 : kernel / 2, right = kernel - left - 1;
-  std::int32_t first = center > left ? center - left : 0;
-  if (!p[4] && center + right >= size) first += size - right - center - 1;
-  const std::int32_t end = p[4] ? i + 1 : first + kernel;
+  const std::int32_t first = first_neighbor(i, size, p), end = causal ? i + 1 : first + kernel;
   return std::int32_t(k % dilation == residue) & std::int32_t(first <= j) & std::int32_t(j < end);
 }
 template <class P>
 MODALIGN_MASK_FUNCTION Coverage in_neighborhood(Range q, Range k, const P& p) {
-  const std::int32_t reach = (p[1] + p[3]) * p[2];
-  const Range apart = k - q;
-  return ((apart <= reach) & (-reach <= apart)) == Coverage::nothing ? Coverage::nothing : Coverage::some;
+  const std::int32_t kernel = p[1], dilation = p[2], causal = p[4], low = q.low / dilation, high = q.high / dilation;
+  const std::int32_t least = p[0] / dilation, most = (p[0] + dilation - 1) / dilation;   // tokens of a residue
+  const std::int32_t first = first_neighbor(low, least, p) * dilation, last = (causal ? high : first_neighbor(high, most, p) + kernel - 1) * dilation + dilation - 1;
+  if (k.high < first || last < k.low) return Coverage::nothing;
+  if (dilation > 1) return Coverage::some;
+  const std::int32_t end = causal ? low + 1 : first_neighbor(low, most, p) + kernel;
+  return first_neighbor(high, most, p) <= k.low && k.high < end ? Coverage::everything : Coverage::some;
 }
 
 MODALIGN_MASK_FUNCTION std::int32_t truth(bool x) { return x; }

@@ -3,19 +3,28 @@
 #include "common/stable.h"
 #include "cpu/dynamic_mask.h"
 #include "cpu/parallel.h"
+#ifdef MODALIGN_WITH_CUDA
+#include "cuda/dynamic_mask.h"
+#endif
+#include "ops/cuda_call.h"
 
 namespace modalign {
 namespace {
 
 constexpr const char* kOp = "dynamic_mask_attention";
 
-// f(scores of a line, its number, ends, heap) for all lines of N scores, in parallel.
-template <class F>
-void for_each_line(const Tensor& scores, std::int64_t dimensions, std::int64_t keep, const F& f) {
+Scalar check(const Tensor& scores, std::int64_t dimensions, std::int64_t keep) {
   const Scalar dtype = check_floating(kOp, "bias", scores);
   MODALIGN_CHECK(dtype == Scalar::f32 || dtype == Scalar::f64, kOp, ": bias must be float32 or float64 here, got a half type");
   MODALIGN_CHECK(scores.dim() == dimensions && scores.is_contiguous(), kOp, ": bias must be contiguous with ", dimensions, " dimensions here, got ", shape_of(scores));
   MODALIGN_CHECK(keep >= 1, kOp, ": keep must be 1 or more, got ", keep);
+  return dtype;
+}
+
+// f(scores of a line, its number) for all lines of N scores, in parallel.
+template <class F>
+void for_each_line(const Tensor& scores, std::int64_t dimensions, std::int64_t keep, const F& f) {
+  const Scalar dtype = check(scores, dimensions, keep);
   const std::int64_t N = scores.size(dimensions - 1), lines = N > 0 ? scores.numel() / N : 0;
   const auto run = [&](auto real) {
     using Real = decltype(real);
@@ -30,8 +39,17 @@ void for_each_line(const Tensor& scores, std::int64_t dimensions, std::int64_t k
 }
 
 Tensor dynamic_mask_ends(const Tensor& scores, std::int64_t keep) {
-  const std::int64_t N = scores.size(-1), most = keep < N ? keep : N;
+  [[maybe_unused]] const Scalar dtype = check(scores, 3, keep);
+  const std::int64_t N = scores.size(2), most = keep < N ? keep : N;
   Tensor ends = new_tensor(scores, {scores.size(0), scores.size(1), N}, ScalarType::Int);
+#ifdef MODALIGN_WITH_CUDA
+  if (scores.is_cuda()) {
+    const DeviceGuard device(scores.get_device_index());
+    check_launch(kOp, cuda::launch_dynamic_mask_ends(dtype, scores.const_data_ptr(), scores.size(0) * scores.size(1), N, keep, static_cast<std::int32_t*>(ends.mutable_data_ptr()),
+                                                     current_cuda_stream(scores.get_device_index())));
+    return ends;
+  }
+#endif
   const Tensor heaps = new_tensor(scores, {scores.size(0) * scores.size(1), most}, ScalarType::Int);
   auto *to = static_cast<std::int32_t*>(ends.mutable_data_ptr()), *heap = static_cast<std::int32_t*>(heaps.mutable_data_ptr());
   for_each_line(scores, 3, keep, [&](const auto* line, std::int64_t n) { cpu::dynamic_mask_ends(line, N, most, to + n * N, heap + n * most); });
@@ -66,5 +84,9 @@ STABLE_TORCH_LIBRARY_IMPL(modalign, CPU, m) {
   m.impl("dynamic_mask_ends", TORCH_BOX(&dynamic_mask_ends));
   m.impl("dynamic_mask_kept", TORCH_BOX(&dynamic_mask_kept));
 }
+
+#ifdef MODALIGN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(modalign, CUDA, m) { m.impl("dynamic_mask_ends", TORCH_BOX(&dynamic_mask_ends)); }
+#endif
 
 }  // namespace modalign

@@ -107,6 +107,8 @@ def dynamic_mask_attention(
     mask: Any
     if bias.shape[2] == 1:
         mask = Mask(Nq, Nk, (_intervals(scores[:, :, 0], Nq, keep, causal, scope),), (INTERVAL, 0, 0, 0))
+    elif scores.is_cuda:
+        mask = _best(scores, Nq, keep, causal and scope == "causal")
     else:
         mask = call("dynamic_mask_kept", scores, keep, causal and scope == "causal")
     return masked_attention(query, key, value, mask, bias=bias, causal=causal, scale=scale, return_lse=return_lse)
@@ -122,6 +124,15 @@ def _intervals(scores: Tensor, Nq: int, keep: int, causal: bool, scope: str) -> 
     last = (ends + (Nq - Nk)).clamp(0, Nq)
     first = (arrival + (Nq - Nk)).clamp(0, Nq).expand_as(last) if causal else torch.where(ends == arrival, last, 0)
     return torch.stack([first.minimum(last), last], -1)
+
+
+def _best(scores: Tensor, Nq: int, keep: int, causal: bool) -> Tensor:
+    """Bool [B, H, Nq, Nk]: every query sorts its keys."""
+    Nk = scores.shape[3]
+    scores = scores.expand(*scores.shape[:2], Nq, Nk)
+    seen = torch.ones(Nq, Nk, dtype=torch.bool, device=scores.device).tril(Nk - Nq if causal else Nk)
+    best = Nk - 1 - scores.masked_fill(~seen, -torch.inf).flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :keep]  # of equal ones the last
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & seen  # what is not seen ties with padding, which is not kept either
 
 
 # ------------------------------------------------------------------------------------------------------------------------- what torch needs to know
@@ -150,13 +161,5 @@ def reference_dynamic_mask_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, keep: int, *, causal: bool = True, scope: str = "causal", scale: float | None = None, return_lse: bool = False
 ) -> Any:
     """`dynamic_mask_attention` in plain torch: every query sorts its keys."""
-    Nq, Nk = query.shape[2], key.shape[2]
-    scores = bias.detach().expand(*bias.shape[:2], Nq, Nk)
-    seen = torch.ones(Nq, Nk, dtype=torch.bool, device=query.device).tril(Nk - Nq if causal else Nk)
-    chosen_from = scores.masked_fill(~seen, -torch.inf) if causal and scope == "causal" else scores
-    best = Nk - 1 - chosen_from.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :keep]  # of equal ones the last
-    if causal and scope == "causal":  # keys that are not seen tie with padding, which is no better
-        mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & seen
-    else:
-        mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+    mask = _best(bias.detach(), query.shape[2], keep, causal and scope == "causal")
     return reference_masked_attention(query, key, value, mask, bias=bias, causal=causal, scale=scale, return_lse=return_lse)
