@@ -78,6 +78,7 @@ def common_bad(op: str, make: Maker, *extra: object) -> list[BadInput]:
 
 COMMON = OpCase(
     name="", call=lambda: None, reference=lambda: None, samples=lambda make: [], tiny=lambda make: [], sized=lambda make, n: Sample("", ()), accumulates=True,
+    autocast_inputs=torch.bfloat16,
 )  # fmt: skip
 
 

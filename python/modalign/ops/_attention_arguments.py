@@ -61,12 +61,8 @@ def mask_of_rows(tensors: list[Tensor], steps: list[int], kept: Tensor) -> tuple
 def check_problem(
     op: str, query: Any, key: Any, value: Any, mask: Any, bias: object, causal: object, key_lengths: object, scale: object, softcap: object
 ) -> tuple[Tensor, AttentionProblem]:
-    """The value, and all the rest. Without a value it is about probabilities, which under autocast are made in float32."""
-    if value is None:
-        query, key, bias = (in_float32(each) for each in (query, key, bias))
-        value = key
-    else:
-        query, key, value = (in_autocast_dtype(each) for each in (query, key, value))
+    """The value, and all the rest. Without a value it is about probabilities: those of `masked_attention`, so that its lse goes with them, under autocast too."""
+    query, key, value = (in_autocast_dtype(each) for each in (query, key, key if value is None else value))
     query, key, value = check_operands(op, query, key, value, 4)
     (B, H, Nq, _), (Hkv, Nk) = query.shape, key.shape[1:3]
     tensors, steps = check_mask(op, mask, query, (B, H, Nq, Nk), Hkv)

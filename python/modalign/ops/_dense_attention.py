@@ -9,6 +9,12 @@ from ._attention_arguments import MaskProgram
 from ._registration import accumulation_dtype
 
 
+def kept(query: Tensor, key: Tensor, mask: Tensor | MaskProgram | None, bias: Tensor | None, causal: bool | str, key_lengths: Tensor | None) -> Tensor:
+    """Bool [B, H, Nq, Nk], also where a probability underflows: those of equal logits do not."""
+    dropped = None if bias is None else torch.where(bias == -torch.inf, bias, 0)
+    return probabilities(torch.zeros_like(query), torch.zeros_like(key), None, mask, dropped, causal, key_lengths, None, 0.0)[0] != 0
+
+
 def probabilities(
     query: Tensor,
     key: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -49,6 +50,11 @@ def register_float32_autocast(qualified_name: str) -> None:
 
 def autocast_is_on(device_type: str) -> bool:
     return device_type in DEVICES_WITH_AUTOCAST and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> Any:
+    """Of the devices that have it; torch.autocast refuses others, meta among them."""
+    return torch.autocast(device_type, enabled=False) if device_type in DEVICES_WITH_AUTOCAST else contextlib.nullcontext()
 
 
 def to_autocast(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _arguments as arguments
 from . import _attention_arguments as check
 from . import _dense_attention as dense
-from ._registration import accumulation_dtype, call, refuse_forward_mode, register_op
+from ._registration import accumulation_dtype, call, refuse_forward_mode, register_op, without_autocast
 from .masked_attention import attend, gradients_of
 
 __all__ = ["attention_column_sum", "reference_attention_column_sum"]
@@ -100,11 +100,13 @@ def attention_column_sum(
     else:
         weights = check.check_weights(op, "weights", weights, problem.query)
         counted = problem.of_rows(weights != 0)
+    if reduction == "visible_mean" and weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f'{op}: weights must not require a gradient with reduction "visible_mean", got some that do')
     refuse_forward_mode(op, [*problem.differentiable(), weights])
     lse = log_sum_exp(counted) if lse is None else lse
     columns = column_sum(problem, weights, lse, "sum" if "mean" in reduction else reduction)
     if "mean" in reduction:
-        total = weights.sum(2, keepdim=True) if reduction == "mean" else column_sum(problem.detached(), weights, lse, "kept")
+        total = weights.sum(2, keepdim=True) if reduction == "mean" else column_sum(problem.detached(), weights.detach(), lse, "kept")
         columns = torch.where(total == 0, 0, columns / torch.where(total == 0, 1, total))
     return columns if heads == "none" else columns.amax(1) if heads == "max" else columns.sum(1) if heads == "sum" else columns.mean(1)
 
@@ -118,7 +120,7 @@ def log_sum_exp(problem: check.AttentionProblem) -> Tensor:
 
 def column_sum(problem: check.AttentionProblem, weights: Tensor, lse: Tensor, kernel: str = "sum") -> Tensor:
     query, key, bias, key_lengths, numbers, tensors, steps = problem
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         return call("attention_column_sum", query, key, lse, weights.expand(query.shape[:3]), bias, key_lengths, *numbers, tensors, steps, KERNELS.index(kernel))
 
 
@@ -183,6 +185,6 @@ def reference_attention_column_sum(
     else:
         columns = (w[..., None] * p).sum(2)
         if reduction != "sum":
-            total = w.sum(2, keepdim=True) if reduction == "mean" else (w[..., None] * (p != 0)).sum(2)
+            total = w.sum(2, keepdim=True) if reduction == "mean" else (w[..., None] * dense.kept(query, key, mask, bias, causal, key_lengths)).sum(2)
             columns = torch.where(total == 0, 0, columns / torch.where(total == 0, 1, total))
     return columns if heads == "none" else columns.amax(1) if heads == "max" else columns.sum(1) if heads == "sum" else columns.mean(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _attention_arguments as check
 from . import _dense_attention as dense
-from ._registration import accumulation_dtype, call, refuse_forward_mode, register_op
+from ._registration import accumulation_dtype, call, refuse_forward_mode, register_op, without_autocast
 from ._results import AttentionRowStatistics
 from .attention_column_sum import log_sum_exp
 
@@ -77,7 +77,7 @@ def attention_row_statistics(
     refuse_forward_mode(op, problem.differentiable())
     query, key, bias, key_lengths, numbers, tensors, steps = problem
     lse = log_sum_exp(problem) if lse is None else lse
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         return AttentionRowStatistics(*call(op, query, key, lse, bias, key_lengths, *numbers, tensors, steps))
 
 

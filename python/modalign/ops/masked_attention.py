@@ -10,7 +10,7 @@ from torch import Tensor
 from . import _arguments as arguments
 from . import _attention_arguments as check
 from . import _dense_attention as dense
-from ._registration import accumulation_dtype, call, refuse_forward_mode, register_pair
+from ._registration import accumulation_dtype, call, refuse_forward_mode, register_pair, without_autocast
 
 __all__ = ["masked_attention", "reference_masked_attention"]
 
@@ -106,7 +106,7 @@ def masked_attention(
 def attend(problem: check.AttentionProblem, value: Tensor) -> tuple[Tensor, Tensor]:
     """The output and lse of what has been checked."""
     query, key, bias, key_lengths, numbers, tensors, steps = problem
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         return call("masked_attention", query, key, value, bias, key_lengths, None, None, 0, 0, *numbers, tensors, steps)  # sizes as numbers would be fixed in a compiled graph
 
 
@@ -185,6 +185,6 @@ def reference_masked_attention(
     """`masked_attention` in plain torch: all logits at once, [B, H, Nq, Nk] of memory; the gradient comes from autograd."""
     p, lse = dense.probabilities(query, key, None, mask, bias, causal, key_lengths, scale, softcap)
     group = query.shape[1] // key.shape[1]
-    unseen = ~(p != 0).any(2).unflatten(1, (key.shape[1], group)).any(2)[..., None]  # what no query keeps may hold anything
+    unseen = ~dense.kept(query, key, mask, bias, causal, key_lengths).any(2).unflatten(1, (key.shape[1], group)).any(2)[..., None]  # what no query keeps may hold anything
     out = (p @ value.to(p.dtype).masked_fill(unseen, 0).repeat_interleave(group, 1)).to(query.dtype)
     return (out, lse) if return_lse else out

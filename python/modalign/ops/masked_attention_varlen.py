@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _arguments as arguments
 from . import _attention_arguments as check
-from ._registration import call, refuse_forward_mode
+from ._registration import call, refuse_forward_mode, without_autocast
 
 __all__ = ["masked_attention_varlen"]
 
@@ -89,7 +89,7 @@ def masked_attention_varlen(
     arguments.check_flag(op, "return_lse", return_lse)
     refuse_forward_mode("masked_attention", (query, key, value))
     q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         out, lse = call("masked_attention", q, k, v, None, None, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_q, max_k, *numbers, [], [])
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out

@@ -144,6 +144,7 @@ class OpCase:
     vmap: bool = True
     jvp: bool = False
     autocast: torch.dtype | None = torch.float32  # the result's dtype under autocast; None: autocast leaves the op alone
+    autocast_inputs: torch.dtype | None = None  # what inputs are cast to under autocast, where that is another dtype
     compile: bool = True
     export: bool = True
     checkpoint: bool = True

@@ -249,7 +249,7 @@ def check_autocast(case: OpCase, device: str) -> None:
             leaf = given.differentiable()[index]
             if ours.dtype != leaf.dtype:
                 raise AssertionError(f"{what}: gradient {index} is {ours.dtype}, its input {leaf.dtype}")
-            compare_gradients(ours, theirs, dtype=min(leaf.dtype, wanted, key=lambda dtype: dtype.itemsize), what=f"{what}, gradient {index}")  # `theirs` has no more digits
+            compare_gradients(ours, theirs, dtype=min(leaf.dtype, wanted, case.autocast_inputs or wanted, key=lambda dtype: dtype.itemsize), what=f"{what}, gradient {index}")
 
 
 def check_vmap(case: OpCase, device: str) -> None:
