@@ -250,6 +250,8 @@ def test_positions_and_lengths_go_on_behind_the_cache():
     short = module(x, valid=torch.arange(12) < lengths[:, None])
     assert (short - whole).abs().max() > 1e-3
     close(module(x, key_lengths=lengths), short)
+    other = torch.arange(12).expand(2, 12) != 3
+    close(module(x, key_lengths=lengths, valid=other), module(x, valid=other & (torch.arange(12) < lengths[:, None])))
     close(module(x[:, 7:], past=past, key_lengths=lengths), short[:, 7:])
 
 

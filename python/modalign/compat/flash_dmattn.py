@@ -6,8 +6,8 @@
 >>> flash_dmattn_func(x, x, x, attn_mask=torch.ones(1, 1, 1, 4, dtype=torch.bool), attn_bias=torch.zeros(1, 2, 1, 4), is_causal=True).shape
 torch.Size([1, 4, 2, 8])
 
-On the CPU, for any head dimension and any number of keys, in float32 and float64 too. A mask that says which keys have the largest bias is not needed: `modalign.ops.dynamic_mask_attention` chooses and
-attends with no matrix. Versions of the package that have no mask and no bias (softmax thresholds, gates) are other functions under the same name.
+On the CPU, for any head dimension and any number of keys, in float32 and float64 too. A mask that says which keys have the largest bias is not needed: `modalign.ops.dynamic_mask_attention` chooses
+and attends with no matrix. Versions of the package that have no mask and no bias (softmax thresholds, gates) are other functions under the same name.
 """
 
 from __future__ import annotations

@@ -104,7 +104,8 @@ class DynamicMaskAttention(MaskedAttention):
         check_sizes("DynamicMaskAttention", keep=keep)
         for name, value in (("state", state), ("mask_type", mask_type), ("scope", scope)):
             if value not in CHOICES[name]:
-                raise ValueError('DynamicMaskAttention: {} must be "{}" or "{}", got {!r}'.format(name, *CHOICES[name], value))
+                first, second = CHOICES[name]
+                raise ValueError(f'DynamicMaskAttention: {name} must be "{first}" or "{second}", got {value!r}')
         if mask_type == "relu" and state == "exp":
             raise ValueError('DynamicMaskAttention: state must be "softplus" with mask_type "relu" (exp is positive, and would drop nothing), got "exp"')
         self.keep, self.state, self.mask_type, self.scope = keep, state, mask_type, scope
