@@ -37,7 +37,7 @@ def test_docstring_says_everything(case):
         assert heading in case.call.__doc__, heading
 
 
-@pytest.mark.parametrize("name", [*(f"ops.{name}" for name in ops.__all__), "compat.gram", "compat.faiss", "compat.natten", "compat.sklearn", "compat.torch_cluster", "testing"])
+@pytest.mark.parametrize("name", [*(f"ops.{name}" for name in ops.__all__), "compat.gram", "compat.faiss", "compat.flash_dmattn", "compat.natten", "compat.sklearn", "compat.torch_cluster", "testing"])
 def test_examples_in_docstrings_run(name):
     module = importlib.import_module(f"modalign.{name}")
     found = doctest.testmod(sys.modules[f"modalign.{name}"], optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)

@@ -8,6 +8,7 @@ from .decoder_layer import DecoderLayer, GatedFeedForward
 from .dual_cross_attention import DualCrossAttention, pool_frames
 from .dual_enhancement import DualEnhancement, dual_perspective_crops
 from .dual_semantic_mapping import DualSemanticMapping
+from .dynamic_mask_attention import DynamicMaskAttention, ScoredKeys
 from .encoder_layer import EncoderLayer
 from .feature_queue import FeatureQueue
 from .gated_cross_attention import GatedCrossAttention, HybridDecoderLayer
@@ -40,6 +41,7 @@ __all__ = [
     "DualCrossAttention",
     "DualEnhancement",
     "DualSemanticMapping",
+    "DynamicMaskAttention",
     "EncoderLayer",
     "FeatureQueue",
     "GatedCrossAttention",
@@ -64,6 +66,7 @@ __all__ = [
     "NoVisualAttentionLayer",
     "PointToRegionPacker",
     "PrototypeAlignment",
+    "ScoredKeys",
     "SigLipLoss",
     "SlowFastPacker",
     "StructureRegularizer",
