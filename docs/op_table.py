@@ -43,7 +43,6 @@ FAMILIES = {  # of kernels that are not named after their op
     "pairwise_logsumexp": "contrastive_product",
     "siglip_loss": "contrastive_product",
     "attention_column_sum": "attention_scores",
-    "attention_row_statistics": "attention_scores",
 }
 
 

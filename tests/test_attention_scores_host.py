@@ -1,7 +1,7 @@
 """The CUDA kernels of attention_column_sum and attention_row_statistics, run by the emulator with the launch plans of the device.
 
-References are float64 numpy from the definitions in csrc/ops/attention_scores.h, probabilities as in test_masked_attention_host.py. Every launch also passes the emulator's checks: races between blocks
-and threads, bounds, alignment, uninitialised words, barriers and lanes.
+References are float64 numpy from the definitions in csrc/ops/attention_scores.h, probabilities as in test_masked_attention_host.py. Every launch also passes the emulator's checks: races
+between blocks and threads, bounds, alignment, uninitialised words, barriers and lanes.
 """
 
 import functools
@@ -97,7 +97,10 @@ def test_numbers_by_hand(dtype):
     problem = Scores(dtype, Nq=2, Nk=2, D=1, bias=(1, 1, 1, 2), weights=np.array([[[[1.0], [3.0]]]]))
     problem.given["query"][:], problem.bias[:] = 0, np.log([1, 4])
     tolerance = ALLOWED[dtype]
-    for causal, expected in ((0, {"sum": (0.8, 3.2), "square": (0.16, 2.56), "max": (0.6, 2.4), "kept": (4, 4)}), (1, {"sum": (1.6, 2.4), "square": (1.12, 1.92), "max": (1, 2.4), "kept": (4, 3)})):
+    for causal, expected in (
+        (0, {"sum": (0.8, 3.2), "square": (0.16, 2.56), "max": (0.6, 2.4), "kept": (4, 4)}),
+        (1, {"sum": (1.6, 2.4), "square": (1.12, 1.92), "max": (1, 2.4), "kept": (4, 3)}),
+    ):
         problem.causal = causal
         vars(problem).pop("solution", None)
         for reduction, numbers in expected.items():

@@ -12,7 +12,7 @@ MODALIGN_MASK_KERNELS(MODALIGN_IS_SHARED)
 
 namespace {
 
-// run(element, arguments of the kernels): the dtype's launches
+// run(element of the dtype, what its kernels share)
 template <class Run> int with_call(const AttentionProblem& problem, void* workspace, const Run& run) {
   return with_dtype(problem.dtype, [&](auto element) {
     DeviceArena arena(workspace);

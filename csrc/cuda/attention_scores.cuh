@@ -2,9 +2,9 @@
 /// @brief What the probabilities of an attention add up to along a column or a row, on CUDA: kernels, launch sequences, the table of compiled instances.
 ///
 /// Maths      ops/attention_scores.h. The log-sum-exp of every row is known, so one more product of queries and keys gives p tile by tile.
-/// Mapping    summaries of the mask (attention_mask.cuh), then a block per tile of keys of a query head (for rows: of queries) meets the tiles of the other side in order: products in shared memory, then
-///            a warp per line of the tile adds up what its pairs give, to what the line has from the tiles before. Tiles whose queries all have weight 0 are passed over; what counts the kept
-///            pairs makes no products.
+/// Mapping    summaries of the mask (attention_mask.cuh), then a block per tile of keys of a query head (for rows: of queries) meets the tiles of the other side in order: products in shared
+///            memory, then a warp per line adds what its pairs give to what the line has from the tiles before. Tiles whose queries all have weight 0 are passed over; counting what is kept
+///            makes no products.
 /// Numbers    f32, f64: FmaBackend in the input precision. bf16, f16: tensor cores, fp32 accumulation. NaN stays in the products of its line, so operands are read where they lie.
 /// FLOPs      2 D for a pair that lies in a kept tile. Memory: the summaries.
 /// Order      sums over D ascending; of a line by the butterfly of a warp, tiles in order. No atomics: equal bits from run to run.
@@ -34,7 +34,7 @@ template <class T, bool lines_are_keys> struct AttentionScoreTiles {
   AttentionCall call;
   HeadRows<T> lines, others;
   const Real* lse;            // [B, H, Nq]
-  AttentionWeights weights;   // of keys
+  AttentionWeights weights;   // where lines are keys, as the reduction
   ColumnReduction reduction;
   Real* out[kScores];         // [B, H, lines]
 
@@ -81,7 +81,7 @@ template <class T, bool lines_are_keys> struct AttentionScoreTiles {
     return true;
   }
 
-  // Products are joined with what lines have so far: a warp per line, the same in all tiles.
+  // What a line's pairs add is joined with what it has so far: a warp per line, the same one in all tiles.
   MODALIGN_DEVICE void fold(Shared<Real> tile, const HeadPairs<Real>& pairs, const TileRange& range, bool everything) const {
     MODALIGN_NO_UNROLL
     for (int line = warp(); line < range.rows; line += kTileWarps) {
@@ -116,15 +116,12 @@ template <class T, bool lines_are_keys> struct AttentionScoreTiles {
         ceil_divide(lines_are_keys ? pairs.s.queries : pairs.s.keys, kBlock), kListOffset,
         [&](int other) { return lines_are_keys ? pairs.coverage(other, block.tile, kBlock) : pairs.coverage(block.tile, other, kBlock); },
         [&](int other, bool everything) {
-          const typename Sides::Place at{block.b, block.h, block.tile, other};
-          const HeadPairs<Real> here = sides.pairs_of(at);
-          const TileRange range = Sides::range_of(here.s, at);
-          if (!lines_are_keys || is_weighted(here, range)) {
-            if (!counts()) sides.products(tile, here, range);
-            if (!everything) Sides::mark(kBitsOffset, here, range);
+          const TileRange range = Sides::range_of(pairs.s, {block.b, block.h, block.tile, other});
+          if (!lines_are_keys || is_weighted(pairs, range)) {
+            if (!counts()) sides.products(tile, pairs, range);
+            if (!everything) Sides::mark(kBitsOffset, pairs, range);
             if (!MODALIGN_MUTATION("scores: drop the barrier before the sums")) barrier();
-            const HeadPairs<Real> again = sides.pairs_of(at);
-            fold(tile, again, Sides::range_of(again.s, at), everything);
+            fold(tile, pairs, range, everything);
           }
           if (!MODALIGN_MUTATION("scores: drop the barrier behind the sums")) barrier();   // the next products will lie where these were
         });
@@ -155,14 +152,16 @@ MODALIGN_ATTENTION_SCORE_KERNELS(MODALIGN_KEY_OF)
 template <class T, class Launch> int run_attention_columns(const AttentionProblem& p, const AttentionColumns& to, const AttentionCall& call, const Launch& launch) {
   using Real = real_of<T>;
   if (const int error = summarize_mask(call.mask, p.B, AttentionBackend<T>::kRows, launch)) return error;
-  const AttentionColumnTiles<T> columns{call, head_rows<T>(Major::depth, p.key), head_rows<T>(Major::depth, p.query), static_cast<const Real*>(to.lse), to.weights, to.reduction, {static_cast<Real*>(to.out)}};
+  const HeadRows<T> query = head_rows<T>(Major::depth, p.query), key = head_rows<T>(Major::depth, p.key);
+  const AttentionColumnTiles<T> columns{call, key, query, static_cast<const Real*>(to.lse), to.weights, to.reduction, {static_cast<Real*>(to.out)}};
   return launch_kernel(launch, columns, 1);
 }
 
 template <class T, class Launch> int run_attention_rows(const AttentionProblem& p, const AttentionRowStatistics& to, const AttentionCall& call, const Launch& launch) {
   using Real = real_of<T>;
   if (const int error = summarize_mask(call.mask, p.B, AttentionBackend<T>::kRows, launch)) return error;
-  const AttentionRowTiles<T> rows{call, head_rows<T>(Major::depth, p.query), head_rows<T>(Major::depth, p.key), static_cast<const Real*>(to.lse), {}, {}, {static_cast<Real*>(to.entropy), static_cast<Real*>(to.maximum)}};
+  const HeadRows<T> query = head_rows<T>(Major::depth, p.query), key = head_rows<T>(Major::depth, p.key);
+  const AttentionRowTiles<T> rows{call, query, key, static_cast<const Real*>(to.lse), {}, {}, {static_cast<Real*>(to.entropy), static_cast<Real*>(to.maximum)}};
   return launch_kernel(launch, rows, 1);
 }
 

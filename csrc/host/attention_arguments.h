@@ -1,8 +1,9 @@
 /// @file attention_arguments.h
 /// @brief How the bindings of the attention families read a call from Python.
 ///
-/// Arguments: query [B, H, Nq, D], key [B, Hkv, Nk, D], D, each with <name>_row_stride and <name>_element_stride where rows are wider; scale, cap, causal (0, 1, 2), bias [1 or B, heads, 1 or Nq, 1 or Nk]
-/// (bias_dtype f16 or bf16: of it, else of the accumulation), key_lengths [B], steps: the numbers of the op's mask_steps, whose tensors are m0, m1, ...
+/// Arguments: query [B, H, Nq, D], key [B, Hkv, Nk, D], D, each with <name>_row_stride and <name>_element_stride where rows are wider; scale, cap, causal (0, 1, 2), key_lengths [B],
+/// bias [1 or B, heads, 1 or Nq, 1 or Nk] (bias_dtype f16 or bf16: of it, else of the accumulation), steps: the numbers of the op's mask_steps, whose tensors are m0, m1, ...
+/// value [B, Hkv, Nk, Dv] and Dv where there are values; cu_queries, cu_keys [sequences + 1] of one item, max_queries, max_keys where sequences are packed.
 #pragma once
 
 #include "cuda/attention.cuh"
@@ -10,11 +11,9 @@
 
 namespace modalign::host {
 
-using namespace modalign::cuda;
+template <class T> inline constexpr Scalar kScalar = sizeof(T) == 8 ? Scalar::f64 : sizeof(T) == 4 ? Scalar::f32 : std::is_same_v<T, simt::bf16> ? Scalar::bf16 : Scalar::f16;
 
-template <class T> inline constexpr Scalar kScalar = sizeof(T) == 8 ? Scalar::f64 : sizeof(T) == 4 ? Scalar::f32 : std::is_same_v<T, bf16> ? Scalar::bf16 : Scalar::f16;
-
-template <class T> inline AttentionRows attention_rows(Run& run, const std::string& name) {
+template <class T> AttentionRows attention_rows(Run& run, const std::string& name) {
   const auto shape = run.shape(name.c_str());
   const std::int64_t element = stride(run, name, "element", 1), row = stride(run, name, "row", shape[3]);
   return {run.input<T>(name.c_str()), shape[1] * shape[2] * row, shape[2] * row, row, element};
@@ -56,7 +55,7 @@ inline MaskProgram mask_program(Run& run) {
   return program;
 }
 
-template <class T> inline AttentionProblem attention_problem(Run& run) {
+template <class T> AttentionProblem attention_problem(Run& run) {
   AttentionProblem p{};
   const auto query = run.shape("query"), key = run.shape("key");
   p.dtype = kScalar<T>;
@@ -73,9 +72,9 @@ template <class T> inline AttentionProblem attention_problem(Run& run) {
   if (run.has("bias")) {
     const auto shape = run.shape("bias");
     const std::string dtype = run.has("bias_dtype") ? run.text("bias_dtype") : "";
-    const void* data = dtype == "f16" ? run.input<f16>("bias") : dtype == "bf16" ? static_cast<const void*>(run.input<bf16>("bias")) : run.input<real_of<T>>("bias");
+    const void* data = dtype == "f16" ? run.input<simt::f16>("bias") : dtype == "bf16" ? static_cast<const void*>(run.input<simt::bf16>("bias")) : run.input<cuda::real_of<T>>("bias");
     p.bias = {data, broadcast(shape, 0), broadcast(shape, 1), broadcast(shape, 2), broadcast(shape, 3), shape[1]};
-    p.bias_dtype = dtype == "f16" ? Scalar::f16 : dtype == "bf16" ? Scalar::bf16 : kScalar<real_of<T>>;
+    p.bias_dtype = dtype == "f16" ? Scalar::f16 : dtype == "bf16" ? Scalar::bf16 : kScalar<cuda::real_of<T>>;
   }
   p.mask = mask_program(run);
   return p;

@@ -9,20 +9,23 @@
 namespace modalign::host {
 namespace {
 
+using namespace modalign::cuda;
+
 template <class T> void columns(Run& run) {
   using Real = real_of<T>;
   const AttentionProblem p = attention_problem<T>(run);
   const auto shape = run.shape("weights");
   const AttentionWeights weights{run.input<Real>("weights"), broadcast(shape, 0), broadcast(shape, 1), broadcast(shape, 2)};
+  const AttentionColumns to{static_cast<ColumnReduction>(run.integer("reduction")), run.input<Real>("lse"), weights, run.output<Real>("out", {p.B, p.H, p.Nk})};
   HostArena arena(run);
-  run_attention_columns<T>(p, {static_cast<ColumnReduction>(run.integer("reduction")), run.input<Real>("lse"), weights, run.output<Real>("out", {p.B, p.H, p.Nk})}, attention_call<T>(p, arena), launcher(run));
+  run_attention_columns<T>(p, to, attention_call<T>(p, arena), launcher(run));
 }
 
 template <class T> void rows(Run& run) {
   using Real = real_of<T>;
   const AttentionProblem p = attention_problem<T>(run);
-  HostArena arena(run);
   const AttentionRowStatistics to{run.input<Real>("lse"), run.output<Real>("entropy", {p.B, p.H, p.Nq}), run.output<Real>("maximum", {p.B, p.H, p.Nq})};
+  HostArena arena(run);
   run_attention_rows<T>(p, to, attention_call<T>(p, arena), launcher(run));
 }
 

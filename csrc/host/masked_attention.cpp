@@ -1,8 +1,8 @@
 /// @file masked_attention.cpp
 /// @brief masked_attention in the emulator: every key of the compiled table, run through the very launch sequences of cuda/masked_attention.cu.
 ///
-/// Running any key of a sequence runs the whole sequence. Arguments: those of host/attention_arguments.h with value [B, Hkv, Nk, Dv], Dv; cu_queries and cu_keys [sequences + 1] of one item,
-/// max_queries, max_keys. Backward: also grad_out, out, lse, grad_lse or None, bias_gradient (0, 1, 2). Keys of the mask's summaries run the forward in float.
+/// Running any key of a sequence runs the whole sequence. Arguments: those of host/attention_arguments.h. Backward: also grad_out, out, lse, grad_lse or None, bias_gradient (0, 1, 2). Keys of
+/// the mask's summaries run the forward in float.
 #include "cuda/masked_attention.cuh"
 
 #include "host/attention_arguments.h"
