@@ -43,6 +43,7 @@ FAMILIES = {  # of kernels that are not named after their op
     "cosine_sum_contrastive_loss": "contrastive_product",
     "pairwise_logsumexp": "contrastive_product",
     "siglip_loss": "contrastive_product",
+    "attention_column_sum": "attention_scores",
 }
 
 

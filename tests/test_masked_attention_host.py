@@ -83,6 +83,24 @@ class Attention:
             kept &= dense[b if dense.shape[0] > 1 else 0, h // (H // dense.shape[1])]
         return kept
 
+    def bias_of(self, b, h):
+        return b if self.bias.shape[0] > 1 else 0, h * self.bias.shape[1] // self.given["query"].shape[1]
+
+    def softmax(self, b, h, Q, K):
+        """Which pairs are kept, probabilities, lse, d logit / d product over the scale."""
+        kept = self.kept(b, h, len(Q), len(K))
+        with np.errstate(invalid="ignore"):
+            x = Q @ K.T * self.scale
+        z, slope = (self.cap * np.tanh(x / self.cap), 1 - np.tanh(x / self.cap) ** 2) if self.cap else (x, np.ones_like(x))
+        if self.bias is not None:
+            added = np.broadcast_to(self.bias[self.bias_of(b, h)].astype(float), kept.shape)
+            kept, z = kept & (added > -np.inf), z + np.where(added > -np.inf, added, 0)
+        z = np.where(kept, z, -np.inf)
+        with np.errstate(all="ignore"):
+            top = np.where(kept.any(1), z.max(1, initial=-np.inf), 0)[:, None]
+            lse = np.log(np.exp(z - top).sum(1)) + top[:, 0]
+            return kept, np.where(kept, np.exp(z - np.where(np.isneginf(lse), 0, lse)[:, None]), 0), lse, slope
+
     @functools.cached_property
     def want(self):
         """out, lse, gradients by name."""
@@ -96,20 +114,8 @@ class Attention:
             for h in range(H):
                 kv = h * Hkv // H
                 Q, K, V, G = query[item, h, q], key[item, kv, k], value[item, kv, k], grad[item, h, q]
-                kept = self.kept(b, h, len(Q), len(K))
-                with np.errstate(invalid="ignore"):
-                    x = Q @ K.T * self.scale
-                z, slope = (self.cap * np.tanh(x / self.cap), 1 - np.tanh(x / self.cap) ** 2) if self.cap else (x, np.ones_like(x))
-                if self.bias is not None:
-                    where = (b if self.bias.shape[0] > 1 else 0, h * self.bias.shape[1] // H)
-                    added = np.broadcast_to(self.bias[where].astype(float), kept.shape)
-                    kept, z = kept & (added > -np.inf), z + np.where(added > -np.inf, added, 0)
-                z = np.where(kept, z, -np.inf)
+                kept, p, lse[item, h, q], slope = self.softmax(b, h, Q, K)
                 with np.errstate(all="ignore"):
-                    top = np.where(kept.any(1), z.max(1, initial=-np.inf), 0)[:, None]
-                    total = np.exp(z - top).sum(1)
-                    lse[item, h, q] = np.log(total) + top[:, 0]
-                    p = np.where(kept, np.exp(z - np.where(np.isneginf(lse[item, h, q]), 0, lse[item, h, q])[:, None]), 0)
                     products = np.where(kept[:, :, None], p[:, :, None] * V[None], 0)  # nothing of what is not kept
                     out[item, h, q] = products.sum(1)
                     dlse = self.grad_lse[item, h, q].astype(float) if self.grad_lse is not None else 0
@@ -121,7 +127,7 @@ class Attention:
                     gradients["grad_key"][item, kv, k] += np.where(kept[:, :, None], dx[:, :, None] * Q[:, None], 0).sum(0)
                     gradients["grad_value"][item, kv, k] += np.where(kept[:, :, None], p[:, :, None] * G[:, None], 0).sum(0)
                 if self.bias_gradient:
-                    target = gradients["grad_bias"][where]
+                    target = gradients["grad_bias"][self.bias_of(b, h)]
                     target += ds.sum(0, keepdims=True) if target.shape[0] == 1 else ds
         return out, lse, gradients
 

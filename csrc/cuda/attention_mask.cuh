@@ -230,6 +230,13 @@ struct MaskView {
 };
 
 // ----------------------------------------------------------------------------------------------------------------------------------- the launches
+#define MODALIGN_MASK_KERNELS(X)                       \
+  X("attention_mask.tokens", SummarizeTokens)          \
+  X("attention_mask.intervals", SummarizeIntervals)    \
+  X("attention_mask.pairs", SummarizePairs)
+
+MODALIGN_MASK_KERNELS(MODALIGN_KEY_OF)
+
 inline std::int64_t mask_items(std::int64_t batch_stride, std::int64_t B) { return batch_stride != 0 ? B : 1; }
 
 // Room for the summaries of a program over B items, in blocks of `block` queries or keys.

@@ -5,6 +5,14 @@
 
 namespace modalign::cuda {
 
+// What reads masks is launched by attention_scores.cu too.
+template <class Kernel> int launch_shared(const Kernel& kernel, const LaunchPlan& plan, cudaStream_t stream) {
+  return static_cast<int>(launch(kernel, plan, stream));
+}
+#define MODALIGN_LAUNCH_SHARED(key, ...) template int launch_shared(const __VA_ARGS__&, const LaunchPlan&, cudaStream_t);
+MODALIGN_MASK_KERNELS(MODALIGN_LAUNCH_SHARED)
+#undef MODALIGN_LAUNCH_SHARED
+
 std::int64_t masked_attention_workspace(const AttentionProblem& problem) {
   return with_dtype(problem.dtype, [&](auto element) {
     DeviceArena count(nullptr);
@@ -37,7 +45,7 @@ int launch_masked_attention_bwd(const AttentionProblem& problem, const Attention
 
 const char* attention_kernel_catalogue() {
 #define MODALIGN_KEY_LINE(key, ...) key "\n"
-  return MODALIGN_ATTENTION_KERNELS(MODALIGN_KEY_LINE);
+  return MODALIGN_MASK_KERNELS(MODALIGN_KEY_LINE) MODALIGN_ATTENTION_KERNELS(MODALIGN_KEY_LINE);
 #undef MODALIGN_KEY_LINE
 }
 

@@ -13,8 +13,7 @@
 ///                        products in shared memory; dp meets it in registers; ds (value: p) is multiplied with the rows of the other side
 ///              gradient of bias  a block per tile of a bias with pairs, or per tile of columns, which adds up ds of all heads and items that share it in registers
 ///
-/// Tiles      A block first asks for the coverage of 256 tiles, a thread each, and visits those of which something is kept. Only where not everything is kept is every pair asked for,
-///            once, and remembered as a bit.
+/// Tiles      A block visits the tiles of which something is kept (attention.cuh).
 /// Numbers    f32, f64: FmaBackend in the input precision. bf16, f16: tensor cores, fp32 accumulation; p and ds are rounded to the input type where they are multiplied.
 /// FLOPs      a pair that lies in a kept tile: forward 2 (D + Dv); backward 2 (5 D + 3 Dv): products are made three times, dp twice. Gradient of bias: 2 (D + Dv) more. Beyond 128 (f64: 64)
 ///            columns of output they are made again for every such piece.
@@ -23,173 +22,16 @@
 /// Registers  one block a multiprocessor, at most 255.
 #pragma once
 
-#include "cuda/attention_mask.cuh"
-#include "ops/masked_attention.h"
+#include "cuda/attention.cuh"
 
 namespace modalign::cuda {
 
-// ------------------------------------------------------------------------------------------------------------------------------------------ operands
-template <class T> struct AttentionBackendOf {
-  using type = MmaBackend<T, 1, Major::depth, Major::depth>;
-};
-template <> struct AttentionBackendOf<float> {
-  using type = FmaBackend<float, Major::depth, Major::depth>;
-};
-template <> struct AttentionBackendOf<double> {
-  using type = FmaBackend<double, Major::depth, Major::depth>;
-};
-template <class T> using AttentionBackend = typename AttentionBackendOf<T>::type;
-
-// Rows of an operand, head by head: as lines of a product, whose depth is D, or as values, whose lines are d.
-template <class T> struct HeadRows {
-  Operand<T> operand;
-  std::int64_t head_stride, row_stride;
-
-  MODALIGN_DEVICE Global<const T> at(std::int64_t item, std::int64_t h, std::int64_t row) const {
-    return Global<const T>(operand.data).at(item * operand.batch_stride + h * head_stride + row * row_stride);
-  }
-};
-template <class T> HeadRows<T> head_rows(Major major, const AttentionRows& rows) {
-  const T* data = static_cast<const T*>(rows.data);
-  HeadRows<T> made{major == Major::depth ? make_operand<T>(major, data, rows.batch_stride, rows.row_stride, rows.element_stride)
-                                         : make_operand<T>(major, data, rows.batch_stride, rows.element_stride, rows.row_stride),
-                   rows.head_stride, rows.row_stride};
-  made.operand.vectors = made.operand.vectors && rows.head_stride % (16 / std::int64_t(sizeof(T))) == 0;
-  return made;
-}
 // A copy [item, heads, rows, width]; whole vectors wide.
 template <class T> std::int64_t copy_width(std::int64_t depth) { return round_up<std::int64_t>(depth, 16 / sizeof(T)); }
 template <class T> AttentionRows copied_rows(const T* data, std::int64_t heads, std::int64_t rows, std::int64_t depth) {
   const std::int64_t width = copy_width<T>(depth);
   return {data, heads * rows * width, rows * width, width, 1};
 }
-
-template <class Real> MODALIGN_DEVICE Real number_at(Scalar dtype, const void* data, std::int64_t at) {
-  switch (dtype) {
-    case Scalar::f64: return Real(double(Global<const double>(static_cast<const double*>(data))[at]));
-    case Scalar::f16: return Real(to_float(f16(Global<const f16>(static_cast<const f16*>(data))[at])));
-    case Scalar::bf16: return Real(to_float(bf16(Global<const bf16>(static_cast<const bf16*>(data))[at])));
-    default: return Real(float(Global<const float>(static_cast<const float*>(data))[at]));
-  }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------------------- sequences, pairs
-// Rows of an item are below 2^31: registers are scarce.
-struct AttentionSequence {
-  int item, first_query, queries, first_key, keys;   // item of the tensors; keys: those within the length
-  int reach;                                         // causal: query i sees the keys up to i + reach
-};
-
-// What the kernels of a call share.
-struct AttentionCall {
-  std::int64_t B, H, Hkv, Nq, Nk, D, Dv, total_queries, total_keys;
-  const std::int64_t* key_lengths;
-  const std::int32_t *cu_queries, *cu_keys;
-  Causal causal;
-  Scalar bias_dtype;
-  AttentionPairs bias;
-  double scale, cap;
-  MaskView mask;
-
-  // Stays inside the tensors whatever the numbers on the device are.
-  MODALIGN_DEVICE AttentionSequence sequence(int b) const {
-    AttentionSequence s{b, 0, int(Nq), 0, int(Nk), 0};
-    if (cu_queries != nullptr) {
-      const auto begin = [](const std::int32_t* cu, int n, std::int64_t total) { return maximum(0, minimum(int(Words(cu)[n]), int(total))); };
-      s.item = 0;
-      s.first_query = begin(cu_queries, b, total_queries);
-      s.first_key = begin(cu_keys, b, total_keys);
-      s.queries = maximum(0, minimum(begin(cu_queries, b + 1, total_queries) - s.first_query, int(Nq)));
-      s.keys = maximum(0, minimum(begin(cu_keys, b + 1, total_keys) - s.first_key, int(Nk)));
-    }
-    s.reach = causal == Causal::none ? s.keys : causal == Causal::top_left ? 0 : s.keys - s.queries;
-    if (key_lengths != nullptr) s.keys = int(maximum(std::int64_t(0), minimum(std::int64_t(s.keys), std::int64_t(Global<const std::int64_t>(key_lengths)[b]))));
-    return s;
-  }
-};
-
-template <class Real> MODALIGN_DEVICE Real logit(const AttentionCall& call, Real product) {
-  const Real x = product * Real(call.scale), cap = Real(call.cap);
-  return cap == 0 ? x : cap * hyperbolic_tangent(x / cap);
-}
-// d logit / d product at the logit z
-template <class Real> MODALIGN_DEVICE Real logit_slope(const AttentionCall& call, Real z) {
-  if (call.cap == 0) return Real(call.scale);
-  const Real t = z / Real(call.cap);
-  return Real(call.scale) * (1 - t * t);
-}
-
-// Which pairs of a head are kept, and what is added to their logits.
-template <class Real> struct HeadPairs {
-  const AttentionCall& call;
-  AttentionSequence s;
-  int b, h;
-
-  MODALIGN_DEVICE int kv() const { return h / int(call.H / call.Hkv); }
-  MODALIGN_DEVICE bool has_bias() const { return call.bias.data != nullptr; }
-  // `block`: lines of a tile; tiles in blocks.
-  MODALIGN_DEVICE Coverage coverage(int query_block, int key_block, int block) const {
-    const int i = query_block * block, j = key_block * block, rows = minimum(s.queries - i, block), columns = minimum(s.keys - j, block);
-    if (rows <= 0 || columns <= 0 || j > i + rows - 1 + s.reach) return Coverage::nothing;
-    return (j + columns - 1 <= i + s.reach ? Coverage::everything : Coverage::some) & call.mask.coverage(b, h, query_block, key_block, block, rows);
-  }
-  MODALIGN_DEVICE bool keeps(std::int64_t i, std::int64_t j) const { return j <= (MODALIGN_MUTATION("pairs: causal off by one") ? i + s.reach + 1 : i + s.reach) && call.mask.keeps(b, h, i, j); }
-  MODALIGN_DEVICE Real with_bias(Real z, std::int64_t i, std::int64_t j) const {   // -inf drops a pair, also one whose logit is NaN
-    const AttentionPairs& bias = call.bias;
-    const Real addend = number_at<Real>(call.bias_dtype, bias.data, b * bias.batch_stride + h / (call.H / bias.heads) * bias.head_stride + i * bias.row_stride + j * bias.column_stride);
-    return addend == -kInfinity<Real> ? addend : z + addend;
-  }
-};
-
-// f(tile, whether everything is kept) for the tiles of which something is kept, in order; all threads of the block together.
-constexpr int kListBytes = 2 * kTileWarps * 4;
-template <class Cover, class F> MODALIGN_DEVICE void for_each_kept(int tiles, int list_offset, const Cover& coverage, const F& f) {
-  const Shared<std::uint32_t> list = shared<std::uint32_t>(list_offset, 2 * kTileWarps);
-  for (int first = 0; first == 0 || first < tiles; first += kTileThreads) {
-    const int mine = first + thread_index();
-    const Coverage found = mine < tiles ? coverage(mine) : Coverage::nothing;
-    const std::uint32_t any = warp_ballot(found != Coverage::nothing), all = warp_ballot(found == Coverage::everything);
-    if (!MODALIGN_MUTATION("list: drop the barrier before it")) barrier();
-    if (lane() == 0) {
-      list[warp()] = any;
-      list[kTileWarps + warp()] = all;
-    }
-    if (!MODALIGN_MUTATION("list: drop the barrier behind it")) barrier();
-    MODALIGN_NO_UNROLL
-    for (int w = 0; w < kTileWarps; ++w) {
-      const std::uint32_t everything = list[kTileWarps + w];
-      for (std::uint32_t bits = list[w]; bits != 0; bits &= bits - 1) {
-        const int n = population_count((bits & (0 - bits)) - 1);
-        f(first + w * kWarpSize + n, (everything >> n & 1u) != 0);
-      }
-    }
-  }
-}
-
-// A bit for each pair of a tile.
-template <class Backend> struct TileBits {
-  static constexpr int kWords = Backend::kColumns / kWarpSize;   // of a row
-  static constexpr int kBytes = Backend::kRows * kWords * 4;
-
-  static MODALIGN_DEVICE Shared<std::uint32_t> at(int offset) { return shared<std::uint32_t>(offset, Backend::kRows * kWords); }
-  template <class Keeps> static MODALIGN_DEVICE void mark(int offset, const TileRange& range, const Keeps& keeps) {
-    const Shared<std::uint32_t> to = at(offset);
-    MODALIGN_NO_UNROLL
-    for (int n = thread_index(); n < Backend::kRows * kWords; n += kTileThreads) {
-      const int row = n / kWords, column = n % kWords * kWarpSize, count = minimum(range.columns - column, kWarpSize);
-      std::uint32_t bits = 0;
-      if (row < range.rows) {
-        MODALIGN_NO_UNROLL
-        for (int c = 0; c < count; ++c) bits |= std::uint32_t(keeps(range.row_begin + row, range.column_begin + column + c)) << c;
-      }
-      to[n] = bits;
-    }
-  }
-  static MODALIGN_DEVICE bool kept(int offset, int row, int column) {
-    const std::uint32_t bits = at(offset)[row * kWords + column / kWarpSize];
-    return (bits >> column % kWarpSize & 1u) != 0;
-  }
-};
 
 // ------------------------------------------------------------------------------------------------------------------------------------------- prepare
 // to = from, with zeros for rows that must not be multiplied: those that hold NaN or infinity, or, with lse, those of queries that keep nothing.
@@ -276,28 +118,6 @@ template <class T> struct AttentionDelta {
 };
 
 // ------------------------------------------------------------------------------------------------------------------------------------------- forward
-// Which tile, piece of the output's columns, head and item a block owns; tiles from the last on where `reversed`, for those of causal queries are the long ones.
-struct AttentionBlock {
-  int tile, piece, h, b;
-  MODALIGN_DEVICE AttentionBlock(int tiles, int pieces, int heads, bool reversed) {
-    const int index = int(block_index_x());
-    tile = reversed ? tiles - 1 - index % tiles : index % tiles;
-    piece = index / tiles % pieces;
-    h = index / tiles / pieces % heads;
-    b = index / tiles / pieces / heads;
-  }
-};
-template <class Kernel> LaunchPlan plan_attention(std::int64_t tiles, std::int64_t pieces, std::int64_t heads, std::int64_t items, const char* key) {
-  static_assert(Kernel::kSharedBytes <= 99 * 1024, "sm_86 and sm_89 give a block 99 KB");
-  static_assert(sizeof(Kernel) <= 4096, "arguments of a kernel");
-  LaunchPlan plan;
-  plan.grid[0] = unsigned(tiles * pieces * heads * items);
-  plan.threads = Kernel::kThreads;
-  plan.shared_bytes = Kernel::kSharedBytes;
-  plan.key = key;
-  return plan;
-}
-
 template <class T> struct AttentionForwardTiles {
   using Backend = AttentionBackend<T>;
   using Real = real_of<T>;
@@ -470,77 +290,55 @@ template <class T> struct AttentionMend {
 // ------------------------------------------------------------------------------------------------------------------------------------------ backward
 enum class AttentionGradient { query, key, value, bias };
 
+// d logit / d product at the logit z
+template <class Real> MODALIGN_DEVICE Real logit_slope(const AttentionCall& call, Real z) {
+  if (call.cap == 0) return Real(call.scale);
+  const Real t = z / Real(call.cap);
+  return Real(call.scale) * (1 - t * t);
+}
+
 // Products of a tile and what they become. Rows are queries, or keys where the gradient of keys or values is made.
 template <class T, AttentionGradient of> struct GradientTile {
+  static constexpr bool rows_are_keys = of == AttentionGradient::key || of == AttentionGradient::value;
+  using Sides = AttentionSides<T, rows_are_keys>;
+  using Place = typename Sides::Place;
   using Backend = AttentionBackend<T>;
   using Real = real_of<T>;
   using Accumulators = typename Backend::Accumulators;
   using Bits = TileBits<Backend>;
-  static constexpr bool rows_are_keys = of == AttentionGradient::key || of == AttentionGradient::value;
   // Behind the tile and the slabs of values.
   static constexpr int kBitsOffset = Backend::kSharedBytes + Backend::kValueBytes, kDeltaOffset = kBitsOffset + Bits::kBytes;
   static constexpr int kListOffset = kDeltaOffset + Backend::kRows * int(sizeof(Real)), kSharedBytes = kListOffset + kListBytes;
-  const AttentionCall& call;
-  const HeadRows<T>&row_side, &column_side, &row_grad, &column_grad;   // queries and keys; gradients of the output and values
-  const Real *lse, *delta;                                             // [items, H, total queries]
-
-  template <class Rows> MODALIGN_DEVICE static Global<const T> row_lines(const Rows& rows, const HeadPairs<Real>& pairs) {
-    return rows.at(pairs.s.item, rows_are_keys ? pairs.kv() : pairs.h, rows_are_keys ? pairs.s.first_key : pairs.s.first_query);
-  }
-  template <class Rows> MODALIGN_DEVICE static Global<const T> column_lines(const Rows& rows, const HeadPairs<Real>& pairs) {
-    return rows.at(pairs.s.item, rows_are_keys ? pairs.h : pairs.kv(), rows_are_keys ? pairs.s.first_query : pairs.s.first_key);
-  }
-  MODALIGN_DEVICE static std::int64_t query_of(std::int64_t row, std::int64_t column) { return rows_are_keys ? column : row; }
-  MODALIGN_DEVICE static std::int64_t key_of(std::int64_t row, std::int64_t column) { return rows_are_keys ? row : column; }
-  MODALIGN_DEVICE Global<const Real> of_queries(const Real* numbers, const HeadPairs<Real>& pairs) const {
-    return Global<const Real>(numbers).at((pairs.s.item * call.H + pairs.h) * call.total_queries + pairs.s.first_query);
-  }
-
-  // A tile of a head. What follows from these numbers is made anew where it is used, and not kept in registers through products.
-  struct Place {
-    int b, h, row_tile, column_tile;
-  };
-  MODALIGN_DEVICE HeadPairs<Real> pairs_of(const Place& at) const {
-    const int b = opaque(at.b);
-    return {call, call.sequence(b), b, at.h};
-  }
-  MODALIGN_DEVICE static TileRange range_of(const AttentionSequence& s, const Place& at) {
-    const int row = at.row_tile * Backend::kRows, column = at.column_tile * Backend::kColumns;
-    const int rows = (rows_are_keys ? s.keys : s.queries) - row, columns = (rows_are_keys ? s.queries : s.keys) - column;
-    return {row, column, 0, 0, minimum(rows, Backend::kRows), minimum(columns, Backend::kColumns)};
-  }
+  Sides sides;                                // queries and keys
+  const HeadRows<T>&row_grad, &column_grad;   // gradients of the output and values
+  const Real *lse, *delta;                    // [items, H, total queries]
 
   // p in the tile, 0 for pairs that are not kept; for the gradients of queries and keys times d logit / d product. The reader passes a barrier.
   MODALIGN_DEVICE void probabilities(Shared<Real> tile, const Place& at, bool everything) const {
-    const HeadPairs<Real> pairs = pairs_of(at);
-    const TileRange range = range_of(pairs.s, at);
-    {
-      Accumulators products;
-      Backend::clear(products);
-      Backend::multiply(products, row_side.operand, row_lines(row_side, pairs), column_side.operand, column_lines(column_side, pairs), range, int(call.D));
-      Backend::deposit(products, tile);
-    }
+    const HeadPairs<Real> pairs = sides.pairs_of(at);
+    const TileRange range = Sides::range_of(pairs.s, at);
+    sides.products(tile, pairs, range);
     if constexpr (of != AttentionGradient::value) {
       const int first = int(rows_are_keys ? range.column_begin : range.row_begin), count = rows_are_keys ? range.columns : range.rows;
-      const Global<const Real> deltas = of_queries(delta, pairs).at(first);
+      const Global<const Real> deltas = sides.of_queries(delta, pairs).at(first);
       const Shared<Real> to = shared<Real>(kDeltaOffset, Backend::kRows);
       if (thread_index() < Backend::kRows) to[thread_index()] = thread_index() < count ? Real(deltas[thread_index()]) : Real(0);
     }
-    if (!everything) Bits::mark(kBitsOffset, range, [&](std::int64_t row, std::int64_t column) { return pairs.keeps(query_of(row, column), key_of(row, column)); });
+    if (!everything) Sides::mark(kBitsOffset, pairs, range);
     if (!MODALIGN_MUTATION("gradient: drop the barrier before the softmax")) barrier();
-    const Global<const Real> sums = of_queries(lse, pairs);
+    const Global<const Real> sums = sides.of_queries(lse, pairs);
     const int column = thread_index() % Backend::kColumns;
     MODALIGN_NO_UNROLL
     for (int row = thread_index() / Backend::kColumns; row < Backend::kRows; row += kTileThreads / Backend::kColumns) {
       Real p = 0;
       if (row < range.rows && column < range.columns && (everything || Bits::kept(kBitsOffset, row, column))) {
-        const std::int64_t i = query_of(range.row_begin + row, range.column_begin + column);
-        const Real sum = sums[i], x = logit(call, Real(tile[row * Backend::kPitch + column]));
+        const std::int64_t i = Sides::query_of(range.row_begin + row, range.column_begin + column);
+        const Real sum = sums[i], x = logit(sides.call, Real(tile[row * Backend::kPitch + column]));
         Real z = x;
-        if (pairs.has_bias()) z = pairs.with_bias(z, i, key_of(range.row_begin + row, range.column_begin + column));
+        if (pairs.has_bias()) z = pairs.with_bias(z, i, Sides::key_of(range.row_begin + row, range.column_begin + column));
         if (sum != -kInfinity<Real> && z != -kInfinity<Real>) {
           p = exponential(z - sum);
-          if constexpr (of == AttentionGradient::query || of == AttentionGradient::key) p *= logit_slope(call, x);
+          if constexpr (of == AttentionGradient::query || of == AttentionGradient::key) p *= logit_slope(sides.call, x);
         }
       }
       tile[row * Backend::kPitch + column] = p;
@@ -554,8 +352,8 @@ template <class T, AttentionGradient of> struct GradientTile {
     if (!MODALIGN_MUTATION("gradient: drop the barrier before dp")) barrier();   // its slabs lie where the tile is
     Accumulators dp;
     Backend::clear(dp);
-    const HeadPairs<Real> pairs = pairs_of(at);
-    Backend::multiply(dp, row_grad.operand, row_lines(row_grad, pairs), column_grad.operand, column_lines(column_grad, pairs), range_of(pairs.s, at), int(call.Dv));
+    const HeadPairs<Real> pairs = sides.pairs_of(at);
+    Backend::multiply(dp, row_grad.operand, Sides::row_lines(row_grad, pairs), column_grad.operand, Sides::column_lines(column_grad, pairs), Sides::range_of(pairs.s, at), int(sides.call.Dv));
     const Shared<Real> deltas = shared<Real>(kDeltaOffset, Backend::kRows);
     Backend::each([&](int row, int column, Real& p, Real& grad) { p = p == 0 ? Real(0) : p * (grad - deltas[rows_are_keys ? column : row]); },   // what is not kept may be NaN
                   ds, dp);
@@ -592,7 +390,7 @@ template <class T, AttentionGradient of> struct AttentionGradientTiles {
     const auto rows_left = [&](const AttentionSequence& s) { return (!rows_are_keys ? s.queries : call.cu_keys != nullptr ? s.keys : int(call.Nk)) - block.tile * kBlock; };
     if (rows_left(call.sequence(block.b)) <= 0) return;
     const Shared<Real> tile = shared<Real>(0, Backend::kRows * Backend::kPitch);
-    const Tile made{call, row_side, column_side, row_grad, column_grad, lse, delta};
+    const Tile made{{call, row_side, column_side}, row_grad, column_grad, lse, delta};
     typename Backend::Accumulators gradient;
     Backend::clear(gradient);
     for (int h = rows_are_keys ? block.h * group : block.h; h < (rows_are_keys ? (block.h + 1) * group : block.h + 1); ++h) {
@@ -608,8 +406,8 @@ template <class T, AttentionGradient of> struct AttentionGradientTiles {
               made.gradients(ds, tile, at);
               Backend::deposit(ds, tile);
             }
-            const HeadPairs<Real> here = made.pairs_of(at);
-            const TileRange range = made.range_of(here.s, at);
+            const HeadPairs<Real> here = made.sides.pairs_of(at);
+            const TileRange range = made.sides.range_of(here.s, at);
             const Global<const T> values = value.at(here.s.item, rows_are_keys ? h : here.kv(), rows_are_keys ? here.s.first_query : here.s.first_key);
             Backend::multiply_values(gradient, tile, range.columns, value.operand, values, range.column_begin, line_begin, lines, Backend::kSharedBytes);
             if (!MODALIGN_MUTATION("gradient: drop the barrier behind the product")) barrier();   // the next products will lie where these were
@@ -648,7 +446,7 @@ template <class T> struct AttentionBiasTiles {
     const AttentionBlock block(key_tiles * (has_rows ? query_tiles : 1), 1, int(call.bias.heads), false);
     const int key_tile = block.tile % key_tiles, own_query_tile = block.tile / key_tiles;   // 0 where all are met
     const Shared<Real> tile = shared<Real>(0, Backend::kRows * Backend::kPitch);
-    const Tile made{call, query, key, grad, value, lse, delta};
+    const Tile made{{call, query, key}, grad, value, lse, delta};
     typename Backend::Accumulators total;
     Backend::clear(total);
     for (int b = batches == 1 ? 0 : block.b; b < (batches == 1 ? int(call.B) : block.b + 1); ++b)
@@ -698,9 +496,6 @@ template <class T> using ValueGradientTiles = AttentionGradientTiles<T, Attentio
   X("masked_attention.grad_value." dtype, ValueGradientTiles<T>)       \
   X("masked_attention.grad_bias." dtype, AttentionBiasTiles<T>)
 #define MODALIGN_ATTENTION_KERNELS(X)                  \
-  X("attention_mask.tokens", SummarizeTokens)          \
-  X("attention_mask.intervals", SummarizeIntervals)    \
-  X("attention_mask.pairs", SummarizePairs)            \
   MODALIGN_ATTENTION_KERNELS_OF(X, "f32", float)       \
   MODALIGN_ATTENTION_KERNELS_OF(X, "f64", double)      \
   MODALIGN_ATTENTION_KERNELS_OF(X, "bf16", bf16)       \
@@ -709,10 +504,6 @@ template <class T> using ValueGradientTiles = AttentionGradientTiles<T, Attentio
 MODALIGN_ATTENTION_KERNELS(MODALIGN_KEY_OF)
 
 // ---------------------------------------------------------------------------------------------------------------------------------- launch sequences
-template <class T, class Arena> AttentionCall attention_call(const AttentionProblem& p, Arena& arena) {
-  return {p.B,          p.H,          p.Hkv,      p.Nq,     p.Nk,         p.D,    p.Dv,    p.total_queries, p.total_keys,
-          p.key_lengths, p.cu_queries, p.cu_keys, p.causal, p.bias_dtype, p.bias, p.scale, p.cap,           mask_view(p.mask, p.B, p.H, p.Nq, p.Nk, AttentionBackend<T>::kRows, arena)};
-}
 inline std::int64_t attention_items(const AttentionProblem& p) { return p.cu_queries != nullptr ? 1 : p.B; }
 
 template <class T> struct AttentionForwardBuffers {

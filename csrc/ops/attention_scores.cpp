@@ -1,4 +1,4 @@
-// attention_column_sum and attention_row_statistics: schemas, CPU entry points. ops/attention_scores.h says what the numbers are.
+// attention_column_sum and attention_row_statistics: schemas, CPU and CUDA entry points. ops/attention_scores.h says what the numbers are.
 #include "ops/attention_scores.h"
 
 #include <optional>
@@ -7,7 +7,11 @@
 
 #include "common/check.h"
 #include "cpu/attention_scores.h"
+#ifdef MODALIGN_WITH_CUDA
+#include "cuda/attention_scores.h"
+#endif
 #include "ops/attention_arguments.h"
+#include "ops/cuda_call.h"
 
 namespace modalign {
 namespace {
@@ -35,21 +39,45 @@ Tensor attention_column_sum(const Tensor& query, const Tensor& key, const Tensor
   MODALIGN_CHECK(reduction >= 0 && reduction <= 3, op, ": reduction must be 0 to 3, got ", reduction);
   Tensor out = new_tensor(query, {p.B, p.H, p.Nk}, real);
   const AttentionColumns to{static_cast<ColumnReduction>(reduction), lse.const_data_ptr(), {weights.const_data_ptr(), weights.stride(0), weights.stride(1), weights.stride(2)}, out.mutable_data_ptr()};
-  const cpu::AttentionScoreKernels& kernels = cpu::attention_score_kernels();
-  const Tensor workspace = new_workspace(query, kernels.columns_workspace(p));
-  kernels.columns(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  if (query.is_cuda()) {
+#ifdef MODALIGN_WITH_CUDA
+    const DeviceGuard device(query.get_device_index());
+    const Tensor workspace = new_workspace(query, cuda::attention_scores_workspace(p));
+    check_launch(op, cuda::launch_attention_columns(p, to, workspace.mutable_data_ptr(), current_cuda_stream(query.get_device_index())));
+#endif
+  } else {
+    const cpu::AttentionScoreKernels& kernels = cpu::attention_score_kernels();
+    const Tensor workspace = new_workspace(query, kernels.columns_workspace(p));
+    kernels.columns(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  }
   return out;
 }
 
 Two attention_row_statistics(const Tensor& query, const Tensor& key, const Tensor& lse, const Optional& bias, const Optional& key_lengths, std::int64_t causal, double scale, double cap,
                              std::vector<Tensor> mask_tensors, std::vector<std::int64_t> mask_steps) {
-  const AttentionProblem p = check("attention_row_statistics", query, key, lse, bias, key_lengths, causal, scale, cap, mask_tensors, mask_steps);
+  constexpr const char* op = "attention_row_statistics";
+  const AttentionProblem p = check(op, query, key, lse, bias, key_lengths, causal, scale, cap, mask_tensors, mask_steps);
   const ScalarType real = accumulation_type(query.scalar_type());
   Tensor entropy = new_tensor(query, {p.B, p.H, p.Nq}, real), maximum = new_tensor(query, {p.B, p.H, p.Nq}, real);
-  const cpu::AttentionScoreKernels& kernels = cpu::attention_score_kernels();
-  const Tensor workspace = new_workspace(query, kernels.rows_workspace(p));
-  kernels.rows(p, {lse.const_data_ptr(), entropy.mutable_data_ptr(), maximum.mutable_data_ptr()}, workspace.mutable_data_ptr(), kTorchParallel);
+  const AttentionRowStatistics to{lse.const_data_ptr(), entropy.mutable_data_ptr(), maximum.mutable_data_ptr()};
+  if (query.is_cuda()) {
+#ifdef MODALIGN_WITH_CUDA
+    const DeviceGuard device(query.get_device_index());
+    const Tensor workspace = new_workspace(query, cuda::attention_scores_workspace(p));
+    check_launch(op, cuda::launch_attention_rows(p, to, workspace.mutable_data_ptr(), current_cuda_stream(query.get_device_index())));
+#endif
+  } else {
+    const cpu::AttentionScoreKernels& kernels = cpu::attention_score_kernels();
+    const Tensor workspace = new_workspace(query, kernels.rows_workspace(p));
+    kernels.rows(p, to, workspace.mutable_data_ptr(), kTorchParallel);
+  }
   return {entropy, maximum};
+}
+
+template <class Library>
+void register_all(Library& m) {
+  m.impl("attention_column_sum", TORCH_BOX(&attention_column_sum));
+  m.impl("attention_row_statistics", TORCH_BOX(&attention_row_statistics));
 }
 
 }  // namespace
@@ -63,10 +91,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(modalign, m) {
       "(Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(modalign, CPU, m) {
-  m.impl("attention_column_sum", TORCH_BOX(&attention_column_sum));
-  m.impl("attention_row_statistics", TORCH_BOX(&attention_row_statistics));
-}
+STABLE_TORCH_LIBRARY_IMPL(modalign, CPU, m) { register_all(m); }
+#ifdef MODALIGN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(modalign, CUDA, m) { register_all(m); }
+#endif
 
 namespace cpu {
 namespace portable { extern const AttentionScoreKernels kAttentionScoreKernels; }

@@ -3,6 +3,7 @@
 #ifdef MODALIGN_WITH_CUDA
 #include <string>
 
+#include "cuda/attention_scores.h"
 #include "cuda/contrastive_loss.h"
 #include "cuda/dynamic_mask.h"
 #include "cuda/gram_volume.h"
@@ -22,7 +23,8 @@ MODALIGN_EXPORT const char* modalign_kernel_catalogue() {
 #ifdef MODALIGN_WITH_CUDA
   static const std::string all = std::string(modalign::cuda::kernel_catalogue()) + modalign::cuda::contrastive_kernel_catalogue() +
                                  modalign::cuda::segment_max_kernel_catalogue() + modalign::cuda::knn_kernel_catalogue() +
-                                 modalign::cuda::structure_kernel_catalogue() + modalign::cuda::attention_kernel_catalogue() + modalign::cuda::dynamic_mask_kernel_catalogue();
+                                 modalign::cuda::structure_kernel_catalogue() + modalign::cuda::attention_kernel_catalogue() +
+                                 modalign::cuda::attention_score_kernel_catalogue() + modalign::cuda::dynamic_mask_kernel_catalogue();
   return all.c_str();
 #else
   return "";

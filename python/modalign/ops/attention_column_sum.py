@@ -79,7 +79,7 @@ def attention_column_sum(
     Raises
     ------
     TypeError, ValueError
-        ``attention_column_sum: <argument> must ..., got ...``; NotImplementedError on CUDA, for which there is no kernel yet.
+        ``attention_column_sum: <argument> must ..., got ...``
 
     Complexity
     ----------

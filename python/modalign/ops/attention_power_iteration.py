@@ -67,7 +67,7 @@ def attention_power_iteration(
     Raises
     ------
     TypeError, ValueError
-        ``attention_power_iteration: <argument> must ..., got ...``; NotImplementedError on CUDA, for which there is no kernel yet.
+        ``attention_power_iteration: <argument> must ..., got ...``
 
     Complexity
     ----------

@@ -63,7 +63,7 @@ def attention_row_statistics(
     Raises
     ------
     TypeError, ValueError
-        ``attention_row_statistics: <argument> must ..., got ...``; NotImplementedError on CUDA, for which there is no kernel yet.
+        ``attention_row_statistics: <argument> must ..., got ...``
 
     Complexity
     ----------
