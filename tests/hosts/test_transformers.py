@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -241,6 +242,8 @@ def test_a_rule_of_others_is_asked_pair_by_pair(monkeypatch):
     arguments = dict(batch_size=2, q_length=9, kv_length=9, mask_function=joined)
     mask = compat._mask(**arguments, use_vmap=True)
     assert mask.dtype is torch.bool and torch.equal(mask, host.sdpa_mask(**arguments, allow_is_causal_skip=False)) and not bool(mask[0, 0, 4, 2])
+    partial = host.or_masks(host.causal_mask_function, functools.partial(every_third))  # a callable without a name
+    assert torch.equal(compat._mask(2, 9, 9, mask_function=partial), host.sdpa_mask(2, 9, 9, mask_function=partial, allow_is_causal_skip=False))
     monkeypatch.setattr(compat, "DENSE_PAIRS", 100)
     with pytest.raises(ValueError, match="modalign mask: mask_function must be of transformers.masking_utils and keep a key for one run of queries for more than DENSE_PAIRS = 100 pairs, got another for 2 x 9 x 9"):
         compat._mask(**arguments)
@@ -274,41 +277,46 @@ def test_no_piece_of_a_picture_is_overlooked(start, monkeypatch):
         compat._mask(**arguments)
 
 
-def drawn_rule(seed):
-    """(rule, batch, N) of ids in any order, in pieces and in one, joined in the ways of the host's models."""
-    draw = torch.Generator().manual_seed(seed)
-    batch, N = int(torch.randint(1, 4, (), generator=draw)), int(torch.randint(1, 60, (), generator=draw))
-    lengths = torch.randint(1, 9, (batch, N), generator=draw)
-    ids = torch.stack([torch.randint(-1, 4 if seed % 2 else N, (N,), generator=draw).repeat_interleave(each)[:N] for each in lengths])
-    sequence = torch.stack([torch.arange(N).repeat_interleave(each)[:N] for each in lengths])
-    places = torch.stack([torch.cat([torch.arange(n) for n in each])[:N] for each in lengths])
-    window, chunk, causal = int(torch.randint(1, 12, (), generator=draw)), int(torch.randint(1, 12, (), generator=draw)), host.causal_mask_function
-    pictures = host.blockwise_overlay(ids)
-    packed = host.packed_sequence_compatibility_function
-    rules = [
-        host.or_masks(causal, pictures),
-        host.and_masks(host.or_masks(causal, pictures), host.sliding_window_overlay(window)),
-        host.or_masks(host.sliding_window_causal_mask_function(window), pictures),
-        host.or_masks(host.chunked_causal_mask_function(chunk, torch.zeros(batch, dtype=torch.int64)), pictures),
-        host.and_masks(host.sliding_window_bidirectional_mask_function(window), pictures),
-        pictures,
-        host.or_masks(packed(causal, places, sequence), pictures),
-        packed(host.sliding_window_causal_mask_function(window), places, sequence),
-        packed(host.or_masks(causal, pictures), places, sequence),
-        packed(causal, ids, ids),
-    ]
-    return rules[seed // 2 % len(rules)], batch, N
+def any_window(at_least=0):
+    return int(torch.randint(at_least, 12, ()))
 
 
-@pytest.mark.parametrize("seed", range(120))
-def test_rules_with_ids_in_any_order_are_told_exactly(seed):
-    rule, batch, N = drawn_rule(seed)
-    first = seed % N
-    for q_length, q_offset in ((N, 0), (N - first, first)):
-        arguments = dict(batch_size=batch, q_length=q_length, kv_length=N, q_offset=q_offset, mask_function=rule)
-        mask = compat._mask(**arguments)
-        dense = mask if mask.dtype is torch.bool else compat._as_mask(mask, q_length).dense()
-        assert torch.equal(dense, host.sdpa_mask(**arguments, allow_is_causal_skip=False))
+def drawn_rules():
+    """Rules of ids in any order, in pieces and in one, joined in the ways of the host's models and in others; batch and N."""
+    batch, N = int(torch.randint(1, 4, ())), int(torch.randint(1, 60, ()))
+    lengths, others = torch.randint(1, 12, (2, batch, N))
+    pictures = host.blockwise_overlay(torch.stack([torch.randint(-1, 3, (N,)).repeat_interleave(each)[:N] for each in lengths]))
+    in_order, again = (torch.stack([number.repeat_interleave(each)[:N] for each in others]) for number in (torch.arange(N), torch.randint(0, 3, (N,))))
+    count = torch.stack([torch.cat([torch.arange(n) for n in each])[:N] for each in others])
+    causal, packed, window, both = host.causal_mask_function, host.packed_sequence_compatibility_function, any_window(), host.sliding_window_bidirectional_mask_function(any_window())
+    return batch, N, {
+        "pictures": host.or_masks(causal, pictures),
+        "pictures in a window": host.and_masks(host.or_masks(causal, pictures), host.sliding_window_overlay(window)),
+        "pictures and a window": host.or_masks(host.sliding_window_causal_mask_function(window), pictures),
+        "pictures and chunks": host.or_masks(host.chunked_causal_mask_function(any_window(1), torch.randint(0, 5, (batch,))), pictures),
+        "pictures in a window both ways": host.and_masks(both, pictures),
+        "pictures alone": pictures,
+        "packed, pictures": host.or_masks(packed(causal, count, in_order), pictures),
+        "packed": packed(host.sliding_window_causal_mask_function(window), count, in_order),
+        "pictures, packed": packed(host.or_masks(causal, pictures), count, in_order),
+        "packed in pieces": packed(both, count, again),
+        "packed, places in any order": packed(both, torch.randint(0, N, (batch, N)), in_order),
+        "remapped alone": host.remap_positions_for_packed_sequence(both, count),
+    }
+
+
+@pytest.mark.parametrize("name", drawn_rules()[-1])
+def test_rules_with_ids_in_any_order_are_told_exactly(name):
+    torch.manual_seed(4)
+    for _ in range(200):
+        batch, N, rules = drawn_rules()
+        first = int(torch.randint(0, N, ()))
+        for q_length, q_offset in ((N, 0), (N - first, first)):
+            few = torch.rand(batch, N) < 0.05  # as one key that is told otherwise is enough to ask all pairs
+            arguments = dict(batch_size=batch, q_length=q_length, kv_length=N, q_offset=q_offset, mask_function=rules[name], attention_mask=few)
+            mask = compat._mask(**arguments)
+            dense = mask if mask.dtype is torch.bool else compat._as_mask(mask, q_length).dense()
+            assert torch.equal(dense, host.sdpa_mask(**arguments, allow_is_causal_skip=False))
 
 
 def test_pictures_in_one_piece_are_told_in_linear_memory():

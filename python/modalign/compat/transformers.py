@@ -59,8 +59,8 @@ def register(name: str = "modalign") -> None:
     Raises
     ------
     ImportError where transformers is missing. Within a model: ValueError for dropout of probabilities in training, for `output_attentions`, and for what would change the result and is not
-    there: attention sinks, paged caches, indices of kept keys. ValueError for a rule that a model or a caller adds to the host's own (`or_mask_function`, `and_mask_function`) and that has
-    more than DENSE_PAIRS pairs, as it is asked pair by pair.
+    there: attention sinks, paged caches, indices of kept keys. ValueError above DENSE_PAIRS pairs for a rule that a model or a caller adds to the host's own (`or_mask_function`,
+    `and_mask_function`), and for one that keeps a key for several runs of queries, as these are asked pair by pair.
     """
     host = _masking_utils()
     from transformers import AttentionInterface, AttentionMaskInterface, __version__
@@ -134,12 +134,10 @@ def _mask(
     within `use_mask`."""
     host = _masking_utils()
     mask_function = mask_function or host.causal_mask_function
-    given, keep = _given_for(config), None
-    if torch.compiler.is_compiling():  # a compiled graph cannot look into functions
-        breaks = None if use_vmap else []
-    else:
-        breaks = _breaks(mask_function)
-    if q_length != 1 and breaks is not None:
+    given, keep, breaks = _given_for(config), None, None
+    if q_length != 1:
+        breaks = _breaks(mask_function) if not torch.compiler.is_compiling() else None if use_vmap else []  # a compiled graph cannot look into functions
+    if breaks is not None:
         valid = None if attention_mask is None else host.prepare_padding_mask(attention_mask, kv_length, kv_offset)[:, kv_offset : kv_offset + kv_length]
         keep = _runs(mask_function, breaks, valid, batch_size, q_length, kv_length, q_offset, kv_offset, device, ahead=given is not None)
     if keep is None:
@@ -159,9 +157,7 @@ def _mask(
 def _breaks(function: Callable[..., Tensor]) -> list[Tensor] | None:
     """Where a rule of the host may change besides around the key's own place: bool [B, N - 1] each, True where query n + 1 is of another block or packed sequence than query n. Between these
     it keeps more toward the key, if anything changes. None for a rule of which that is not known. Functions hold those that they join, and the ids, in their closures."""
-    name, cells = function.__qualname__.split(".")[0], [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    if function.__module__ != _masking_utils().__name__:
-        return None
+    name, cells = _name(function), [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     if name in AROUND_THE_KEY:
         return []
     if name in ("blockwise_overlay", "packed_sequence_mask_function"):
@@ -169,7 +165,7 @@ def _breaks(function: Callable[..., Tensor]) -> list[Tensor] | None:
     if name not in ("and_masks", "or_masks"):
         return None
     parts = cells[0]
-    if name == "and_masks" and [part.__qualname__.split(".")[0] for part in parts] == ["packed_sequence_mask_function", "remap_positions_for_packed_sequence"]:
+    if name == "and_masks" and [_name(part) for part in parts] == ["packed_sequence_mask_function", "remap_positions_for_packed_sequence"]:
         (sequence,), (inner, position) = ([cell.cell_contents for cell in part.__closure__] for part in parts)
         new = sequence.diff(dim=1)
         if _breaks(inner) != [] or bool((new < 0).any()) or bool(((position.diff(dim=1) != 1) & (new == 0)).any()):  # places within a sequence must count on
@@ -177,6 +173,11 @@ def _breaks(function: Callable[..., Tensor]) -> list[Tensor] | None:
         return [new != 0]
     below = [_breaks(part) for part in parts]
     return None if None in below else [each for part in below for each in part]
+
+
+def _name(function: Callable[..., Tensor]) -> str | None:
+    """Of the host's function that made a rule, or that is one."""
+    return function.__qualname__.split(".")[0] if getattr(function, "__module__", None) == _masking_utils().__name__ else None
 
 
 def _runs(
@@ -294,12 +295,17 @@ def use_mask(model: Any, mask: Mask) -> Iterator[None]:
         N may be more than the tokens that are there, as generation needs it: token i is row and column i. Of one item, or of as many as the batch.
 
     The mask takes the place of causality: it says which later keys a query sees. The host's padding and its windows, chunks and packed sequences looking back remain, so a layer with a sliding
-    window keeps what the mask and the window keep. Layers get the mask by value: the backward pass, checkpointing included, may be outside.
+    window keeps what the mask and the window keep. Layers get the mask by value: the backward pass, checkpointing of layers included, may be outside.
+
+    It holds for calls of this model and of the models in it, in this thread (and asynchronous task): not for another model of the same config object. The model keeps two forward hooks that
+    do nothing outside.
 
     Raises
     ------
     TypeError, ValueError
-        ``use_mask: <argument> must ..., got ...``; also for tokens behind the mask and for a static cache. RuntimeError at the end where the model asked for no mask at all.
+        ``use_mask: <argument> must ..., got ...``; also for tokens behind the mask, for a query that keeps a key which is not there yet (a prompt in chunks under a mask that looks ahead, room
+        that the prompt looks at), for an `attention_mask` of four dimensions and for a static cache. RuntimeError at the end where the model asked for no mask at all, and in a compiled graph
+        for keys that are not there yet.
     """
     _masking_utils()
     from transformers import AttentionMaskInterface, PreTrainedModel
