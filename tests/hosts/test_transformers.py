@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -238,8 +242,10 @@ def test_a_rule_of_others_is_asked_pair_by_pair(monkeypatch):
     arguments = dict(batch_size=2, q_length=9, kv_length=9, mask_function=joined)
     mask = compat._mask(**arguments, use_vmap=True)
     assert mask.dtype is torch.bool and torch.equal(mask, host.sdpa_mask(**arguments, allow_is_causal_skip=False)) and not bool(mask[0, 0, 4, 2])
+    partial = host.or_masks(host.causal_mask_function, functools.partial(every_third))  # a callable without a name
+    assert torch.equal(compat._mask(2, 9, 9, mask_function=partial), host.sdpa_mask(2, 9, 9, mask_function=partial, allow_is_causal_skip=False))
     monkeypatch.setattr(compat, "DENSE_PAIRS", 100)
-    with pytest.raises(ValueError, match="modalign mask: mask_function must be of transformers.masking_utils for more than DENSE_PAIRS = 100 pairs, got another for 2 x 9 x 9"):
+    with pytest.raises(ValueError, match="modalign mask: mask_function must be of transformers.masking_utils and keep a key for one run of queries for more than DENSE_PAIRS = 100 pairs, got another for 2 x 9 x 9"):
         compat._mask(**arguments)
 
 
@@ -252,6 +258,72 @@ def test_a_picture_in_two_pieces_is_asked_pair_by_pair():
     padded = compat._mask(**arguments, attention_mask=padding("right", 4, 7)[:1].bool())
     assert padded.shape == (1, 1, 7, 2)
 
+
+def with_pieces(N, *pieces, items=1):
+    ids = torch.full((items, N), -1)
+    for item, start, stop, number in pieces:
+        ids[item, start:stop] = number
+    return host.or_masks(host.causal_mask_function, host.blockwise_overlay(ids))
+
+
+@pytest.mark.parametrize("start", [3010, 1014, 3999])
+def test_no_piece_of_a_picture_is_overlooked(start, monkeypatch):
+    """Short ones in a long sequence: the matrix where it fits, words where it does not."""
+    N = 4000
+    arguments = dict(batch_size=2, q_length=N, kv_length=N, mask_function=with_pieces(N, (1, 1003, 1013, 7), (1, start, min(start + 10, N), 7), items=2))
+    assert torch.equal(compat._mask(**arguments), host.sdpa_mask(**arguments, allow_is_causal_skip=False))
+    monkeypatch.setattr(compat, "DENSE_PAIRS", N * N)
+    with pytest.raises(ValueError, match="keep a key for one run of queries for more than DENSE_PAIRS"):
+        compat._mask(**arguments)
+
+
+def any_window(at_least=0):
+    return int(torch.randint(at_least, 12, ()))
+
+
+def drawn_rules():
+    """Rules of ids in any order, in pieces and in one, joined in the ways of the host's models and in others; batch and N."""
+    batch, N = int(torch.randint(1, 4, ())), int(torch.randint(1, 60, ()))
+    lengths, others = torch.randint(1, 12, (2, batch, N))
+    pictures = host.blockwise_overlay(torch.stack([torch.randint(-1, 3, (N,)).repeat_interleave(each)[:N] for each in lengths]))
+    in_order, again = (torch.stack([number.repeat_interleave(each)[:N] for each in others]) for number in (torch.arange(N), torch.randint(0, 3, (N,))))
+    count = torch.stack([torch.cat([torch.arange(n) for n in each])[:N] for each in others])
+    causal, packed, window, both = host.causal_mask_function, host.packed_sequence_compatibility_function, any_window(), host.sliding_window_bidirectional_mask_function(any_window())
+    return batch, N, {
+        "pictures": host.or_masks(causal, pictures),
+        "pictures in a window": host.and_masks(host.or_masks(causal, pictures), host.sliding_window_overlay(window)),
+        "pictures and a window": host.or_masks(host.sliding_window_causal_mask_function(window), pictures),
+        "pictures and chunks": host.or_masks(host.chunked_causal_mask_function(any_window(1), torch.randint(0, 5, (batch,))), pictures),
+        "pictures in a window both ways": host.and_masks(both, pictures),
+        "pictures alone": pictures,
+        "packed, pictures": host.or_masks(packed(causal, count, in_order), pictures),
+        "packed": packed(host.sliding_window_causal_mask_function(window), count, in_order),
+        "pictures, packed": packed(host.or_masks(causal, pictures), count, in_order),
+        "packed in pieces": packed(both, count, again),
+        "packed, places in any order": packed(both, torch.randint(0, N, (batch, N)), in_order),
+        "remapped alone": host.remap_positions_for_packed_sequence(both, count),
+    }
+
+
+@pytest.mark.parametrize("name", drawn_rules()[-1])
+def test_rules_with_ids_in_any_order_are_told_exactly(name):
+    torch.manual_seed(4)
+    for _ in range(200):
+        batch, N, rules = drawn_rules()
+        first = int(torch.randint(0, N, ()))
+        for q_length, q_offset in ((N, 0), (N - first, first)):
+            few = torch.rand(batch, N) < 0.05  # as one key that is told otherwise is enough to ask all pairs
+            arguments = dict(batch_size=batch, q_length=q_length, kv_length=N, q_offset=q_offset, mask_function=rules[name], attention_mask=few)
+            mask = compat._mask(**arguments)
+            dense = mask if mask.dtype is torch.bool else compat._as_mask(mask, q_length).dense()
+            assert torch.equal(dense, host.sdpa_mask(**arguments, allow_is_causal_skip=False))
+
+
+def test_pictures_in_one_piece_are_told_in_linear_memory():
+    N = 3000
+    arguments = dict(batch_size=2, q_length=N, kv_length=N, mask_function=with_pieces(N, *((n % 2, 20 * n, 20 * n + 10, n) for n in range(140)), items=2))
+    mask = compat._mask(**arguments)
+    assert mask.shape == (2, 1, N, 2) and torch.equal(compat._as_mask(mask, N).dense(), host.sdpa_mask(**arguments, allow_is_causal_skip=False))
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_a_matrix_of_the_caller(dtype):
@@ -429,6 +501,49 @@ def test_within_use_mask_alone():
     assert torch.equal(model(ids).logits, before)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_with_the_same_config_is_not_meant(compiled):
+    """A student and a teacher of one config object, called in turn; also behind a call that raised."""
+    torch._dynamo.reset()
+    student, ids = llama().eval(), words(2, 13)
+    student.set_attn_implementation("modalign")
+    teacher = transformers.LlamaForCausalLM(student.config).eval()
+    teacher.load_state_dict(student.state_dict())
+    assert teacher.config is student.config
+    before = teacher(ids).logits
+    run = [torch.compile(model, fullgraph=True, backend="eager") if compiled else model for model in (student, teacher)]
+    with use_mask(student, masks.composite(tokens_of())):
+        first = run[0](ids, use_cache=False).logits
+        torch.testing.assert_close(run[1](ids, use_cache=False).logits, before)
+        with pytest.raises(ValueError, match="mask must be of at least 14"):
+            student(words(2, 14))
+        torch.testing.assert_close(teacher(ids).logits, before)
+        torch.testing.assert_close(run[0](ids, use_cache=False).logits, first)
+    assert not torch.allclose(first, before, atol=1e-2)
+
+
+def test_threads_have_masks_of_their_own():
+    """One model in three threads, that enter, run and leave in turn: each under its own mask or under none."""
+    model, ids = llama().eval(), words(2, 13)
+    model.set_attn_implementation("modalign")
+    given = [masks.composite(tokens_of()), masks.modality_mutual(tokens_of()), None]
+
+    def under(mask, barrier=None):
+        wait = barrier.wait if barrier else int
+        with torch.no_grad(), use_mask(model, mask) if mask else nullcontext():
+            wait(60)
+            logits = model(ids).logits
+            wait(60)
+        return logits
+
+    alone = [under(mask) for mask in given]
+    barrier = Barrier(len(given))
+    with ThreadPoolExecutor(len(given)) as threads:
+        together = list(threads.map(under, given, [barrier] * len(given)))
+    for ours, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(alone[0], alone[1], atol=1e-2) and not torch.allclose(alone[1], alone[2], atol=1e-2)
+
 # -------------------------------------------------------------------------------------------------------------------------------------------- what raises
 
 
@@ -469,14 +584,63 @@ def test_what_use_mask_refuses():
         pass
     with pytest.raises(ValueError, match="use_mask: mask must be of at least 14 queries and 14 keys .*, got one of 13 and 13"), use_mask(model, mask):
         model.generate(ids, max_new_tokens=3, do_sample=False)
-    with pytest.raises(ValueError, match="use_mask: past_key_values must be a DynamicCache"), use_mask(model, masks.causal(20)):
+    with pytest.raises(ValueError, match="use_mask: .*past_key_values a DynamicCache"), use_mask(model, masks.causal(20)):
         model.generate(ids, max_new_tokens=3, do_sample=False, cache_implementation="static")
     with pytest.raises(RuntimeError, match="use_mask: the model must ask transformers for its mask, got no call"), use_mask(model, mask):
         pass
     with pytest.raises(ValueError, match="mask must be of 1 or 2 items"), use_mask(model, masks.causal(13) & masks.from_dense(torch.ones(3, 1, 13, 13, dtype=torch.bool))):
         model(words(2, 13))
-    assert compat._given == []
+    assert compat._given.get() == ()
 
+
+@pytest.mark.parametrize("rule", ["image_prefix", "modality_mutual"])
+def test_a_prompt_in_chunks_that_looks_ahead_is_refused(rule):
+    """Tokens 0 to 5 would keep tokens of the picture, or of the question, that the cache does not have yet; what looks back alone goes in chunks."""
+    model, ids = llama().eval(), words(2, 13)
+    model.set_attn_implementation("modalign")
+    wanted = "use_mask: mask must keep no key that is not there yet.*, got query 2 that keeps one from 6 on"
+    for batch in (masks.Mask.__and__, lambda mask, other: mask):  # also of two items
+        mask = batch(PUBLISHED[rule](tokens_of(new=3)), masks.from_dense(torch.ones(2, 1, 16, 16, dtype=torch.bool)))
+        with pytest.raises(ValueError, match=wanted), use_mask(model, mask):
+            model(ids[:, :6], past_key_values=DynamicCache(config=model.config), use_cache=True)
+        with pytest.raises(ValueError, match=wanted), use_mask(model, mask):
+            model.generate(ids, max_new_tokens=3, do_sample=False, prefill_chunk_size=6)
+    mask = masks.composite(tokens_of(new=3))
+    with use_mask(model, mask):
+        whole, cache = model(ids).logits, DynamicCache(config=model.config)
+        parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split((6, 4, 1, 2), 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)
+    ahead = torch.eye(16, dtype=torch.bool)
+    ahead[12, 15] = True  # the last token of the prompt a token that is to be written
+    with pytest.raises(ValueError, match="got query 12 that keeps one from 13 on"), use_mask(model, masks.from_dense(torch.stack([torch.eye(16, dtype=torch.bool), ahead])[None])):
+        model(ids)
+
+
+def test_a_compiled_chunk_that_looks_ahead_is_refused():
+    torch._dynamo.reset()
+    model = llama(num_hidden_layers=1).eval()
+    model.set_attn_implementation("modalign")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with use_mask(model, masks.causal(13)):
+        assert torch.equal(compiled(words(2, 6), use_cache=False).logits, model(words(2, 6)).logits)
+    with pytest.raises(RuntimeError, match="use_mask: mask must keep no key that is not there yet"), use_mask(model, masks.full(13)):
+        compiled(words(2, 6), use_cache=False)
+
+
+@pytest.mark.parametrize("make", [llama, gemma2])
+def test_a_matrix_in_place_of_the_mask_is_refused(make):
+    model, ids = make().eval(), words(2, 13)
+    model.set_attn_implementation("modalign")
+    keep = torch.ones(13, 13, dtype=torch.bool).tril()[None, None]
+    for matrix in (keep, keep.expand(2, 1, 13, 13), torch.where(keep, 0.0, torch.finfo(torch.float32).min)):
+        given = {"full_attention": matrix, "sliding_attention": matrix} if make is gemma2 else matrix
+        with pytest.raises(ValueError, match="use_mask: attention_mask must be of two dimensions .*, got a mask that is made already, of four"), use_mask(model, masks.composite(tokens_of())):
+            model(ids, attention_mask=given)
+        with use_mask(model, masks.composite(tokens_of())):
+            model(ids)
+            with pytest.raises(ValueError, match="use_mask: attention_mask must be of two dimensions"):
+                model(ids, attention_mask=given)
+    assert model(ids, attention_mask=given).logits.isfinite().all()
 
 # ------------------------------------------------------------------------------------------------------------------------------------- one graph, no matrix
 
