@@ -58,6 +58,7 @@ class CompositeDecoderLayer(DecoderLayer):
     ) -> Any:
         attention = self.self_attn
         check_tokens("CompositeDecoderLayer", "text", text, ("B", "N", attention.width))
+        attention.refuse_unread(text_positions=text_positions, visual_positions=visual_positions)
         before = 0 if past is None else attention.check_keys("past", past, text).key.shape[2]
         if visual is not None:
             check_tokens("CompositeDecoderLayer", "visual", visual, ("B", "N", attention.width), text)

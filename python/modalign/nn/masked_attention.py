@@ -139,6 +139,12 @@ class MaskedAttention(nn.Module):
             raise ValueError(f"MaskedAttention: {name} must have as many keys as values, got {describe(keys.key)} and {describe(keys.value)}")
         return keys
 
+    def refuse_unread(self, **positions: Any) -> None:
+        """Nothing but the rotary embedding reads positions."""
+        for name, given in positions.items():
+            if given is not None and self.rotary is None:
+                raise ValueError(f"MaskedAttention: {name} must be given with rotary alone, got {describe(given)}")
+
     def positions_behind(self, count: int, x: Tensor, positions: Tensor | None) -> Tensor | None:
         """Those that are given, else those of x behind so many tokens, if anything asks for them."""
         return positions if positions is not None or self.rotary is None else torch.arange(count, count + x.shape[1], device=x.device)
@@ -162,10 +168,11 @@ class MaskedAttention(nn.Module):
     ) -> Any:
         check_tokens("MaskedAttention", "x", x, ("B", "N", self.width))
         check_flag("MaskedAttention", "return_keys", return_keys)
+        self.refuse_unread(positions=positions, key_positions=key_positions)
         if past is not None:
             positions = self.positions_behind(self.check_keys("past", past, x).key.shape[2], x, positions)
-        if key_positions is not None and (self.rotary is None or not isinstance(context, Tensor)):
-            raise ValueError(f"MaskedAttention: key_positions must be given for a context of tokens and with rotary alone, got {describe(key_positions)}")
+        if key_positions is not None and not isinstance(context, Tensor):
+            raise ValueError(f"MaskedAttention: key_positions must be given for a context of tokens alone, got {describe(key_positions)}")
         if isinstance(context, KeyValues):
             keys = self.check_keys("context", context, x)
         elif context is None:
@@ -190,8 +197,6 @@ class MaskedAttention(nn.Module):
         return rotate(x, torch.arange(x.shape[2], device=x.device) if positions is None else positions, self.rotary)
 
     def _check_positions(self, positions: Any, x: Tensor) -> None:
-        if self.rotary is None:
-            raise ValueError(f"MaskedAttention: positions must be given with rotary alone, got {describe(positions)}")
         if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.is_complex() or positions.dtype is torch.bool:
             raise TypeError(f"MaskedAttention: positions must be a tensor of whole numbers [N] or [B, N], got {describe(positions)}")
         fits = positions.dim() == 1 or (positions.dim() == 2 and (positions.shape[0] == 1 or positions.shape[0] == x.shape[0]))

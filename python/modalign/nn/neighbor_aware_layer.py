@@ -86,6 +86,7 @@ class NeighborAwareLayer(DecoderLayer):
             raise TypeError(f"NeighborAwareLayer: streams must be TokenStreams, got {describe(streams)}")
         if mask is None and self.renormalize:
             raise ValueError("NeighborAwareLayer: mask must be given with renormalize, which takes pairs out of it, got None")
+        attention.refuse_unread(positions=positions)
         streams.check("x", x, streams.length)
         normed = self.input_layernorm(x)
         query, (key, value) = attention.queries(normed, positions), attention.keys(normed, positions)

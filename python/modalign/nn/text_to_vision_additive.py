@@ -99,6 +99,7 @@ class VisionAdditiveAttention(MaskedAttention):
             c = self.seen(x, vision, vision_mask)
             added = {each: self.vision_gate[each] * self.vision_proj[each](c) for each in self.vision_proj}
             q, k, v = q + added.get("q", 0), k + added.get("k", 0), v + added.get("v", 0)
+        self.refuse_unread(positions=positions)
         if past is not None:
             positions = self.positions_behind(self.check_keys("past", past, x).key.shape[2], x, positions)
         keys = KeyValues(self._rotated(self._heads(k), positions), self._heads(v))
