@@ -72,6 +72,9 @@ CASES = [
 TestBattery = battery(CASES)
 
 
+X, PLAIN, TURNED = torch.ones(2, 3, 8), nn.MaskedAttention(8, 4), nn.MaskedAttention(8, 4, rotary=10.0)
+
+
 def named(name):
     return next(case for case in CASES if case.name == name)
 
@@ -113,6 +116,12 @@ def test_attention_is_the_dense_formula(key_heads, rotary):
     close(module(x, mask=keep, positions=places if rotary else None), want)
 
 
+def test_far_positions_keep_their_digits():
+    x, places = randn(1, 2, 50, 64), torch.arange(50) + 1_000_000
+    assert (nn.rotate(x.float(), places, 10000.0) - nn.rotate(x, places, 10000.0)).abs().max() < 1e-5
+    close(nn.rotate(x, places, 10000.0), dense_rotation(x, places), 1e-9)
+
+
 def test_keys_behind_a_length_are_not_seen():
     module, x = opened(named("MaskedAttention to a context")), randn(2, 7, 12)
     context, keep = randn(2, 4, 5, seed=1), torch.arange(4) < torch.tensor([[4], [2]])
@@ -150,7 +159,46 @@ def test_decoding_under_a_mask_takes_its_rows():
     [
         (lambda: nn.MaskedAttention(10, 4), ValueError, "MaskedAttention: heads must divide width = 10 where head_width is not given, got 4"),
         (lambda: nn.MaskedAttention(12, 4, key_heads=3), ValueError, "MaskedAttention: key_heads must divide heads = 4, got 3"),
-        (lambda: nn.MaskedAttention(12, 4, rotary=100.0), ValueError, "MaskedAttention: rotary must be positive and head_width even, got 100.0 and 3"),
+        (lambda: nn.MaskedAttention(12, 4, rotary=100.0), ValueError, "MaskedAttention: head_width must be even for rotary, got 3"),
+        (lambda: nn.MaskedAttention(8, 4, rotary="x"), TypeError, "MaskedAttention: rotary must be a number, got 'x'"),
+        (lambda: nn.MaskedAttention(8, 4, rotary=True), TypeError, "MaskedAttention: rotary must be a number, got True"),
+        (lambda: nn.MaskedAttention(8, 4, rotary=float("nan")), ValueError, "MaskedAttention: rotary must be finite and positive, got nan"),
+        (lambda: nn.MaskedAttention(8, 4, rotary=0), ValueError, "MaskedAttention: rotary must be finite and positive, got 0"),
+        (lambda: nn.MaskedAttention(8, 4, bias=3), TypeError, "MaskedAttention: bias must be True or False, got int 3"),
+        (lambda: nn.GatedFeedForward(8, 16)(X, 0), ValueError, "GatedFeedForward: units must be None or a whole number from 1 to 16, got 0"),
+        (lambda: nn.GatedFeedForward(8, 16)(X, -1), ValueError, "GatedFeedForward: units must be"),
+        (lambda: nn.GatedFeedForward(8, 16)(X, 17), ValueError, "GatedFeedForward: units must be"),
+        (lambda: nn.GatedFeedForward(8, 16)(X, True), ValueError, "GatedFeedForward: units must be"),
+        (lambda: nn.DecoderLayer(8, 4, eps=-1), ValueError, "DecoderLayer: eps must be finite and 0 or more, got -1"),
+        (lambda: nn.DecoderLayer(8, 4, eps="1"), TypeError, "DecoderLayer: eps must be a number, got '1'"),
+        (lambda: nn.DecoderLayer("8", 4), ValueError, "DecoderLayer: width must be a whole number of at least 1, got '8'"),
+        (lambda: nn.EncoderLayer(8, 4, hidden=0), ValueError, "EncoderLayer: hidden must be a whole number of at least 1, got 0"),
+        (lambda: nn.EncoderLayer(8, 4, hidden=True), ValueError, "EncoderLayer: hidden must be a whole number of at least 1, got True"),
+        (lambda: nn.GatedCrossAttention(8, expansion=0), ValueError, "GatedCrossAttention: expansion must be a whole number of at least 1, got 0"),
+        (lambda: nn.GatedCrossAttention(8)(X, None), TypeError, r"GatedCrossAttention: media must be a tensor \[B, ..., 8\], got NoneType"),
+        (lambda: nn.GatedCrossAttention(8)(X, X[:1]), ValueError, r"MaskedAttention: context must be .* with B = 2"),
+        (lambda: nn.DualCrossAttention(8, heads=2, share=1), TypeError, "DualCrossAttention: share must be True or False, got int 1"),
+        (lambda: nn.DualCrossAttention(8, heads=2, share=False)(X, X, X, masks.causal(7, 3)), ValueError, "DualCrossAttention: mask must be of 6 queries and 3 keys"),
+        (lambda: nn.DualCrossAttention(8, heads=2, share=False)(X, X, X, torch.ones(6, 3)), TypeError, "DualCrossAttention: mask must be a bool tensor"),
+        (lambda: PLAIN(X, positions=torch.arange(3)), ValueError, "MaskedAttention: positions must be given with rotary alone, got"),
+        (lambda: PLAIN(X, X, key_positions=torch.arange(3)), ValueError, "MaskedAttention: key_positions must be given with rotary alone, got"),
+        (lambda: nn.DecoderLayer(8, 4, rotary=None)(X, positions=torch.arange(3)), ValueError, "MaskedAttention: positions must be given with rotary alone, got"),
+        (lambda: nn.CompositeDecoderLayer(8, 4, rotary=None)(X, text_positions=torch.arange(3)), ValueError, "MaskedAttention: text_positions must be given with rotary alone"),
+        (lambda: nn.VisionAdditiveAttention(8, 8, 4)(X, positions=torch.arange(3)), ValueError, "MaskedAttention: positions must be given with rotary alone, got"),
+        (lambda: nn.NeighborAwareLayer(8, 4, rotary=None)(torch.ones(1, N, 8), None, STREAMS, positions=torch.arange(N)), ValueError, "positions must be given with rotary alone"),
+        (lambda: PLAIN.queries(X, torch.arange(2)), ValueError, r"positions must be whole numbers \[N\] or \[B, N\] with B = 2 and N = 3"),
+        (lambda: TURNED(X, key_positions=torch.arange(3)), ValueError, "MaskedAttention: key_positions must be given for a context of tokens alone"),
+        (lambda: TURNED(X, TURNED.keys(X), key_positions=torch.arange(3)), ValueError, "MaskedAttention: key_positions must be given for a context of tokens"),
+        (lambda: TURNED(X, X, key_positions=torch.arange(2)), ValueError, r"positions must be whole numbers \[N\] or \[B, N\] with B = 2 and N = 3"),
+        (lambda: TURNED(X, positions=torch.zeros(3, 3).long()), ValueError, r"positions must be whole numbers \[N\] or \[B, N\] with B = 2 and N = 3"),
+        (lambda: TURNED(X, positions=torch.ones(3).bool()), TypeError, "MaskedAttention: positions must be a tensor of whole numbers .*, got a bool tensor"),
+        (lambda: TURNED(X, positions=torch.ones(3)), TypeError, "MaskedAttention: positions must be a tensor of whole numbers"),
+        (lambda: TURNED(X, positions=[0, 1, 2]), TypeError, "MaskedAttention: positions must be a tensor of whole numbers .*, got list"),
+        (lambda: TURNED(X, past=tuple(TURNED.keys(X))), TypeError, "MaskedAttention: past must be KeyValues, got tuple"),
+        (lambda: TURNED(X, past=TURNED.keys(X[:1])), ValueError, r"MaskedAttention: past must be \[B, 4, N, 2\] with B = 2"),
+        (lambda: TURNED(X, nn.KeyValues(*torch.ones(2, 2, 2, 3, 2))), ValueError, r"MaskedAttention: context must be \[B, 4, N, 2\], got"),
+        (lambda: nn.CompositeDecoderLayer(8, 4)(X, past=(X, X)), TypeError, "MaskedAttention: past must be KeyValues, got tuple"),
+        (lambda: nn.CompositeDecoderLayer(8, 4)(X, visual_positions=torch.arange(3)), ValueError, "CompositeDecoderLayer: visual_positions must be given with visual alone"),
         (lambda: nn.MaskedAttention(12.0, 4), ValueError, "MaskedAttention: width must be a whole number of at least 1, got 12.0"),
         (lambda: nn.MaskedAttention(12, 4)(torch.ones(2, 3, 11)), ValueError, r"MaskedAttention: x must be \[B, N, 12\], got"),
         (lambda: nn.MaskedAttention(12, 4)(torch.ones(12)), ValueError, r"MaskedAttention: x must have 2 or more dimensions \[B, N, 12\], got"),
@@ -162,12 +210,31 @@ def test_decoding_under_a_mask_takes_its_rows():
         (lambda: nn.GatedCrossAttention(8)(torch.ones(2, 3, 8), torch.ones(2, 5, 8), masks.causal(3, 4)), ValueError, "mask must be of 3 queries and 5 keys"),
         (lambda: nn.NeighborAwareLayer(8, 4, window=2), ValueError, "window must be odd"),
         (lambda: nn.NeighborAwareLayer(8, 4, active_heads=[True]), ValueError, "active_heads must name 4 heads, got 1"),
+        (lambda: nn.NeighborAwareLayer(8, 4, active_heads=[1, 0, 1, 1]), TypeError, "active_heads must be None or True or False for each head"),
+        (lambda: nn.NeighborAwareLayer(8, 4, active_heads="1011"), TypeError, "active_heads must be None or True or False for each head"),
+        (lambda: nn.NeighborAwareLayer(8, 4, active_heads=torch.ones(4)), TypeError, "active_heads must be None or True or False for each head"),
+        (lambda: nn.NeighborAwareLayer(8, 4, active_heads=[True] * 4, layer_drop=True), ValueError, "active_heads must not be given with layer_drop"),
+        (lambda: nn.NeighborAwareLayer(8, 4, layer_drop=1), TypeError, "layer_drop must be True or False, got int 1"),
+        (lambda: nn.NeighborAwareLayer(8, 4)(X, None, None), TypeError, "NeighborAwareLayer: streams must be TokenStreams, got NoneType"),
+        (lambda: nn.NeighborAwareLayer(8, 4)(X, None, STREAMS), ValueError, rf"TokenStreams: x must be \[B, {N}, D\]"),
+        (lambda: nn.NeighborAwareLayer(8, 4, renormalize=True)(torch.ones(1, N, 8), None, STREAMS), ValueError, "mask must be given with renormalize"),
+        (lambda: masks.neighbor_window(TOKENS, active_heads=[1, 0]), TypeError, "active_heads must be None or True or False for each head"),
         (lambda: nn.NeighborAwareLayer(8, 4, feed_forward_cut=0), ValueError, "feed_forward_cut must be a whole number"),
         (lambda: nn.CompositeDecoderLayer(8, 4, visual_update="none"), ValueError, 'visual_update must be "self" or "ffn"'),
         (lambda: nn.CompositeDecoderLayer(8, 4)(torch.ones(1, 2, 8), torch.ones(2, 2, 8)), ValueError, r"visual must be \[B, N, 8\] with B = 1 on cpu, as the other tokens, got"),
         (lambda: nn.NoVisualAttentionLayer(8, 4, feature_width=5)(torch.ones(1, 2, 8), torch.ones(1, 2, 8)), ValueError, r"features must be \[B, N, 5\]"),
         (lambda: nn.token_streams(masks.tokens([0, 1])), ValueError, 'tokens must have a type "visual", got no names'),
+        (lambda: nn.token_streams(None), TypeError, "token_streams: tokens must be masks.Tokens, got NoneType"),
         (lambda: STREAMS.take(torch.ones(1, 3, 8)), ValueError, rf"x must be \[B, {N}, D\]"),
+        (lambda: STREAMS.take([1.0]), TypeError, rf"x must be a tensor \[B, {N}, D\], got list"),
+        (lambda: STREAMS.put(torch.ones(1, 10, 8)), ValueError, r"TokenStreams: text must be \[B, 9, D\] on cpu, got"),
+        (lambda: STREAMS.put(torch.ones(1, 8, 8)), ValueError, r"TokenStreams: text must be \[B, 9, D\] on cpu, got"),
+        (lambda: STREAMS.put(torch.ones(1, 9, 8), torch.ones(1, 12, 8)), ValueError, r"TokenStreams: visual must be \[B, 9, D\] on cpu, got"),
+        (lambda: STREAMS.put(torch.ones(2, 9, 8), torch.ones(1, 9, 8)), ValueError, "TokenStreams: visual must be like text but for the number of tokens"),
+        (lambda: STREAMS.put(torch.ones(2, 9, 8), torch.ones(2, 9, 7)), ValueError, "TokenStreams: visual must be like text but for the number of tokens"),
+        (lambda: STREAMS.put(torch.ones(2, 9, 8), torch.ones(2, 9, 8).double()), ValueError, "TokenStreams: visual must be like text but for the number of tokens"),
+        (lambda: nn.token_streams(TWO).take(torch.ones(3, TWO_N, 8)), ValueError, rf"TokenStreams: x must be \[2, {TWO_N}, D\] on cpu, got"),
+        (lambda: nn.token_streams(TWO).put(torch.ones(1, 7, 8)), ValueError, r"TokenStreams: text must be \[2, 7, D\] on cpu, got"),
         (lambda: nn.pool_frames(torch.ones(1, 2, 9, 8)), ValueError, r"frames must"),
         (lambda: nn.pool_frames(torch.ones(1, 2, 9, 9, 8), mode="max"), ValueError, 'mode must be "average" or "bilinear"'),
         (lambda: nn.DualCrossAttention(8, heads=2)(torch.ones(1, 2, 8), torch.ones(2, 2, 8), torch.ones(1, 2, 8)), ValueError, r"text must be \[B, N, 8\] with B = 1"),
@@ -199,7 +266,7 @@ def test_names_of_weights_are_those_of_llama_layers():
     names = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")} | {"input_layernorm", "post_attention_layernorm"}
     for kind in (nn.DecoderLayer, nn.CompositeDecoderLayer):
         assert set(kind(16, 4).state_dict()) == {f"{name}.weight" for name in names}
-    assert set(nn.NeighborAwareLayer(16, 4).state_dict()) == {f"{name}.weight" for name in names} | {"head_gate"}
+    assert set(nn.NeighborAwareLayer(16, 4).state_dict()) == {f"{name}.weight" for name in names}
 
 
 def test_modality_mutual_pictures_see_the_question_and_never_the_answer():
@@ -465,10 +532,28 @@ def dense_window(module, x, gates, cut, renormalize):
 @pytest.mark.parametrize("gates", [[1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0]])
 @pytest.mark.parametrize("window", [1, 3, 5])
 def test_neighbor_layer_is_the_dense_formula(window, gates, cut, renormalize):
-    options = dict(window=window, active_heads=gates, feed_forward_cut=cut, renormalize=renormalize)
+    options = dict(window=window, active_heads=[gate == 1 for gate in gates], feed_forward_cut=cut, renormalize=renormalize)
     module = opened(window_case("", **options))
     x = randn(2, N, 16)
     close(module(x, module.mask(TOKENS), STREAMS), dense_window(module, x, gates, cut, renormalize))
+
+
+def test_neighbor_layer_without_a_mask_is_causal():
+    for cut in (1, 3):
+        module, x = opened(window_case("", feed_forward_cut=cut)), randn(2, N, 16)
+        base, changed = module(x, None, STREAMS), x.clone()
+        changed[:, 7] += 1
+        assert torch.equal(module(changed, None, STREAMS)[:, :7], base[:, :7]) and (module(changed, None, STREAMS) - base)[:, 7:].abs().amin(-1).min() > 0
+        close(base, module(x, masks.causal(N), STREAMS))
+
+
+@pytest.mark.parametrize("closed", [{"active_heads": [True, False, True, False]}, {"layer_drop": True}])
+def test_loaded_weights_do_not_open_heads(closed):
+    base, x = opened(named("DecoderLayer")), randn(2, N, 16)
+    for weights in (base.state_dict(), opened(window_case(""), seed=3).state_dict()):
+        module = opened(window_case("", **closed))
+        module.load_state_dict(weights)
+        close(module(x, module.mask(TOKENS), STREAMS), dense_window(module, x, [int(each) for each in module.active_heads], 1, False))
 
 
 def test_a_closed_gate_is_not_a_mask():
@@ -486,7 +571,7 @@ def test_a_window_of_the_whole_picture_is_the_base_model_bit_for_bit():
     for renormalize in (False, True):
         module, x = opened(window_case("", window=2 * 3 - 1, renormalize=renormalize)), randn(2, N, 16)
         base = nn.DecoderLayer(16, 4, key_heads=2, hidden=24).double()
-        base.load_state_dict({name: value for name, value in module.state_dict().items() if name != "head_gate"})
+        base.load_state_dict(module.state_dict())
         assert torch.equal(module(x, module.mask(TOKENS), STREAMS), base(x, masks.image_prefix(TOKENS)))
         near = module.mask(TOKENS).dense()[0, 0, 2:11, 2:11]
         assert near.all()
@@ -499,12 +584,21 @@ def test_a_window_of_one_is_self():
 
 def test_layer_drop_renormalised_is_the_text_alone():
     module, x = opened(window_case("", layer_drop=True, renormalize=True)), randn(2, N, 16)
-    assert module.head_gate.abs().max() == 0
+    assert not any(module.active_heads)
     text, _ = STREAMS.take(x)
     alone = nn.DecoderLayer(16, 4, key_heads=2, hidden=24).double()
-    alone.load_state_dict({name: value for name, value in module.state_dict().items() if name != "head_gate"})
+    alone.load_state_dict(module.state_dict())
     keep = masks.relation({(q, k): "causal" for q in (0, 2, 3) for k in (0, 2, 3)}, STREAMS.text)
     close(STREAMS.take(module(x, module.mask(TOKENS), STREAMS))[0], alone(text, keep, positions=STREAMS.text.index))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_layer_drop_renormalised_keeps_visual_tokens_from_text_whatever_they_hold(value):
+    for cut in (1, 3):
+        module, x = opened(window_case("", layer_drop=True, renormalize=True, feed_forward_cut=cut)), randn(2, N, 16)
+        want, spoilt = module(x, module.mask(TOKENS), STREAMS), x.clone()
+        spoilt[:, TOKENS.type[0] == 1] = value
+        assert torch.equal(*(STREAMS.take(each)[0] for each in (module(spoilt, module.mask(TOKENS), STREAMS), want)))
 
 
 def test_closed_heads_and_cut_units_cost_nothing():
@@ -576,3 +670,60 @@ def test_pooled_frames():
     close(nn.pool_frames(frames), cells.mean((3, 5)).reshape(2, 27, 5))
     close(nn.pool_frames(frames, mode="bilinear"), cells[:, :, :, 4, :, 4].reshape(2, 27, 5))
     assert nn.pool_frames(frames, 1).shape == (2, 3, 5) and nn.pool_frames(frames, 4).shape == (2, 48, 5)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- devices, exported graphs
+
+
+def test_what_holds_tensors_moves_whole():
+    held = [
+        STREAMS,
+        TURNED.keys(X),
+        nn.TextGuidedFeatures(X, X),
+        nn.HierarchicalTemporalFeatures(X, X, X),
+        masks.neighborhood((3, 4), 3),
+    ]
+    for each in held:
+        moved = each.to("meta")
+        assert type(moved) is type(each) and all(leaf.is_meta for leaf in torch.utils._pytree.tree_leaves(moved) if isinstance(leaf, torch.Tensor))
+
+
+def test_a_bool_mask_is_one_for_attentions_of_their_own_too():
+    module, keep = opened(named("DualCrossAttention, not shared")), torch.rand(2, 1, 7, 8) < 0.5
+    inputs = randn(2, 4, 12), randn(2, 3, 12, seed=1), randn(2, 8, 10, seed=2)
+    visual, text = module(*inputs, keep)
+    close(visual, inputs[0] + module.visual_gate.tanh() * module.attention(inputs[0], inputs[2], keep[:, :, :4]))
+    close(text, inputs[1] + module.text_gate.tanh() * module.text_attention(inputs[1], inputs[2], keep[:, :, 4:]))
+    assert all(torch.equal(a, b) for a, b in zip(module(*inputs, masks.from_dense(keep)), (visual, text), strict=True))
+
+
+def exported(module, arguments, tmp_path):
+    """The graph of a call, written to a file and read again."""
+    torch.export.save(torch.export.export(module, arguments), tmp_path / "graph.pt2")
+    return torch.export.load(tmp_path / "graph.pt2").module()
+
+
+def test_layers_are_exported_with_masks_as_inputs(tmp_path):
+    layer, x = opened(named("DecoderLayer")), randn(2, N, 16)
+    graph = exported(layer, (x, masks.modality_mutual(TOKENS)), tmp_path)
+    turned = TOKENS.replace(type=torch.tensor([0] * 2 + [1] * 9 + [2] * 2 + [3] * 5))
+    assert not torch.equal(masks.modality_mutual(turned).dense(), masks.modality_mutual(TOKENS).dense())
+    for tokens in (TOKENS, turned):
+        close(graph(x, masks.modality_mutual(tokens)), layer(x, masks.modality_mutual(tokens)))
+
+
+def test_layers_are_exported_with_streams_as_inputs(tmp_path):
+    layer, x = opened(named("NeighborAwareLayer")), randn(2, N, 16)
+    inputs = x, layer.mask(TOKENS), STREAMS
+    close(exported(layer, inputs, tmp_path)(*inputs), layer(*inputs))
+
+
+class _Hidden(torch.nn.Module):
+    def forward(self, x, tokens, hood):
+        return torch.where((tokens.type == 1)[..., None], 0, hood.restore(hood.arrange(x)))
+
+
+def test_tokens_and_neighborhoods_are_inputs_of_exported_graphs(tmp_path):
+    for grid in ((N,), (2, N // 2)):  # the first stays in its order: None
+        inputs = randn(1, N, 16), TOKENS, masks.neighborhood(grid, 1)
+        assert torch.equal(exported(_Hidden(), inputs, tmp_path)(*inputs), _Hidden()(*inputs))

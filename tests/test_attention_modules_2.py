@@ -118,6 +118,7 @@ def encoder_layer(weights, x, heads, keep=None, name=""):
         (lambda: nn.HierarchicalTemporalEncoder(8, heads=2, layers=1, levels=15), "levels must be a whole number from 0 to 14"),
         (lambda: nn.HierarchicalTemporalEncoder(8, heads=2, layers=1)(torch.ones(1, 0, 3, 8)), "patches must have frames and sites, got 0 and 3"),
         (lambda: nn.HierarchicalTemporalLayer(8, 2)(torch.ones(1, 6, 8), frames=2), r"x must be \[B, 1 \+ 2 S, width\], got \[1, 6, 8\]"),
+        (lambda: nn.HierarchicalTemporalEncoder(8, heads=2, layers=1, levels=11, stride=10), r"stride \*\* levels must be below 2 \*\* 31, got 10 \*\* 11"),
         (lambda: nn.VisionAdditiveAttention(8, 6, 2, terms="qq"), 'terms must be letters of "qkv"'),
         (lambda: nn.VisionAdditiveAttention(8, 6, 2, vision_heads=4), "vision_heads must divide vision_width = 6, got 4"),
         (lambda: nn.TextToVisionAdditive(8, 6, heads=2)(torch.ones(1, 2, 7), torch.ones(1, 2, 6)), r"h must be \[B, N, 8\]"),
@@ -132,6 +133,20 @@ def encoder_layer(weights, x, heads, keep=None, name=""):
 )
 def test_bad_input_is_refused_in_words(make, message):
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.TextGuidedEncoder(8, 6, heads=2, layers=3, early=0.5), "TextGuidedEncoder: early must be a whole number, got 0.5"),
+        (lambda: nn.TextGuidedEncoder(8, 6, heads=2, layers=3, early=True), "TextGuidedEncoder: early must be a whole number, got True"),
+        (lambda: nn.TextGuidedEncoder(8, 6, heads=2, layers=3)(torch.ones(1, 2, 8), torch.ones(1, 2, 6), [True, True]), "question_mask must be a bool tensor .*, got list"),
+        (lambda: nn.VisionAdditiveAttention(8, 6, 2)(torch.ones(1, 2, 8), past=(1, 2)), "MaskedAttention: past must be KeyValues, got tuple"),
+    ],
+)
+def test_input_of_another_kind_is_refused_in_words(make, message):
+    with pytest.raises(TypeError, match=message):
         make()
 
 

@@ -294,10 +294,15 @@ def test_masks_compile_into_one_graph():
     assert counter.frame_count == 1
 
 
+def test_one_number_is_the_kernel_of_all_dimensions():
+    assert masks.grid_shift((3, 4), 3) == masks.grid_shift((3, 4), (3, 3)) and masks.grid_shift((3, 4), 2, dilation=1) == masks.grid_shift((3, 4), [2, 2])
+
+
 def test_masks_are_trees():
     mask = masks.relation(random_table(1), random_tokens(30, 1)) & masks.causal(30)
     leaves, spec = torch.utils._pytree.tree_flatten(mask)
     again = torch.utils._pytree.tree_unflatten(leaves, spec)
+    assert [torch.utils._pytree.keystr(path) for path, _ in torch.utils._pytree.tree_leaves_with_path(mask)] == [f".tensors[{n}]" for n in range(len(leaves))]
     assert torch.equal(again.dense(), mask.dense()) and torch.equal(mask.to("cpu").dense(), mask.dense()) and len(repr(mask.steps)) < 80
 
 
@@ -319,6 +324,9 @@ def test_masks_are_trees():
         (lambda: masks.grid_shift((4, 4), (5, 1)), ValueError, "kernel . dilation must be at most size"),
         (lambda: masks.grid_shift((4, 4), (2, 2), stride=3), ValueError, "stride at most kernel"),
         (lambda: masks.grid_shift((4,), (2, 2)), ValueError, "one to three dimensions"),
+        (lambda: masks.grid_shift(4, 2), ValueError, "size must have one to three dimensions, got 4"),
+        (lambda: masks.grid_shift((4, 4), "ab"), TypeError, "kernel must be a whole number, got 'a'"),
+        (lambda: masks.grid_shift((4, 4), 2, is_causal=2), TypeError, "is_causal must be True or False, got 2"),
         (lambda: masks.intervals(torch.tensor([[3, 2]]), 5), ValueError, "0 <= first <= end <= queries"),
         (lambda: masks.intervals(torch.tensor([[3, 6]]), 5), ValueError, "0 <= first <= end <= queries"),
         (lambda: masks.blocks(torch.ones(2, 2, dtype=torch.bool), 64, 200), ValueError, r"keep must be a bool tensor \[..., 4, 4\]"),

@@ -277,6 +277,10 @@ def test_the_calls_of_natten(rank):
     assert torch.equal(call(*theirs, kernel_size=2, dilation=2).flatten(1, rank).transpose(1, 2), neighborhood_attention(q, k, v, grid=grid, kernel_size=2, dilation=2))
     with pytest.raises(ValueError, match=rf"natten.na{rank}d: key must have {rank + 3} dimensions \[B, grid, H, D\]"):
         call(theirs[0], theirs[1][:, 1:], theirs[2], 3)
+    with pytest.raises(TypeError, match=rf"natten.na{rank}d: query must be a tensor \[B, grid, H, D\], got NoneType"):
+        call(None, theirs[1], theirs[2], 3)
+    with pytest.raises(TypeError, match=rf"natten.na{rank}d: return_lse must be True or False"):
+        call(*theirs, 3, return_lse=1)
 
 
 def test_nothing_of_queries_times_keys_is_stored():

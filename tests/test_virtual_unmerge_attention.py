@@ -221,6 +221,38 @@ def test_decoding_from_nothing_and_of_nothing():
     torch.testing.assert_close(torch.cat(parts, 2), virtual_unmerge_attention(q, k, v, torch.arange(5)), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("places", [torch.arange(45) - 1000, torch.arange(45).double() - 99.5, (torch.arange(45) % 7).to(torch.uint8)])
+def test_the_next_position_is_behind_the_highest(places):
+    """Also where all are negative; items without any go on from 0."""
+    q, k, v, g = problem()
+    one = q[:, :, :1], k[:, :, :1], v[:, :, :1]
+    ours, told = (VirtualUnmergeCache(k, v, g, positions=places) for _ in range(2))
+    assert torch.equal(ours.attend(*one), told.attend(*one, positions=places.double().max()[None] + 1))
+    padded = torch.stack([g, torch.full_like(g, -1)])
+    assert VirtualUnmergeCache(k, v, padded, positions=places).next.flatten().tolist() == [float(places.max()) + 1, 0]
+    nothing = VirtualUnmergeCache(k[:, :, :0], v[:, :, :0], g[:0])
+    nothing.attend(q[:, :, :2], k[:, :, :2], v[:, :, :2], positions=torch.tensor([-9, -5]))
+    assert nothing.next.item() == -4
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_decoding_loses_no_tangent(number):
+    """Of a new query, key and value, of what the cache holds, and of tables."""
+    q, k, v, g = problem()
+    step, table = [q[:, :, :1], k[:, :, :1], v[:, :, :1]], torch.ones(46, 4, dtype=F64)
+    with torch.autograd.forward_ad.dual_level():
+
+        def dual(x):
+            return torch.autograd.forward_ad.make_dual(x.contiguous(), torch.ones_like(x))
+
+        if number < 3:
+            step[number] = dual(step[number])
+        held = [dual(each) if number - 3 == n else each for n, each in enumerate((k, v, table))]
+        cache = VirtualUnmergeCache(*held[:2], g, rotary=(held[2][:45], table[:45]))
+        with pytest.raises(RuntimeError, match="VirtualUnmergeCache.attend: forward-mode differentiation is not supported"):
+            cache.attend(*step, rotary=(table[45:], table[45:]))
+
+
 def test_wrong_steps_are_refused():
     q, k, v, g = problem()
     cache, one = VirtualUnmergeCache(k, v, g), (q[:, :, :1], k[:, :, :1], v[:, :, :1])
@@ -248,6 +280,15 @@ def test_far_positions_keep_their_digits():
     position = torch.arange(45) + 1_000_000
     out = virtual_unmerge_attention(q, k, v, g, positions=position)
     torch.testing.assert_close(out.double(), virtual_unmerge_attention(q.double(), k.double(), v.double(), g, positions=position), rtol=1e-5, atol=1e-6)
+
+
+def test_sums_of_large_groups_keep_their_digits():
+    x, g = torch.rand(2, 2, 40_000, 3, generator=torch.Generator().manual_seed(0)) + 1, torch.arange(40_000)[None] % 2
+    for out, want in (
+        (torch.ops.modalign.virtual_merge(x, g, 2), torch.stack([x[:, :, n::2].double().mean(2) for n in range(2)], 2)),
+        (torch.ops.modalign.virtual_unmerge_bwd(x, g, 2), torch.stack([x[:, :, n::2].double().sum(2) for n in range(2)], 2)),
+    ):
+        assert out.dtype is torch.float32 and ((out - want) / want).abs().max() < 1e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

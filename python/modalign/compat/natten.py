@@ -17,13 +17,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ..ops import _arguments as arguments
 from ..ops import neighborhood_attention
 
 __all__ = ["na1d", "na2d", "na3d"]
 
 
 def _heads_last(name: str, rank: int, query: Tensor, key: Tensor, value: Tensor, return_lse: bool, **options: Any) -> Any:
+    arguments.check_flag(f"natten.{name}", "return_lse", return_lse)
     for argument, x in (("query", query), ("key", key), ("value", value)):
+        arguments.check_vectors(f"natten.{name}", argument, x, "[B, grid, H, D]")
         if x.dim() != rank + 3 or x.shape[1 : rank + 1] != query.shape[1 : rank + 1]:
             raise ValueError(f"natten.{name}: {argument} must have {rank + 3} dimensions [B, grid, H, D], one grid for all, got {list(x.shape)}")
     flat = (x.flatten(1, rank).transpose(1, 2) for x in (query, key, value))

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ._trees import register_tree
 from .rules import NAMES, Rule, checked_rule, whole_number
 from .tokens import FIELDS, TYPES, Tokens
 
@@ -129,12 +129,7 @@ class Mask:
         return 2 * (D + (D if Dv is None else Dv)) * self.kept() * self.queries * self.keys * heads * batch
 
 
-pytree.register_pytree_node(
-    Mask,
-    lambda mask: (list(mask.tensors), (mask.queries, mask.keys, mask.steps)),
-    lambda leaves, context: Mask(context[0], context[1], tuple(leaves), context[2]),
-    serialized_type_name="modalign.masks.Mask",
-)
+register_tree(Mask, ("tensors",), ("queries", "keys", "steps"))
 
 
 def _dense_relation(query: Tensor, key: Tensor, table: Tensor, rules: Tensor) -> Tensor:

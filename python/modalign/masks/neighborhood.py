@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._trees import register_tree
 from .mask import Mask, relation
 from .rules import grid_clip, whole_number
 from .tokens import FIELDS, Tokens
@@ -47,12 +48,7 @@ class Neighborhood:
         return pytree.tree_map_only(Tensor, lambda each: each.to(device), self)
 
 
-pytree.register_pytree_node(
-    Neighborhood,
-    lambda given: ([given.mask, given.order, given.places], None),
-    lambda leaves, _: Neighborhood(*leaves),
-    serialized_type_name="modalign.masks.Neighborhood",
-)
+register_tree(Neighborhood, ("mask", "order", "places"))
 
 
 def neighborhood(

@@ -125,6 +125,8 @@ def neighbor_window(tokens: Tokens, window: int = 3, *, active_heads: Sequence[b
     if active_heads is None:
         return relation(table, tokens)
     blind = {pair: rule for pair, rule in table.items() if "visual" not in pair}
+    if not isinstance(active_heads, Sequence) or not all(isinstance(active, bool) for active in active_heads):
+        raise TypeError(f"neighbor_window: active_heads must be None or True or False for each head, got {active_heads!r}")
     return relation([table if active else blind for active in active_heads], tokens)
 
 

@@ -64,18 +64,20 @@ def time_stride(stride: int) -> Rule:
     return Rule("time_stride", (whole_number("time_stride", "stride", stride, 1),))
 
 
-def grid_shift(size: Sequence[int], kernel: Sequence[int], *, dilation: Sequence[int] | int = 1, stride: Sequence[int] | int = 1, is_causal: Sequence[bool] | bool = False) -> Rule:
+def grid_shift(size: Sequence[int], kernel: Sequence[int] | int, *, dilation: Sequence[int] | int = 1, stride: Sequence[int] | int = 1, is_causal: Sequence[bool] | bool = False) -> Rule:
     """Neighbourhood attention on a grid of one to three dimensions (the last ones of t, y, x): windows are shifted at the border, so that every query keeps as many keys."""
+    if not isinstance(size, Sequence) or not 1 <= len(size) <= 3:
+        raise ValueError(f"grid_shift: size must have one to three dimensions, got {size!r}")
     rank = len(size)
-    if not 1 <= rank <= 3 or len(kernel) != rank:
-        raise ValueError(f"grid_shift: size and kernel must have one to three dimensions, as many each, got {list(size)} and {list(kernel)}")
-    wide = [list(each) if isinstance(each, Sequence) else [each] * rank for each in (dilation, stride, is_causal)]
+    wide = [list(each) if isinstance(each, Sequence) else [each] * rank for each in (kernel, dilation, stride, is_causal)]
     if any(len(each) != rank for each in wide):
-        raise ValueError(f"grid_shift: dilation, stride and is_causal must be one number or {rank}, got {wide}")
+        raise ValueError(f"grid_shift: kernel, dilation, stride and is_causal must be for one to three dimensions as size is, one number or {rank}, got {wide}")
     numbers = [1, 1, 1, 1, 0] * (3 - rank)
-    for n, k, d, s, c in zip(size, kernel, *wide, strict=True):
+    for n, k, d, s, c in zip(size, *wide, strict=True):
         for name, value in (("size", n), ("kernel", k), ("dilation", d), ("stride", s)):
             whole_number("grid_shift", name, value, 1)
+        if not isinstance(c, bool):
+            raise TypeError(f"grid_shift: is_causal must be True or False, got {c!r}")
         if k * d > n or s > k:
             raise ValueError(f"grid_shift: kernel * dilation must be at most size and stride at most kernel, got size {n}, kernel {k}, dilation {d}, stride {s}")
         numbers += [n, k, d, s, int(c)]

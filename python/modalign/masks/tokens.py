@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ._trees import register_tree
 from .rules import whole_number
 
 __all__ = ["FIELDS", "TYPES", "TYPE_NAMES", "Tokens", "layout", "tokens"]
@@ -112,6 +112,4 @@ def layout(*sequences: Iterable[tuple[str, Any]], names: Sequence[str] = TYPE_NA
     return Tokens(torch.tensor(padded, dtype=torch.int32).view(len(rows), len(FIELDS), N), tuple(names))
 
 
-pytree.register_pytree_node(
-    Tokens, lambda given: ([given.fields], given.names), lambda leaves, names: Tokens(*leaves, names), serialized_type_name="modalign.masks.Tokens"
-)
+register_tree(Tokens, ("fields",), ("names",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,14 @@ def check_sizes(op: str, **sizes: object) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{op}: {name} must be a whole number of at least 1, got {size!r}")
+
+
+def check_number(op: str, name: str, value: object, *, above: bool = False) -> None:
+    """A finite number of 0 or more, or above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    if not (0 < value if above else 0 <= value) or value == math.inf:
+        raise ValueError(f"{op}: {name} must be finite and {'positive' if above else '0 or more'}, got {value}")
 
 
 def check_tokens(op: str, name: str, value: Any, shape: tuple[int | str, ...], like: Tensor | None = None) -> Tensor:

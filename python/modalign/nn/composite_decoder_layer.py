@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..ops import masked_attention
+from ..ops._arguments import describe
 from ._tokens import check_tokens
 from .decoder_layer import DecoderLayer
 from .masked_attention import KeyValues
@@ -58,16 +58,16 @@ class CompositeDecoderLayer(DecoderLayer):
     ) -> Any:
         attention = self.self_attn
         check_tokens("CompositeDecoderLayer", "text", text, ("B", "N", attention.width))
-        before = 0 if past is None else past.key.shape[2]
+        attention.refuse_unread(text_positions=text_positions, visual_positions=visual_positions)
+        before = 0 if past is None else attention.check_keys("past", past, text).key.shape[2]
         if visual is not None:
             check_tokens("CompositeDecoderLayer", "visual", visual, ("B", "N", attention.width), text)
-            if visual_positions is None:
-                visual_positions = torch.arange(before, before + visual.shape[1], device=text.device)
-            seen = attention.keys(self.input_layernorm(visual), visual_positions)
+            seen = attention.keys(self.input_layernorm(visual), attention.positions_behind(before, visual, visual_positions))
             past, before = (seen if past is None else past.append(seen)), before + visual.shape[1]
             visual = self._carried(visual, seen)
-        if text_positions is None:
-            text_positions = torch.arange(before, before + text.shape[1], device=text.device)
+        elif visual_positions is not None:
+            raise ValueError(f"CompositeDecoderLayer: visual_positions must be given with visual alone, got {describe(visual_positions)}")
+        text_positions = attention.positions_behind(before, text, text_positions)
         normed = self.input_layernorm(text)
         own = attention.keys(normed, text_positions)
         keys = own if past is None else past.append(own)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._tokens import check_sizes
+from ._tokens import check_number, check_sizes
 from .masked_attention import KeyValues, MaskedAttention
 
 __all__ = ["DecoderLayer", "GatedFeedForward"]
@@ -28,6 +28,9 @@ class GatedFeedForward(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, units: int | None = None) -> Tensor:
+        hidden = self.down_proj.in_features
+        if units is not None and (isinstance(units, bool) or not isinstance(units, int) or not 1 <= units <= hidden):
+            raise ValueError(f"GatedFeedForward: units must be None or a whole number from 1 to {hidden}, got {units!r}")
         gate, up, down = self.gate_proj.weight[:units], self.up_proj.weight[:units], self.down_proj.weight[:, :units]
         return nn.functional.linear(nn.functional.silu(nn.functional.linear(x, gate)) * nn.functional.linear(x, up), down)
 
@@ -64,6 +67,8 @@ class DecoderLayer(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        check_sizes("DecoderLayer", width=width, heads=heads)
+        check_number("DecoderLayer", "eps", eps)
         self.input_layernorm = nn.RMSNorm(width, eps=eps)
         self.self_attn = MaskedAttention(width, heads, key_heads=key_heads, head_width=head_width, rotary=rotary)
         self.post_attention_layernorm = nn.RMSNorm(width, eps=eps)

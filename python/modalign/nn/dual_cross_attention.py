@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import masks
+from ..ops._arguments import check_flag
+from ..ops._attention_arguments import check_mask
 from ._tokens import check_sizes, check_tokens
 from .masked_attention import MaskedAttention
 
@@ -57,6 +60,7 @@ class DualCrossAttention(nn.Module):
 
     def __init__(self, width: int, context_width: int | None = None, *, heads: int, share: bool = True, **options: Any) -> None:
         super().__init__()
+        check_flag("DualCrossAttention", "share", share)
         self.attention = MaskedAttention(width, heads, context_width=context_width, **options)
         self.text_attention = None if share else MaskedAttention(width, heads, context_width=context_width, **options)
         self.visual_gate, self.text_gate = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
@@ -70,6 +74,9 @@ class DualCrossAttention(nn.Module):
         if self.text_attention is None:
             seen = self.attention(torch.cat([visual, text], 1), context, mask).split([Nv, Nt], 1)
         else:
+            M, attention = context.shape[1], self.attention
+            check_mask("DualCrossAttention", mask, visual, (visual.shape[0], attention.heads, Nv + Nt, M), attention.key_heads)
+            mask = masks.from_dense(mask, Nv + Nt, M) if isinstance(mask, Tensor) else mask
             halves = (None, None) if mask is None else (mask.rows(0, Nv), mask.rows(Nv, Nv + Nt))
             seen = self.attention(visual, context, halves[0]), self.text_attention(text, context, halves[1])
         return visual + self.visual_gate.tanh() * seen[0], text + self.text_gate.tanh() * seen[1]

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._tokens import check_sizes
 from .masked_attention import MaskedAttention
 
 __all__ = ["EncoderLayer"]
@@ -22,7 +23,9 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, width: int, heads: int, *, hidden: int | None = None) -> None:
         super().__init__()
+        check_sizes("EncoderLayer", width=width, heads=heads)
         hidden = 4 * width if hidden is None else hidden
+        check_sizes("EncoderLayer", hidden=hidden)
         self.attention_norm, self.attention = nn.LayerNorm(width), MaskedAttention(width, heads, bias=True)
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))

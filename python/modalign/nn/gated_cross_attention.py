@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._arguments import describe
-from ._tokens import check_tokens
+from ..ops._arguments import check_vectors, describe
+from ._tokens import check_sizes, check_tokens
 from .decoder_layer import DecoderLayer
 from .masked_attention import KeyValues, MaskedAttention
 
@@ -36,13 +36,14 @@ class GatedCrossAttention(nn.Module):
     them once for many steps of decoding; and a mask, `masks.media` (the latest picture, or all before: `immediate=False`) or `masks.tile_tags`. A token that sees no medium gets 0
     from the attention, in both modes; open implementations of "all before" let it see everything alike.
 
-    While the gates are closed, the weights behind them have the gradient 0 and the gates one that is not.
+    Media that are not finite reach x through a closed gate, too: 0 NaN = NaN. While the gates are closed, the weights behind them have the gradient 0 and the gates one that is not.
 
     Parameters: width, context_width, heads and head_width of the attention, without biases, 8 of 64 published; expansion of the feed-forward, 4 published.
     Raises as `MaskedAttention` does."""
 
     def __init__(self, width: int, context_width: int | None = None, *, heads: int = 8, head_width: int = 64, expansion: int = 4) -> None:
         super().__init__()
+        check_sizes("GatedCrossAttention", width=width, expansion=expansion)
         self.norm = nn.LayerNorm(width)
         self.attention = MaskedAttention(width, heads, head_width=head_width, context_width=context_width)
         self.attention_gate = nn.Parameter(torch.zeros(()))
@@ -51,6 +52,7 @@ class GatedCrossAttention(nn.Module):
         self.feed_forward_gate = nn.Parameter(torch.zeros(()))
 
     def keys(self, media: Tensor) -> KeyValues:
+        check_vectors("GatedCrossAttention", "media", media, f"[B, ..., {self.attention.context_width}]")
         if media.dim() < 3:
             raise ValueError(f"GatedCrossAttention: media must be [B, ..., {self.attention.context_width}] with 3 or more dimensions, got {describe(media)}")
         return self.attention.keys(media.flatten(1, -2))

@@ -22,6 +22,9 @@ class HierarchicalTemporalFeatures(NamedTuple):
     temporal: Tensor
     patches: Tensor
 
+    def to(self, device: Any) -> HierarchicalTemporalFeatures:
+        return HierarchicalTemporalFeatures(*(each.to(device) for each in self))
+
 
 class HierarchicalTemporalLayer(EncoderLayer):
     """Patches first see their own site at all times, then all tokens see each other under `masks.temporal_hierarchy`; then the feed-forward. [VidLA, 2024; reconstructed]
@@ -76,6 +79,8 @@ class HierarchicalTemporalEncoder(nn.Module):
         check_sizes("HierarchicalTemporalEncoder", width=width, layers=layers, per_level=per_level, stride=stride)
         if isinstance(levels, bool) or not isinstance(levels, int) or not 0 <= levels <= 14:
             raise ValueError(f"HierarchicalTemporalEncoder: levels must be a whole number from 0 to 14, got {levels!r}")
+        if stride**levels >= 2**31:
+            raise ValueError(f"HierarchicalTemporalEncoder: stride ** levels must be below 2 ** 31, got {stride} ** {levels}")
         self.width, self.levels, self.per_level, self.stride = width, levels, per_level, stride
         self.cls, self.mst = nn.Parameter(0.02 * torch.randn(width)), nn.Parameter(0.02 * torch.randn(levels * per_level, width))
         self.layers = nn.ModuleList(HierarchicalTemporalLayer(width, heads, hidden=hidden) for _ in range(layers))

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import masked_attention
-from ..ops._arguments import describe
+from ..ops._arguments import check_flag, describe
 from ..ops._registration import accumulation_dtype
-from ._tokens import check_sizes, check_tokens
+from ..ops._rotary import rotary_tables, turned
+from ._tokens import check_number, check_sizes, check_tokens
 
 __all__ = ["KeyValues", "MaskedAttention", "rotate"]
 
@@ -25,19 +26,19 @@ class KeyValues(NamedTuple):
         """These tokens and `later` ones behind them."""
         return KeyValues(torch.cat([self.key, later.key], 2), torch.cat([self.value, later.value], 2))
 
+    def to(self, device: Any) -> KeyValues:
+        return KeyValues(*(each.to(device) for each in self))
+
 
 def rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Rotary embedding of x [B, H, N, D] at positions [N] or [B, N]: entries f and f + D / 2 turn by the angle ``position base^(-2 f / D)``. [RoFormer, 2021]
+    """Rotary embedding of x [B, H, N, D] at positions [N] or [B, N]: entries f and f + D / 2 turn by the angle ``position base^(-2 f / D)``, in float64. [RoFormer, 2021]
 
     >>> rotate(torch.tensor([1.0, 0.0]).view(1, 1, 1, 2), torch.tensor([2]), 10000.0).flatten()          # cos 2, sin 2
     tensor([-0.4161,  0.9093])
     """
-    real, half = accumulation_dtype(x.dtype), x.shape[-1] // 2
-    speed = base ** (-torch.arange(half, device=x.device, dtype=real) / half)
-    angle = (positions.to(real)[..., None] * speed).unsqueeze(-3)
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.to(real).split(half, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    real = accumulation_dtype(x.dtype)
+    cos, sin = (each.unsqueeze(-3) for each in rotary_tables(positions, x.shape[-1], base, real))
+    return turned(x.to(real), cos, sin).to(x.dtype)
 
 
 class MaskedAttention(nn.Module):
@@ -64,7 +65,7 @@ class MaskedAttention(nn.Module):
     - x [B, N, width];
     - context, where the keys are of other tokens: [B, M, context_width], or `KeyValues` that `keys` made of them, such as those of a picture that many steps look at;
     - mask, causal and key_lengths of `ops.masked_attention`;
-    - positions int64 [N] or [B, N], and key_positions of a context, for `rotary`; from 0 on unless given, or from the end of `past` on;
+    - positions, whole numbers [N] or [B, N], and key_positions of a context, for `rotary` and with it alone; from 0 on unless given, or from the end of `past` on;
     - past, `KeyValues` of earlier tokens, in front of the keys of this call; return_keys: also the `KeyValues` of all, which are the next call's `past`.
 
     Gives [B, N, out_width]. A query that keeps nothing gives 0 (the bias of W_o, if it has one) and has no gradient.
@@ -100,6 +101,7 @@ class MaskedAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes("MaskedAttention", width=width, heads=heads)
+        check_flag("MaskedAttention", "bias", bias)
         key_heads = heads if key_heads is None else key_heads
         context_width, out_width = width if context_width is None else context_width, width if out_width is None else out_width
         if head_width is None and width % heads:
@@ -108,8 +110,10 @@ class MaskedAttention(nn.Module):
         check_sizes("MaskedAttention", key_heads=key_heads, head_width=head_width, context_width=context_width, out_width=out_width)
         if heads % key_heads:
             raise ValueError(f"MaskedAttention: key_heads must divide heads = {heads}, got {key_heads}")
-        if rotary is not None and (head_width % 2 or rotary <= 0):
-            raise ValueError(f"MaskedAttention: rotary must be positive and head_width even, got {rotary} and {head_width}")
+        if rotary is not None:
+            check_number("MaskedAttention", "rotary", rotary, above=True)
+            if head_width % 2:
+                raise ValueError(f"MaskedAttention: head_width must be even for rotary, got {head_width}")
         self.width, self.heads, self.key_heads, self.head_width, self.context_width, self.rotary = width, heads, key_heads, head_width, context_width, rotary
         self.q_proj = nn.Linear(width, heads * head_width, bias=bias)
         self.k_proj = nn.Linear(context_width, key_heads * head_width, bias=bias)
@@ -124,6 +128,26 @@ class MaskedAttention(nn.Module):
         """Keys and values of tokens [B, M, context_width]."""
         check_tokens("MaskedAttention", "context", context, ("B", "M", self.context_width))
         return KeyValues(self._rotated(self._heads(self.k_proj(context)), positions), self._heads(self.v_proj(context)))
+
+    def check_keys(self, name: str, keys: Any, x: Tensor) -> KeyValues:
+        """`KeyValues` of this layer for the batch of x."""
+        if not isinstance(keys, KeyValues):
+            raise TypeError(f"MaskedAttention: {name} must be KeyValues, got {describe(keys)}")
+        for each in keys:
+            check_tokens("MaskedAttention", name, each, ("B", self.key_heads, "N", self.head_width), x)
+        if keys.key.shape != keys.value.shape:
+            raise ValueError(f"MaskedAttention: {name} must have as many keys as values, got {describe(keys.key)} and {describe(keys.value)}")
+        return keys
+
+    def refuse_unread(self, **positions: Any) -> None:
+        """Nothing but the rotary embedding reads positions."""
+        for name, given in positions.items():
+            if given is not None and self.rotary is None:
+                raise ValueError(f"MaskedAttention: {name} must be given with rotary alone, got {describe(given)}")
+
+    def positions_behind(self, count: int, x: Tensor, positions: Tensor | None) -> Tensor | None:
+        """Those that are given, else those of x behind so many tokens, if anything asks for them."""
+        return positions if positions is not None or self.rotary is None else torch.arange(count, count + x.shape[1], device=x.device)
 
     def join(self, out: Tensor) -> Tensor:
         """[B, heads, N, head_width] to [B, N, out_width]"""
@@ -143,10 +167,14 @@ class MaskedAttention(nn.Module):
         return_keys: bool = False,
     ) -> Any:
         check_tokens("MaskedAttention", "x", x, ("B", "N", self.width))
-        if positions is None and past is not None:
-            positions = torch.arange(past.key.shape[2], past.key.shape[2] + x.shape[1], device=x.device)
+        check_flag("MaskedAttention", "return_keys", return_keys)
+        self.refuse_unread(positions=positions, key_positions=key_positions)
+        if past is not None:
+            positions = self.positions_behind(self.check_keys("past", past, x).key.shape[2], x, positions)
+        if key_positions is not None and not isinstance(context, Tensor):
+            raise ValueError(f"MaskedAttention: key_positions must be given for a context of tokens alone, got {describe(key_positions)}")
         if isinstance(context, KeyValues):
-            keys = context
+            keys = self.check_keys("context", context, x)
         elif context is None:
             keys = self.keys(x, positions)
         else:
@@ -162,10 +190,15 @@ class MaskedAttention(nn.Module):
         return x.unflatten(2, (-1, self.head_width)).transpose(1, 2)
 
     def _rotated(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        if positions is not None:
+            self._check_positions(positions, x)
         if self.rotary is None:
             return x
-        if positions is None:
-            positions = torch.arange(x.shape[2], device=x.device)
-        elif positions.is_floating_point() or positions.dim() not in (1, 2) or positions.shape[-1] != x.shape[2]:
-            raise ValueError(f"MaskedAttention: positions must be whole numbers [N] or [B, N] with N = {x.shape[2]}, got {describe(positions)}")
-        return rotate(x, positions, self.rotary)
+        return rotate(x, torch.arange(x.shape[2], device=x.device) if positions is None else positions, self.rotary)
+
+    def _check_positions(self, positions: Any, x: Tensor) -> None:
+        if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.is_complex() or positions.dtype is torch.bool:
+            raise TypeError(f"MaskedAttention: positions must be a tensor of whole numbers [N] or [B, N], got {describe(positions)}")
+        fits = positions.dim() == 1 or (positions.dim() == 2 and (positions.shape[0] == 1 or positions.shape[0] == x.shape[0]))
+        if not fits or positions.shape[-1] != x.shape[2] or positions.device != x.device:
+            raise ValueError(f"MaskedAttention: positions must be whole numbers [N] or [B, N] with B = {x.shape[0]} and N = {x.shape[2]} on {x.device}, got {describe(positions)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ class TextGuidedFeatures(NamedTuple):
 
     patches: Tensor
     question: Tensor
+
+    def to(self, device: Any) -> TextGuidedFeatures:
+        return TextGuidedFeatures(*(each.to(device) for each in self))
 
 
 class TextGuidedEncoder(nn.Module):
@@ -48,8 +51,10 @@ class TextGuidedEncoder(nn.Module):
 
     def __init__(self, width: int, question_width: int, *, heads: int, layers: int, early: int | None = None, hidden: int | None = None) -> None:
         super().__init__()
-        check_sizes("TextGuidedEncoder", question_width=question_width, layers=layers)
+        check_sizes("TextGuidedEncoder", width=width, question_width=question_width, layers=layers)
         early = (layers - 1) // 2 if early is None else early
+        if isinstance(early, bool) or not isinstance(early, int):
+            raise TypeError(f"TextGuidedEncoder: early must be a whole number, got {early!r}")
         if layers < 3 or not 0 <= early <= layers:
             raise ValueError(f"TextGuidedEncoder: layers must be 3 or more and early from 0 to layers, got {layers} and {early}")
         self.width, self.question_width, self.early = width, question_width, early
@@ -59,7 +64,9 @@ class TextGuidedEncoder(nn.Module):
     def forward(self, patches: Tensor, question: Tensor, question_mask: Tensor | None = None) -> TextGuidedFeatures:
         check_tokens("TextGuidedEncoder", "patches", patches, ("B", "N", self.width))
         check_tokens("TextGuidedEncoder", "question", question, ("B", "L", self.question_width), patches)
-        if question_mask is not None and (question_mask.dtype is not torch.bool or question_mask.shape != question.shape[:2]):
+        if question_mask is not None and not isinstance(question_mask, Tensor):
+            raise TypeError(f"TextGuidedEncoder: question_mask must be a bool tensor [B, L], got {describe(question_mask)}")
+        if question_mask is not None and (question_mask.dtype is not torch.bool or question_mask.shape != question.shape[:2] or question_mask.device != question.device):
             raise ValueError(f"TextGuidedEncoder: question_mask must be bool [B, L] = {list(question.shape[:2])}, got {describe(question_mask)}")
         N, L = patches.shape[1], question.shape[1]
         first = torch.cat([torch.zeros(N, dtype=torch.int32), torch.full((L,), N, dtype=torch.int32)]).to(patches.device)  # the first row that sees a key

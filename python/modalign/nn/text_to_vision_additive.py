@@ -99,8 +99,9 @@ class VisionAdditiveAttention(MaskedAttention):
             c = self.seen(x, vision, vision_mask)
             added = {each: self.vision_gate[each] * self.vision_proj[each](c) for each in self.vision_proj}
             q, k, v = q + added.get("q", 0), k + added.get("k", 0), v + added.get("v", 0)
-        if positions is None and past is not None:
-            positions = torch.arange(past.key.shape[2], past.key.shape[2] + x.shape[1], device=x.device)
+        self.refuse_unread(positions=positions)
+        if past is not None:
+            positions = self.positions_behind(self.check_keys("past", past, x).key.shape[2], x, positions)
         keys = KeyValues(self._rotated(self._heads(k), positions), self._heads(v))
         keys = keys if past is None else past.append(keys)
         out = self.join(masked_attention(self._rotated(self._heads(q), positions), *keys, mask, causal=causal))

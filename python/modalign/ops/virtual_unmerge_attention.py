@@ -11,6 +11,7 @@ from .. import masks
 from . import _arguments as arguments
 from . import _attention_arguments as check
 from ._registration import accumulation_dtype, call, refuse_forward_mode, register_looping_vmap, register_pair
+from ._rotary import rotary_tables, turned
 from .masked_attention import masked_attention, reference_masked_attention
 
 __all__ = ["VirtualUnmergeCache", "reference_virtual_unmerge_attention", "virtual_unmerge_attention"]
@@ -81,7 +82,7 @@ def virtual_unmerge_attention(
     -----
     A virtual token that keeps nothing adds 0 to its mean. A merged token that no entry of a map [B, N] names: output 0, no gradient. Nu = N = 0: empty.
 
-    Under autocast query, key and value are cast to its dtype; angles, means and sums over groups are in the accumulation dtype (float32; float64 for float64), tables in float64 before.
+    Under autocast query, key and value are cast to its dtype; tables are in the accumulation dtype (float32; float64 for float64), angles, means and sums over groups in float64 before.
 
     Raises
     ------
@@ -119,7 +120,7 @@ def virtual_unmerge_attention(
             keep = keep & (masks.from_dense(mask, N, N) if isinstance(mask, Tensor) else mask)
         angles = _tables(query, tokens.index if positions is None else positions, theta, rotary)
         q, k, v = (call("virtual_unmerge", each.to(accumulation_dtype(each.dtype)), g) for each in (query, key, value))
-        f = masked_attention(_rotate(q, *angles), _rotate(k, *angles), v, keep, causal=causal, scale=scale)
+        f = masked_attention(turned(q, *angles), turned(k, *angles), v, keep, causal=causal, scale=scale)
         return call("virtual_merge", f, g, Nu).to(query.dtype)
 
 
@@ -152,8 +153,16 @@ class VirtualUnmergeCache:
         tokens = masks.Tokens(torch.ops.modalign.virtual_tokens(self.index_map, None, key.shape[2], index_map.dim() == 1))
         positions = tokens.index if positions is None else positions
         self.theta, self.angles = theta, _tables(key, positions, theta, rotary)
-        there = positions.masked_fill(self.index_map < 0, -1)
-        self.next = None if rotary is not None else torch.cat([there, there.new_full((len(there), 1), -1)], 1).amax(1, keepdim=True) + 1  # [1 or B, 1]
+        self.next = None if rotary is not None else torch.zeros(1, 1, dtype=torch.int64, device=key.device)  # [1 or B, 1]
+        if self.next is not None and self.index_map.numel():
+            lowest = -torch.inf if positions.is_floating_point() else torch.iinfo(torch.int64).min
+            places = positions if positions.is_floating_point() else positions.long()
+            highest = places.masked_fill(self.index_map < 0, lowest).amax(1, keepdim=True)
+            self.next = torch.where(self._any(), highest + 1, 0)
+
+    def _any(self) -> Tensor:
+        """bool [1 or B, 1], whether an item has tokens."""
+        return (self.index_map >= 0).any(1, keepdim=True)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, positions: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None, scale: float | None = None
@@ -174,10 +183,13 @@ class VirtualUnmergeCache:
             raise ValueError(f"{op}: rotary must be given if the cache was made with it, and only then, got {arguments.describe(rotary)}")
         _check_angles(op, query, n, positions, None, rotary)
         check.check_numbers(op, query, False, scale, 0)
-        if rotary is None:
-            positions = self.next + torch.arange(n, device=key.device) if positions is None else positions
-            self.next = torch.maximum(self.next, positions.reshape(-1, n).amax(1, keepdim=True) + 1) if n else self.next
+        if rotary is None and positions is None:
+            positions = self.next + torch.arange(n, device=key.device)
         angles, Nu = _tables(query, positions, self.theta, rotary), self.key.shape[2]
+        refuse_forward_mode(op, (query, key, value, self.key, self.value, *angles, *self.angles))
+        if positions is not None and n:
+            behind = positions.reshape(-1, n).amax(1, keepdim=True) + 1
+            self.next = torch.where(self._any(), torch.maximum(self.next, behind), behind)
         own = torch.arange(Nu, Nu + n, device=key.device).expand(len(self.index_map), n)
         self.key, self.value, self.index_map = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2), torch.cat([self.index_map, own], 1)
         self.angles = tuple(torch.cat([each.expand(max(len(old), len(new)), -1, -1, -1) for each in (old, new)], 2) for old, new in zip(self.angles, angles, strict=True))
@@ -185,7 +197,7 @@ class VirtualUnmergeCache:
             real = accumulation_dtype(query.dtype)
             k, v = (call("virtual_unmerge", each.to(real), self.index_map) for each in (self.key, self.value))
             there = (self.index_map >= 0)[:, None, None]
-            return masked_attention(_rotate(query.to(real), *angles), _rotate(k, *self.angles), v, there, causal=True, scale=scale).to(query.dtype)
+            return masked_attention(turned(query.to(real), *angles), turned(k, *self.angles), v, there, causal=True, scale=scale).to(query.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------- arguments
@@ -229,19 +241,11 @@ def _check_angles(op: str, like: Tensor, N: int, positions: object, theta: objec
 
 
 def _tables(like: Tensor, positions: Tensor, theta: float | None, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """cos and sin, [1 or B, 1, N, D / 2] in the accumulation dtype; angles in float64, so that far positions keep their digits."""
+    """cos and sin, [1 or B, 1, N, D / 2] in the accumulation dtype."""
     if rotary is None:
-        D = like.shape[3]
-        frequencies = (THETA if theta is None else theta) ** (torch.arange(D // 2, dtype=torch.float64, device=like.device) * (-2 / D))
-        angle = positions.double()[..., None] * frequencies
-        rotary = angle.cos(), angle.sin()
+        rotary = rotary_tables(positions, like.shape[3], THETA if theta is None else theta, accumulation_dtype(like.dtype))
     cos, sin = (each.to(accumulation_dtype(like.dtype))[:, None] if each.dim() == 3 else each.to(accumulation_dtype(like.dtype))[None, None] for each in rotary)
     return cos, sin
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, x2 = x.chunk(2, -1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
 
 
 # ------------------------------------------------------------------------------------------------------------------- to virtual tokens and back
@@ -278,7 +282,9 @@ def _unmerge(x: Tensor, index_map: Tensor) -> Tensor:
 
 
 def _group_sums(x: Tensor, index_map: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """[B, H, N, D] to [B, H, Nu, D], sums over the i with g(i) = u in their order, and how many these are [1 or B, 1, Nu, 1]. One thread adds a group, so no number of threads changes a bit."""
+    """[B, H, N, D] to [B, H, Nu, D], sums over the i with g(i) = u in their order, and how many these are [1 or B, 1, Nu, 1]. One thread adds a group, so no number of threads changes a bit.
+
+    Sums are float64: those of a group of thousands, one term after the other, would lose digits of float32."""
     B, H, N, D = x.shape
     items, bags = torch.arange(B, device=x.device)[:, None], groups + 1  # bag 0 of an item is its padding
     bag = (items * bags + index_map + 1).flatten()
@@ -286,18 +292,18 @@ def _group_sums(x: Tensor, index_map: Tensor, groups: int) -> tuple[Tensor, Tens
     starts = torch.searchsorted(bag[order], torch.arange(B * bags, device=x.device))
     counts = starts.diff(append=starts.new_tensor([B * N])).view(B, 1, bags, 1)[:, :, 1:]
     if x.numel() == 0:
-        return x.new_zeros(B, H, groups, D), counts
-    sums = torch.nn.functional.embedding_bag(order, x.transpose(1, 2).reshape(B * N, H * D), starts, mode="sum")
+        return x.new_zeros(B, H, groups, D, dtype=torch.float64), counts
+    sums = torch.nn.functional.embedding_bag(order, x.transpose(1, 2).reshape(B * N, H * D).double(), starts, mode="sum")
     return sums.view(B, bags, H, D)[:, 1:].transpose(1, 2).contiguous(), counts
 
 
 def _unmerge_backward(grad: Tensor, index_map: Tensor, groups: int) -> Tensor:
-    return _group_sums(grad, index_map, groups)[0]
+    return _group_sums(grad, index_map, groups)[0].to(grad.dtype)
 
 
 def _merge(x: Tensor, index_map: Tensor, groups: int) -> Tensor:
     sums, counts = _group_sums(x, index_map, groups)
-    return sums / counts.clamp(min=1)
+    return (sums / counts.clamp(min=1)).to(x.dtype)
 
 
 def _merge_backward(grad: Tensor, index_map: Tensor) -> Tensor:
@@ -394,5 +400,5 @@ def reference_virtual_unmerge_attention(
         rotary = angle.cos(), angle.sin()
     cos, sin = (each.to(real).view(-1, 1, N, query.shape[3] // 2) for each in rotary)
     q, k, v = (member @ each.to(real) for each in (query, key, value))
-    f = reference_masked_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, keep, scale=scale)
+    f = reference_masked_attention(turned(q, cos, sin), turned(k, cos, sin), v, keep, scale=scale)
     return (member.mT @ f / member.sum(2).clamp(min=1)[..., None]).to(query.dtype)
