@@ -1,0 +1,274 @@
+"""A decoder of four layers reads real pictures under five masks: loss, FLOPs and time of a step side by side. [EE-MLLM, 2024; SAISA, 2025; AKI, 2025]
+
+    python examples/masks_on_pictures.py --quick                                                                      # sees that it runs, seconds
+    python examples/masks_on_pictures.py --seeds 5 --out benchmarks/results/masks_on_pictures.json --resume           # an hour or so on one core
+
+The pictures are those of emoji-mini, 36 x 36 pixels, as 81 tokens of 4 x 4 pixels; behind them a question, "name" or "word", and the answer letter by letter: the name of the picture, or
+one of its keywords. Where a mask lets no visual token look at others, its layers launch the rows of text alone. Items whose name is longer than 24 letters are left out. Every seed splits
+the items anew, by caption, and gives all masks the same batches.
+
+Metric, named before any run: the loss of a held-out letter in nats, names and first keywords of test items. Beside it the same with the pictures of other items, which says what the pictures are
+worth to it; FLOPs of a training step, of linear layers as torch counts them for the rows that are launched, of attention by the pairs that are kept, seven products (two forward, five
+backward); milliseconds of a training step, medians of rounds in which every mask has its turn.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from modalign import masks
+from modalign.bench import environment
+from modalign.data import load
+from modalign.nn import CompositeDecoderLayer, DecoderLayer, NoVisualAttentionLayer, token_streams
+
+KINDS = {"full": "full causal", "image_prefix": "image prefix", "composite": "composite", "naavit": "NAAViT", "modality_mutual": "modality-mutual"}
+QUESTIONS = ("name", "word")
+SIDE, PATCH, LETTERS = 36, 4, 24
+GRID = SIDE // PATCH
+T_95 = {2: 12.706, 3: 4.303, 5: 2.776}  # of a t distribution, by the number of seeds
+SETTINGS = {"width": 128, "heads": 4, "hidden": 256, "layers": 4, "steps": 500, "batch": 16, "learning_rate": 2e-3, "weight_decay": 0.1, "test_items": 500}
+QUICK = SETTINGS | {"width": 32, "hidden": 64, "steps": 6, "batch": 8, "test_items": 32}
+ROUNDS = 40
+TOKENS = masks.layout([("prefix", 1), ("visual", (GRID, GRID)), ("question", len(QUESTIONS[0])), ("answer", LETTERS)])
+STREAMS = token_streams(TOKENS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------------- pictures
+
+
+class Pictures:
+    """Pictures of emoji-mini as pixels, names and keywords as letters."""
+
+    def __init__(self):
+        import numpy as np
+
+        self.data = load("emoji-mini")
+        self.pixels = torch.stack([torch.from_numpy(np.array(self.data.picture(item))) for item in range(len(self.data))]).permute(0, 3, 1, 2) / 127.5 - 1  # white is 1
+        self.answers = {
+            "name": [[item["name"].lower()] for item in self.data.items],
+            "word": [[word.lower() for word in item["keywords"] if len(word) <= LETTERS] for item in self.data.items],
+        }
+        self.letters = "\n " + "".join(sorted({letter for of in self.answers.values() for answers in of for answer in answers for letter in answer} - {" "}))  # "\n" begins and ends
+
+    def split(self, seed):
+        parts = self.data.splits(seed)
+        return tuple([item for item in part.tolist() if len(self.answers["name"][item][0]) <= LETTERS] for part in (parts.train, parts.test))
+
+    def encode(self, question, answer):
+        """Letters of prefix, question and answer, and what is to be said at each; -100: nothing."""
+        said = [self.letters.index(letter) for letter in answer]
+        asked = [0, *(self.letters.index(letter) for letter in question)]
+        rest = [0] * (LETTERS - len(said))
+        return asked + said + rest, [-100] * (len(asked) - 1) + said + [0] + [-100] * len(rest)
+
+    def batch(self, items, questions, generator=None):
+        """patches [B, 81, 48], letters and answers [B, 1 + 4 + 24]. With a generator: pictures moved by up to two pixels, any of the keywords."""
+        pixels, pairs = self.pixels[items], []
+        for item, question in zip(items, questions, strict=True):
+            answers = self.answers[question][item]
+            pairs.append(self.encode(question, answers[int(torch.randint(len(answers), (), generator=generator)) if generator else 0]))
+        if generator:
+            wide, moved = F.pad(pixels, (2, 2, 2, 2), value=1.0), torch.randint(5, (len(items), 2), generator=generator).tolist()
+            pixels = torch.stack([picture[:, y : y + SIDE, x : x + SIDE] for picture, (y, x) in zip(wide, moved, strict=True)])
+        patches = F.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2)
+        letters, answers = (torch.tensor(column) for column in zip(*pairs, strict=True))
+        return patches, letters, answers
+
+    def drawn(self, items, size, generator):
+        chosen = [items[n] for n in torch.randint(len(items), (size,), generator=generator).tolist()]
+        questions = [QUESTIONS[n] if self.answers["word"][item] else "name" for item, n in zip(chosen, torch.randint(2, (size,), generator=generator).tolist(), strict=True)]
+        return self.batch(chosen, questions, generator)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------------- decoders
+
+
+def decoder_mask(kind):
+    """Of the rows that are launched."""
+    return {"full": lambda: masks.causal(len(TOKENS)), "image_prefix": lambda: masks.image_prefix(TOKENS), "modality_mutual": lambda: masks.modality_mutual(TOKENS)}.get(kind, STREAMS.text_mask)()
+
+
+class Decoder(nn.Module):
+    def __init__(self, kind, letters, settings):
+        super().__init__()
+        width, options = settings["width"], {"heads": settings["heads"], "hidden": settings["hidden"]}
+        self.kind, self.mask = kind, decoder_mask(kind)
+        self.patches, self.places = nn.Linear(3 * PATCH**2, width), nn.Parameter(0.02 * torch.randn(GRID**2, width))
+        self.letters = nn.Embedding(letters, width)
+        layer = {"composite": CompositeDecoderLayer, "naavit": NoVisualAttentionLayer}.get(kind, DecoderLayer)
+        options |= {"feature_width": width} if kind == "naavit" else {}
+        self.layers = nn.ModuleList(layer(width, **options) for _ in range(settings["layers"]))
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, letters, bias=False)
+
+    def forward(self, patches, letters):
+        """Logits of the letters that follow, [B, 29, letters]."""
+        visual, text = self.patches(patches) + self.places, self.letters(letters)
+        positions = {"text_positions": STREAMS.text.index, "visual_positions": STREAMS.visual.index}
+        if self.kind in ("composite", "naavit"):
+            for layer in self.layers:
+                if self.kind == "composite":
+                    text, visual = layer(text, visual, self.mask, **positions)
+                else:
+                    text = layer(text, visual, self.mask, **positions)
+        else:
+            x = STREAMS.put(text, visual)
+            for layer in self.layers:
+                x = layer(x, self.mask)
+            text, _ = STREAMS.take(x)
+        return self.head(self.norm(text))
+
+
+class Training:
+    """A decoder and its optimizer."""
+
+    def __init__(self, kind, letters, seed, settings):
+        torch.manual_seed(seed)
+        self.decoder = Decoder(kind, letters, settings)
+        self.optimizer = torch.optim.AdamW(self.decoder.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"])
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, settings["learning_rate"], total_steps=settings["steps"] + ROUNDS + 2, pct_start=0.1)
+
+    def step(self, patches, letters, answers):
+        loss = F.cross_entropy(self.decoder(patches, letters).flatten(0, 1), answers.flatten())
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.decoder.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        return float(loss.detach())
+
+
+def learn(pictures, kind, seed, settings, told):
+    """Held-out losses of one run."""
+    train, test = pictures.split(seed)
+    training, generator = Training(kind, len(pictures.letters), seed, settings), torch.Generator().manual_seed(seed)
+    for step in range(settings["steps"]):
+        told(step + 1, training.step(*pictures.drawn(train, settings["batch"], generator)))
+    found = {}
+    with torch.no_grad():
+        for question in QUESTIONS:
+            asked = [item for item in test[: settings["test_items"]] if pictures.answers[question][item]]
+            losses = {"loss": 0.0, "other_pictures": 0.0}
+            for start in range(0, len(asked), 64):
+                patches, letters, answers = pictures.batch(asked[start : start + 64], [question] * len(asked[start : start + 64]))
+                for name, seen in (("loss", patches), ("other_pictures", patches.roll(1, 0))):
+                    losses[name] += float(F.cross_entropy(training.decoder(seen, letters).flatten(0, 1), answers.flatten(), reduction="sum"))
+            count = sum(len(pictures.answers[question][item][0]) + 1 for item in asked)
+            found[question] = {name: total / count for name, total in losses.items()} | {"letters": count}
+    total = sum(one["letters"] for one in found.values())
+    return {name: sum(one[name] * one["letters"] for one in found.values()) / total for name in ("loss", "other_pictures")} | {"by_question": found}
+
+
+def costs(pictures, settings, rounds):
+    """{kind: rows that are launched, share of causal pairs, FLOPs of a step, milliseconds}"""
+    batch = pictures.drawn(pictures.split(0)[0], settings["batch"], torch.Generator().manual_seed(0))
+    trainings = {kind: Training(kind, len(pictures.letters), 0, settings) for kind in KINDS}
+    found = {}
+    for kind, training in trainings.items():
+        mask = training.decoder.mask
+        with FlopCounterMode(display=False) as counter:  # knows nothing of our op
+            training.step(*batch)
+        products = 3.5 * settings["layers"] * mask.flops(settings["heads"], settings["width"] // settings["heads"], batch=settings["batch"])
+        found[kind] = {"rows": mask.queries, "pairs": mask.kept() * mask.queries * mask.keys, "linear_flops": counter.get_total_flops(), "attention_flops": products, "milliseconds": []}
+    for turn in range(rounds + 1):
+        for kind in list(KINDS) if turn % 2 else list(reversed(KINDS)):
+            began = time.perf_counter()
+            trainings[kind].step(*batch)
+            if turn:  # the first warms up
+                found[kind]["milliseconds"].append(1e3 * (time.perf_counter() - began))
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------------------------------------- the results
+
+
+def table(results):
+    costs, count = results["costs"], len(results["seeds"])
+    lines = ["| mask | rows of a layer | pairs kept | loss of a held-out letter | less full causal, 95 % interval | with other pictures | GFLOP of a step | ms of a step |"]
+    lines.append("|---|" + "---:|" * 7)
+    losses = {kind: [results["runs"][f"{kind}, {seed}"] for seed in results["seeds"]] for kind in KINDS}
+    for kind, name in KINDS.items():
+        loss, apart = [one["loss"] for one in losses[kind]], "–"
+        if kind != "full":
+            difference = [one - other["loss"] for one, other in zip(loss, losses["full"], strict=True)]
+            apart = f"{mean(difference):+.3f}"
+            if count in T_95:
+                half = T_95[count] * stdev(difference) / count**0.5
+                apart += f" ({mean(difference) - half:+.3f} … {mean(difference) + half:+.3f})"
+        one = costs[kind]
+        spread = f" ± {stdev(loss):.3f}" if count > 1 else ""
+        flops = one["linear_flops"] + one["attention_flops"]
+        took = f"{median(one['milliseconds']):.0f}" if one["milliseconds"] else "–"
+        cells = [name, f"{one['rows']}", f"{one['pairs']:.0f}", f"{mean(loss):.3f}{spread}", apart, f"{mean(each['other_pictures'] for each in losses[kind]):.3f}", f"{flops / 1e9:.2f}", took]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0, help="settings are chosen on other seeds than those reported")
+    parser.add_argument("--steps", type=int, help=f"default {SETTINGS['steps']}")
+    parser.add_argument("--rounds", type=int, help=f"of timing, default {ROUNDS}; 0: no times, which a quiet machine can add later with --resume")
+    parser.add_argument("--quick", action="store_true", help="a narrow decoder and few steps: it runs, and learns nothing to speak of")
+    parser.add_argument("--out", type=Path, help="results as JSON, written after each run")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that are in --out, and times if there are any")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = QUICK if arguments.quick else SETTINGS
+    settings = settings | ({"steps": arguments.steps} if arguments.steps else {})
+    rounds = (2 if arguments.quick else ROUNDS) if arguments.rounds is None else arguments.rounds
+    seeds = list(range(arguments.first_seed, arguments.first_seed + (1 if arguments.quick else arguments.seeds)))
+    runs, measured = {}, None
+    if arguments.resume and arguments.out and arguments.out.exists():
+        before = json.loads(arguments.out.read_text(encoding="utf-8"))
+        if before["settings"] != settings:
+            parser.error(f"--resume: {arguments.out.name} was made with other settings")
+        runs, measured = before["runs"], before["costs"]
+    pictures = Pictures()
+    if measured is None or rounds and not measured["full"]["milliseconds"]:
+        measured = costs(pictures, settings, rounds)
+
+    def results():
+        words = shlex.join(["python", "examples/masks_on_pictures.py", *sys.argv[1:]])
+        content = {"metric": "loss of a held-out letter, nats", "command": words, "settings": settings, "seeds": seeds, "runs": runs, "costs": measured}
+        return content | {"environment": environment.describe(torch.device("cpu"), 0)}
+
+    def written():
+        if arguments.out:
+            from modalign._files import write_json
+
+            write_json(arguments.out, results())
+
+    written()
+    for seed in seeds:
+        for kind in KINDS:
+            name, began = f"{kind}, {seed}", time.monotonic()
+            if name in runs:
+                continue
+
+            def told(step, loss, name=name, began=began):
+                if step % 25 == 0:
+                    print(f"\r{name}: step {step} of {settings['steps']}, loss {loss:.3f}, {time.monotonic() - began:.0f} s", end="", file=sys.stderr, flush=True)
+
+            try:
+                runs[name] = learn(pictures, kind, seed, settings, told)
+            except KeyboardInterrupt:
+                sys.exit(f"\nstopped in {name}; {'the runs before it are kept: --resume' if arguments.out else 'nothing is kept without --out'}")
+            print("\r\033[K", end="", file=sys.stderr)
+            print(f"{name}: loss {runs[name]['loss']:.3f}, with other pictures {runs[name]['other_pictures']:.3f}", flush=True)
+            written()
+    print(table(results()), end="")
+    print(f"{len(seeds)} seeds; mean and standard deviation; differences within a seed")
+
+
+if __name__ == "__main__":
+    main()
