@@ -5,7 +5,8 @@
 
 Multi-query associative recall: pairs of a key and a value, then some of the places are the keys again, and there the value is asked for; everything else is noise. Places follow Zoology's
 power law (most of the questions come soon, some late). Needle: one pair in the first half of the noise, asked for at the very end. One model for each kind of attention and seed learns all
-of them at once, the same sequences for each kind: two layers, rotary positions, and nothing but attention that moves between tokens.
+of them at once, the same sequences for each kind: two layers, rotary positions, and nothing but attention that moves between tokens. Training goes from sequences of 64 tokens, where all kinds
+keep the same keys, to those of 512 that are tested; a length has the numbers of pairs that leave half of it to the questions.
 
 Dynamic masks score a key by its value, A softplus(dt_proj v), and add the score to the logits; A starts at 0, where equal scores make a window of the last 64. So "dynamic" begins as
 "window" and has 2 (width + 1) numbers a layer more.
@@ -35,8 +36,9 @@ KEYS, VALUES, NOISE = 128, 128, 64  # tokens of each sort, one after the other
 POWER = 0.01  # of the law of places
 TASKS = (4, 8, 16, 32, 64, "needle")  # numbers of pairs
 T_95 = {2: 12.706, 3: 4.303, 5: 2.776}  # of a t distribution, by the number of seeds
-SETTINGS = {"length": 512, "keep": 64, "width": 64, "heads": 2, "layers": 2, "steps": 3000, "rows": 4, "learning_rate": 3e-3, "test_rows": 64, "tasks": list(TASKS)}
-QUICK = SETTINGS | {"length": 64, "keep": 16, "width": 32, "steps": 30, "test_rows": 16, "tasks": [4, 8, "needle"]}
+STAGES = [[64, 0.5], [128, 0.2], [256, 0.15], [512, 0.15]]  # lengths and their share of the steps
+SETTINGS = {"keep": 64, "width": 64, "heads": 2, "layers": 2, "steps": 3000, "stages": STAGES, "tokens": 6144, "learning_rate": 3e-3, "test_rows": 64, "tasks": list(TASKS)}
+QUICK = SETTINGS | {"keep": 16, "width": 32, "steps": 20, "stages": [[16, 0.5], [64, 0.5]], "tokens": 1024, "test_rows": 16, "tasks": [4, 8, "needle"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------------- the task
@@ -93,13 +95,22 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(KEYS + VALUES + NOISE, width)
         layers = [DynamicDecoderLayer(width, heads, keep) if kind == "dynamic" else DecoderLayer(width, heads) for _ in range(settings["layers"])]
         self.layers, self.norm, self.head = nn.ModuleList(layers), nn.RMSNorm(width), nn.Linear(width, VALUES, bias=False)
-        self.masks = {"full": (masks.causal(settings["length"]),), "window": (masks.causal(settings["length"], window=keep),), "dynamic": ()}[kind]
+        self.mask = {"full": masks.causal, "window": lambda length: masks.causal(length, window=keep)}.get(kind)
 
     def forward(self, tokens):
-        x = self.embedding(tokens)
+        x, mask = self.embedding(tokens), (self.mask(tokens.shape[1]),) if self.mask else ()
         for layer in self.layers:
-            x = layer(x, *self.masks)
+            x = layer(x, *mask)
         return self.head(self.norm(x))
+
+
+def training_batch(step, settings, generator):
+    """Sequences of the length that is due, as many of every task."""
+    ends = torch.tensor([share for _, share in settings["stages"]]).cumsum(0) * settings["steps"]
+    length = settings["stages"][min(int((step >= ends).sum()), len(ends) - 1)][0]
+    tasks = [task for task in settings["tasks"] if task == "needle" or 4 * task <= length]
+    rows = settings["tokens"] // (length * len(tasks))
+    return map(torch.cat, zip(*(sequences(task, rows, length, generator) for task in tasks), strict=True))
 
 
 def learn(kind, seed, settings, told):
@@ -111,7 +122,7 @@ def learn(kind, seed, settings, told):
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=settings["learning_rate"])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings["learning_rate"], total_steps=settings["steps"], pct_start=0.1)
     for step in range(settings["steps"]):
-        tokens, answers = map(torch.cat, zip(*(sequences(task, settings["rows"], settings["length"], generator) for task in settings["tasks"]), strict=True))
+        tokens, answers = training_batch(step, settings, generator)
         asked = answers >= 0
         each = F.cross_entropy(model(tokens)[asked], answers[asked], reduction="none")
         loss = (each / asked.sum(1, keepdim=True).expand_as(asked)[asked]).sum() / len(tokens)  # every sequence counts as much
@@ -129,7 +140,7 @@ def rate(model, settings):
     """{task: percent of the questions answered right}"""
     found = {}
     for number, task in enumerate(settings["tasks"]):
-        tokens, answers = sequences(task, settings["test_rows"], settings["length"], torch.Generator().manual_seed(10**6 + number))
+        tokens, answers = sequences(task, settings["test_rows"], settings["stages"][-1][0], torch.Generator().manual_seed(10**6 + number))
         right = torch.cat([model(part).argmax(2) for part in tokens.split(16)]) == answers
         found[str(task)] = 100 * float(right[answers >= 0].double().mean())
     return found

@@ -3,11 +3,11 @@
     python examples/masks_on_pictures.py --quick                                                                      # sees that it runs, seconds
     python examples/masks_on_pictures.py --seeds 5 --out benchmarks/results/masks_on_pictures.json --resume           # an hour or so on one core
 
-The pictures are those of emoji-mini, 36 x 36 pixels, as 81 tokens of 4 x 4 pixels; behind them a question, "name" or "word", and the answer letter by letter: the name of the picture, or
-one of its keywords. Where a mask lets no visual token look at others, its layers launch the rows of text alone. Items whose name is longer than 24 letters are left out. Every seed splits
-the items anew, by caption, and gives all masks the same batches.
+The pictures are those of emoji-mini, 36 x 36 pixels, as 81 tokens of 4 x 4 pixels; behind them a question, "name" or "keyword", and the answer word by word: the name of the picture, or one of
+its keywords. Words that fewer than four items have are one word, "rare". Where a mask lets no visual token look at others, its layers launch the rows of text alone. Items whose name has more
+than six words are left out. Every seed splits the items anew, by caption, and gives all masks the same batches.
 
-Metric, named before any run: the loss of a held-out letter in nats, names and first keywords of test items. Beside it the same with the pictures of other items, which says what the pictures are
+Metric, named before any run: the loss of a held-out word in nats, names and first keywords of test items. Beside it the same with the pictures of other items, which says what the pictures are
 worth to it; FLOPs of a training step, of linear layers as torch counts them for the rows that are launched, of attention by the pairs that are kept, seven products (two forward, five
 backward); milliseconds of a training step, medians of rounds in which every mask has its turn.
 """
@@ -17,6 +17,7 @@ import json
 import shlex
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -31,14 +32,14 @@ from modalign.data import load
 from modalign.nn import CompositeDecoderLayer, DecoderLayer, NoVisualAttentionLayer, token_streams
 
 KINDS = {"full": "full causal", "image_prefix": "image prefix", "composite": "composite", "naavit": "NAAViT", "modality_mutual": "modality-mutual"}
-QUESTIONS = ("name", "word")
-SIDE, PATCH, LETTERS = 36, 4, 24
+QUESTIONS = ("name", "keyword")
+SIDE, PATCH, WORDS, LEAST = 36, 4, 6, 4
 GRID = SIDE // PATCH
 T_95 = {2: 12.706, 3: 4.303, 5: 2.776}  # of a t distribution, by the number of seeds
-SETTINGS = {"width": 128, "heads": 4, "hidden": 256, "layers": 4, "steps": 500, "batch": 16, "learning_rate": 2e-3, "weight_decay": 0.1, "test_items": 500}
+SETTINGS = {"width": 128, "heads": 4, "hidden": 256, "layers": 4, "steps": 400, "batch": 32, "learning_rate": 2e-3, "weight_decay": 0.1, "test_items": 500}
 QUICK = SETTINGS | {"width": 32, "hidden": 64, "steps": 6, "batch": 8, "test_items": 32}
 ROUNDS = 40
-TOKENS = masks.layout([("prefix", 1), ("visual", (GRID, GRID)), ("question", len(QUESTIONS[0])), ("answer", LETTERS)])
+TOKENS = masks.layout([("prefix", 1), ("visual", (GRID, GRID)), ("question", 1), ("answer", WORDS)])
 STREAMS = token_streams(TOKENS)
 
 
@@ -46,46 +47,43 @@ STREAMS = token_streams(TOKENS)
 
 
 class Pictures:
-    """Pictures of emoji-mini as pixels, names and keywords as letters."""
+    """Pictures of emoji-mini as pixels, names and keywords as numbers of words."""
 
     def __init__(self):
         import numpy as np
 
         self.data = load("emoji-mini")
         self.pixels = torch.stack([torch.from_numpy(np.array(self.data.picture(item))) for item in range(len(self.data))]).permute(0, 3, 1, 2) / 127.5 - 1  # white is 1
+        said = {"name": [[item["name"].lower().split()] for item in self.data.items], "keyword": [[each.lower().split() for each in item["keywords"]] for item in self.data.items]}
+        of_items = Counter(word for both in zip(*said.values(), strict=True) for word in {word for answers in both for answer in answers for word in answer})
+        self.words = ["", *QUESTIONS, "rare", *sorted(word for word, count in of_items.items() if count >= LEAST)]  # "" begins and ends; 1 and 2 are the questions
+        number = {word: n for n, word in enumerate(self.words) if n > 3}
         self.answers = {
-            "name": [[item["name"].lower()] for item in self.data.items],
-            "word": [[word.lower() for word in item["keywords"] if len(word) <= LETTERS] for item in self.data.items],
+            question: [[[number.get(word, 3) for word in answer] for answer in answers if len(answer) <= WORDS] for answers in of] for question, of in said.items()
         }
-        self.letters = "\n " + "".join(sorted({letter for of in self.answers.values() for answers in of for answer in answers for letter in answer} - {" "}))  # "\n" begins and ends
 
     def split(self, seed):
         parts = self.data.splits(seed)
-        return tuple([item for item in part.tolist() if len(self.answers["name"][item][0]) <= LETTERS] for part in (parts.train, parts.test))
-
-    def encode(self, question, answer):
-        """Letters of prefix, question and answer, and what is to be said at each; -100: nothing."""
-        said = [self.letters.index(letter) for letter in answer]
-        asked = [0, *(self.letters.index(letter) for letter in question)]
-        rest = [0] * (LETTERS - len(said))
-        return asked + said + rest, [-100] * (len(asked) - 1) + said + [0] + [-100] * len(rest)
+        return tuple([item for item in part.tolist() if self.answers["name"][item]] for part in (parts.train, parts.test))
 
     def batch(self, items, questions, generator=None):
-        """patches [B, 81, 48], letters and answers [B, 1 + 4 + 24]. With a generator: pictures moved by up to two pixels, any of the keywords."""
-        pixels, pairs = self.pixels[items], []
+        """patches [B, 81, 48], words and what follows each [B, 1 + 1 + 6], -100: nothing. With a generator: pictures moved by up to two pixels, any of the keywords."""
+        pixels, words, follow = self.pixels[items], [], []
         for item, question in zip(items, questions, strict=True):
             answers = self.answers[question][item]
-            pairs.append(self.encode(question, answers[int(torch.randint(len(answers), (), generator=generator)) if generator else 0]))
+            answer = answers[int(torch.randint(len(answers), (), generator=generator)) if generator else 0]
+            rest = WORDS - len(answer)
+            words.append([0, 1 + QUESTIONS.index(question), *answer] + [0] * rest)
+            follow.append([-100, *answer, 0] + [-100] * rest)
         if generator:
             wide, moved = F.pad(pixels, (2, 2, 2, 2), value=1.0), torch.randint(5, (len(items), 2), generator=generator).tolist()
             pixels = torch.stack([picture[:, y : y + SIDE, x : x + SIDE] for picture, (y, x) in zip(wide, moved, strict=True)])
         patches = F.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2)
-        letters, answers = (torch.tensor(column) for column in zip(*pairs, strict=True))
-        return patches, letters, answers
+        return patches, torch.tensor(words), torch.tensor(follow)
 
     def drawn(self, items, size, generator):
         chosen = [items[n] for n in torch.randint(len(items), (size,), generator=generator).tolist()]
-        questions = [QUESTIONS[n] if self.answers["word"][item] else "name" for item, n in zip(chosen, torch.randint(2, (size,), generator=generator).tolist(), strict=True)]
+        questions = [QUESTIONS[n] if self.answers["keyword"][item] else "name" for item, n in zip(chosen, torch.randint(2, (size,), generator=generator).tolist(), strict=True)]
         return self.batch(chosen, questions, generator)
 
 
@@ -98,20 +96,20 @@ def decoder_mask(kind):
 
 
 class Decoder(nn.Module):
-    def __init__(self, kind, letters, settings):
+    def __init__(self, kind, words, settings):
         super().__init__()
         width, options = settings["width"], {"heads": settings["heads"], "hidden": settings["hidden"]}
         self.kind, self.mask = kind, decoder_mask(kind)
         self.patches, self.places = nn.Linear(3 * PATCH**2, width), nn.Parameter(0.02 * torch.randn(GRID**2, width))
-        self.letters = nn.Embedding(letters, width)
+        self.words = nn.Embedding(words, width)
         layer = {"composite": CompositeDecoderLayer, "naavit": NoVisualAttentionLayer}.get(kind, DecoderLayer)
         options |= {"feature_width": width} if kind == "naavit" else {}
         self.layers = nn.ModuleList(layer(width, **options) for _ in range(settings["layers"]))
-        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, letters, bias=False)
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, words, bias=False)
 
-    def forward(self, patches, letters):
-        """Logits of the letters that follow, [B, 29, letters]."""
-        visual, text = self.patches(patches) + self.places, self.letters(letters)
+    def forward(self, patches, words):
+        """Logits of the words that follow, [B, 8, words]."""
+        visual, text = self.patches(patches) + self.places, self.words(words)
         positions = {"text_positions": STREAMS.text.index, "visual_positions": STREAMS.visual.index}
         if self.kind in ("composite", "naavit"):
             for layer in self.layers:
@@ -130,14 +128,14 @@ class Decoder(nn.Module):
 class Training:
     """A decoder and its optimizer."""
 
-    def __init__(self, kind, letters, seed, settings):
+    def __init__(self, kind, words, seed, settings):
         torch.manual_seed(seed)
-        self.decoder = Decoder(kind, letters, settings)
+        self.decoder = Decoder(kind, words, settings)
         self.optimizer = torch.optim.AdamW(self.decoder.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"])
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, settings["learning_rate"], total_steps=settings["steps"] + ROUNDS + 2, pct_start=0.1)
 
-    def step(self, patches, letters, answers):
-        loss = F.cross_entropy(self.decoder(patches, letters).flatten(0, 1), answers.flatten())
+    def step(self, patches, words, follow):
+        loss = F.cross_entropy(self.decoder(patches, words).flatten(0, 1), follow.flatten())
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.decoder.parameters(), 1.0)
@@ -149,7 +147,7 @@ class Training:
 def learn(pictures, kind, seed, settings, told):
     """Held-out losses of one run."""
     train, test = pictures.split(seed)
-    training, generator = Training(kind, len(pictures.letters), seed, settings), torch.Generator().manual_seed(seed)
+    training, generator = Training(kind, len(pictures.words), seed, settings), torch.Generator().manual_seed(seed)
     for step in range(settings["steps"]):
         told(step + 1, training.step(*pictures.drawn(train, settings["batch"], generator)))
     found = {}
@@ -158,19 +156,19 @@ def learn(pictures, kind, seed, settings, told):
             asked = [item for item in test[: settings["test_items"]] if pictures.answers[question][item]]
             losses = {"loss": 0.0, "other_pictures": 0.0}
             for start in range(0, len(asked), 64):
-                patches, letters, answers = pictures.batch(asked[start : start + 64], [question] * len(asked[start : start + 64]))
+                patches, words, follow = pictures.batch(asked[start : start + 64], [question] * len(asked[start : start + 64]))
                 for name, seen in (("loss", patches), ("other_pictures", patches.roll(1, 0))):
-                    losses[name] += float(F.cross_entropy(training.decoder(seen, letters).flatten(0, 1), answers.flatten(), reduction="sum"))
+                    losses[name] += float(F.cross_entropy(training.decoder(seen, words).flatten(0, 1), follow.flatten(), reduction="sum"))
             count = sum(len(pictures.answers[question][item][0]) + 1 for item in asked)
-            found[question] = {name: total / count for name, total in losses.items()} | {"letters": count}
-    total = sum(one["letters"] for one in found.values())
-    return {name: sum(one[name] * one["letters"] for one in found.values()) / total for name in ("loss", "other_pictures")} | {"by_question": found}
+            found[question] = {name: total / count for name, total in losses.items()} | {"words": count}
+    total = sum(one["words"] for one in found.values())
+    return {name: sum(one[name] * one["words"] for one in found.values()) / total for name in ("loss", "other_pictures")} | {"by_question": found}
 
 
 def costs(pictures, settings, rounds):
     """{kind: rows that are launched, share of causal pairs, FLOPs of a step, milliseconds}"""
     batch = pictures.drawn(pictures.split(0)[0], settings["batch"], torch.Generator().manual_seed(0))
-    trainings = {kind: Training(kind, len(pictures.letters), 0, settings) for kind in KINDS}
+    trainings = {kind: Training(kind, len(pictures.words), 0, settings) for kind in KINDS}
     found = {}
     for kind, training in trainings.items():
         mask = training.decoder.mask
@@ -192,7 +190,7 @@ def costs(pictures, settings, rounds):
 
 def table(results):
     costs, count = results["costs"], len(results["seeds"])
-    lines = ["| mask | rows of a layer | pairs kept | loss of a held-out letter | less full causal, 95 % interval | with other pictures | GFLOP of a step | ms of a step |"]
+    lines = ["| mask | rows of a layer | pairs kept | loss of a held-out word | less full causal, 95 % interval | with other pictures | GFLOP of a step | ms of a step |"]
     lines.append("|---|" + "---:|" * 7)
     losses = {kind: [results["runs"][f"{kind}, {seed}"] for seed in results["seeds"]] for kind in KINDS}
     for kind, name in KINDS.items():
@@ -239,7 +237,7 @@ def main():
 
     def results():
         words = shlex.join(["python", "examples/masks_on_pictures.py", *sys.argv[1:]])
-        content = {"metric": "loss of a held-out letter, nats", "command": words, "settings": settings, "seeds": seeds, "runs": runs, "costs": measured}
+        content = {"metric": "loss of a held-out word, nats", "command": words, "settings": settings, "seeds": seeds, "runs": runs, "costs": measured}
         return content | {"environment": environment.describe(torch.device("cpu"), 0)}
 
     def written():

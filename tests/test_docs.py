@@ -76,6 +76,10 @@ def test_table_of_views_is_what_the_run_gave():
     assert all(several > one for several, one in zip(results["r10"]["mean"], results["r10"]["one view"], strict=True))  # what the page says
 
 
+def test_tables_of_learning_under_masks_are_what_the_runs_gave():
+    assert module_of(DOCS / "learning_table.py").main(check=True) == 0, "run: python docs/learning_table.py"
+
+
 # ------------------------------------------------------------------------------------------------------------------------------------------ ops have pages
 
 

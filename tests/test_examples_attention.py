@@ -52,6 +52,11 @@ def test_a_stopped_recall_goes_on_to_what_an_undisturbed_one_gives(tmp_path, ass
     assert associative.table(whole) in said and str(tmp_path) not in json.dumps(whole)
 
 
+def test_training_goes_to_longer_sequences(associative):
+    lengths = [list(associative.training_batch(step, associative.SETTINGS, torch.Generator().manual_seed(0)))[0].shape for step in (0, 1600, 2200, 2999)]
+    assert lengths == [(96, 64), (45, 128), (24, 256), (12, 512)]
+
+
 @pytest.mark.parametrize("task", [4, 64, "needle"])
 def test_answers_of_recall_stand_behind_their_key(associative, task):
     tokens, answers = associative.sequences(task, 8, 512, torch.Generator().manual_seed(3))
@@ -80,7 +85,7 @@ def test_a_dynamic_mask_begins_as_the_window(associative):
 
 def test_pictures_are_read_under_every_mask(tmp_path, reading):
     said = run("masks_on_pictures", tmp_path, "--quick", "--out", "first.json", "--rounds", 0)
-    assert "| modality-mutual | 110 |" in said and "| NAAViT | 29 |" in said
+    assert "| modality-mutual | 89 |" in said and "| NAAViT | 8 |" in said
     first = json.loads((tmp_path / "first.json").read_text())
     again = run("masks_on_pictures", tmp_path, "--quick", "--out", "first.json", "--resume")
     results = json.loads((tmp_path / "first.json").read_text())
@@ -90,29 +95,29 @@ def test_pictures_are_read_under_every_mask(tmp_path, reading):
 
 
 @pytest.mark.parametrize("kind", ["full", "image_prefix", "composite", "naavit", "modality_mutual"])
-def test_no_mask_shows_a_letter_that_is_still_to_come(reading, kind):
+def test_no_mask_shows_a_word_that_is_still_to_come(reading, kind):
     torch.manual_seed(0)
     decoder = reading.Decoder(kind, 30, reading.QUICK)
-    patches, letters = torch.randn(1, 81, 48), torch.randint(30, (1, 29))
+    patches, words = torch.randn(1, 81, 48), torch.randint(30, (1, 8))
     with torch.no_grad():
-        before, other = decoder(patches, letters), letters.clone()
-        other[:, 9:] = (other[:, 9:] + 1) % 30
-        assert torch.allclose(decoder(patches, other)[:, :9], before[:, :9], atol=1e-6)
-        assert not torch.allclose(decoder(patches, other)[:, 9:], before[:, 9:], atol=1e-3)
-        assert not torch.allclose(decoder(patches + 1, letters)[:, 5:], before[:, 5:], atol=1e-3)  # the picture is seen
+        before, other = decoder(patches, words), words.clone()
+        other[:, 4:] = (other[:, 4:] + 1) % 30
+        assert torch.allclose(decoder(patches, other)[:, :4], before[:, :4], atol=1e-6)
+        assert not torch.allclose(decoder(patches, other)[:, 4:], before[:, 4:], atol=1e-3)
+        assert not torch.allclose(decoder(patches + 1, words)[:, 1:], before[:, 1:], atol=1e-3)  # the picture is seen
 
 
 def test_flops_are_those_of_the_formula(reading):
     settings = reading.QUICK
-    found = reading.costs(reading.Pictures(), settings, 0)
-    B, w, h, L, V, T = settings["batch"], settings["width"], settings["hidden"], settings["layers"], 81, 29
-    letters = len(reading.Pictures().letters)
-    around = 2 * B * (2 * V * 48 * w + 3 * T * w * letters)  # the pixels need no gradient
+    pictures = reading.Pictures()
+    found = reading.costs(pictures, settings, 0)
+    B, w, h, L, V, T = settings["batch"], settings["width"], settings["hidden"], settings["layers"], 81, 8
+    around = 2 * B * (2 * V * 48 * w + 3 * T * w * len(pictures.words))  # the pixels need no gradient
     mlp, projection = 3 * w * h, w * w
     assert found["full"]["linear_flops"] == around + 6 * B * L * (V + T) * (4 * projection + mlp)
     assert found["composite"]["linear_flops"] == around + 6 * B * L * (T * (4 * projection + mlp) + V * (3 * projection + mlp)) - dead_ends(B, V, w, mlp, projection)
     assert found["naavit"]["linear_flops"] == around + 6 * B * L * (T * (4 * projection + mlp) + V * 4 * projection)
-    for kind, pairs in {"full": 110 * 111 / 2, "composite": 29 * 30 / 2 + 28 * 81}.items():
+    for kind, pairs in {"full": 89 * 90 / 2, "composite": 8 * 9 / 2 + 7 * 81}.items():
         assert found[kind]["attention_flops"] == pytest.approx(7 * B * L * 2 * w * pairs)
 
 
