@@ -132,7 +132,8 @@ class Training:
         torch.manual_seed(seed)
         self.decoder = Decoder(kind, words, settings)
         self.optimizer = torch.optim.AdamW(self.decoder.parameters(), lr=settings["learning_rate"], weight_decay=settings["weight_decay"])
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, settings["learning_rate"], total_steps=settings["steps"] + ROUNDS + 2, pct_start=0.1)
+        up, steps = 0.1 * settings["steps"], settings["steps"]
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: max(0.0, min((step + 1) / up, (steps - step) / (steps - up))))
 
     def step(self, patches, words, follow):
         loss = F.cross_entropy(self.decoder(patches, words).flatten(0, 1), follow.flatten())
@@ -166,7 +167,7 @@ def learn(pictures, kind, seed, settings, told):
 
 
 def costs(pictures, settings, rounds):
-    """{kind: rows that are launched, share of causal pairs, FLOPs of a step, milliseconds}"""
+    """{kind: rows that are launched, pairs that are kept, FLOPs of a step, milliseconds of every round}"""
     batch = pictures.drawn(pictures.split(0)[0], settings["batch"], torch.Generator().manual_seed(0))
     trainings = {kind: Training(kind, len(pictures.words), 0, settings) for kind in KINDS}
     found = {}
