@@ -120,8 +120,7 @@ def learn(kind, seed, settings, told):
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=settings["learning_rate"])
-    up, down = 0.05 * settings["steps"], 0.2 * settings["steps"]  # in between the rate stays, so that long sequences are learned from too
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / up, 1.0, (settings["steps"] - step) / down))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings["learning_rate"], total_steps=settings["steps"], pct_start=0.1)
     for step in range(settings["steps"]):
         tokens, answers = training_batch(step, settings, generator)
         asked = answers >= 0
