@@ -1,7 +1,7 @@
 """What a small decoder recalls when every query keeps all keys, the last 64, or 64 that it chooses. [Zoology, ICLR 2024; Dynamic Mask Attention, 2025]
 
     python examples/associative_recall.py --quick                                                                     # sees that it runs, seconds
-    python examples/associative_recall.py --seeds 5 --out benchmarks/results/associative_recall.json --resume         # hours on one core
+    python examples/associative_recall.py --seeds 5 --out benchmarks/results/associative_recall.json --resume         # two hours or so on one core
 
 Multi-query associative recall: pairs of a key and a value, then some of the places are the keys again, and there the value is asked for; everything else is noise. Places follow Zoology's
 power law (most of the questions come soon, some late). Needle: one pair in the first half of the noise, asked for at the very end. One model for each kind of attention and seed learns all
