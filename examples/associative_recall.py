@@ -28,8 +28,7 @@ from torch.nn import functional as F
 
 from modalign import masks
 from modalign.bench import environment
-from modalign.nn import DecoderLayer
-from modalign.ops import dynamic_mask_attention
+from modalign.nn import DecoderLayer, DynamicMaskAttention
 
 KINDS = {"full": "all keys", "window": "the last ones", "dynamic": "chosen by the dynamic mask"}
 KEYS, VALUES, NOISE = 128, 128, 64  # tokens of each sort, one after the other
@@ -78,14 +77,10 @@ class DynamicDecoderLayer(DecoderLayer):
 
     def __init__(self, width, heads, keep):
         super().__init__(width, heads)
-        self.keep = keep
-        self.dt_proj, self.A = nn.Linear(width, heads, bias=False), nn.Parameter(torch.zeros(heads))
+        self.self_attn = DynamicMaskAttention(width, heads, keep=keep, rotary=self.self_attn.rotary)
 
     def forward(self, x):
-        attention, normed = self.self_attn, self.input_layernorm(x)
-        query, (key, value) = attention.queries(normed), attention.keys(normed)
-        scores = self.A * F.softplus(self.dt_proj(value.transpose(1, 2).flatten(2)))  # [B, N, heads]
-        return self.feed_forward(x + attention.join(dynamic_mask_attention(query, key, value, scores.transpose(1, 2)[:, :, None], self.keep)))
+        return self.feed_forward(x + self.self_attn(self.input_layernorm(x)))
 
 
 class Decoder(nn.Module):
