@@ -128,8 +128,9 @@ def test_registers_allow_the_planned_blocks(compiled):
 def test_nothing_is_spilled_in_main_loops(compiled):
     for _, kernels in compiled:
         for kernel in kernels.values():
-            # A few words of epilogues and of the one-warp kernels; between the three products of attention's gradients, whose sums fill 192 registers, some more.
-            assert kernel.frame <= (144 if kernel.products == 3 or "AttentionBias" in kernel.name else 32 if kernel.is_tile else 64), (kernel.name, kernel.frame)
+            # A few words of epilogues and of the one-warp kernels; between the three products of attention's gradients, whose sums fill 192 registers, and where 128 registers ask masks, some more.
+            frame = 144 if kernel.products == 3 or "AttentionBias" in kernel.name else 96 if "AttentionScore" in kernel.name else 32 if kernel.is_tile else 64
+            assert kernel.frame <= frame, (kernel.name, kernel.frame)
             if kernel.is_tile:
                 assert not any("LDL" in loop or "STL" in loop for loop in kernel.main_loops()), kernel.name
 
