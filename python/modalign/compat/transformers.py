@@ -287,18 +287,18 @@ def use_mask(model: Any, mask: Mask) -> Iterator[None]:
         with use_mask(model, masks.composite(tokens)):
             model.generate(input_ids, max_new_tokens=20)
 
+    The mask takes the place of causality: it says which later keys a query sees. The host's padding and its windows, chunks and packed sequences looking back remain, so a layer with a sliding
+    window keeps what the mask and the window keep. Layers get the mask by value: the backward pass, checkpointing of layers included, may be outside.
+
+    It holds for calls of this model and of the models in it, in this thread (and asynchronous task): not for another model of the same config object. The model keeps two forward hooks that
+    do nothing outside.
+
     Parameters
     ----------
     model : PreTrainedModel
         With `attn_implementation="modalign"`. Of a vision-language model its decoder is meant; give another part (`model.vision_tower`) to mean that.
     mask : modalign.masks.Mask of N queries and N keys
         N may be more than the tokens that are there, as generation needs it: token i is row and column i. Of one item, or of as many as the batch.
-
-    The mask takes the place of causality: it says which later keys a query sees. The host's padding and its windows, chunks and packed sequences looking back remain, so a layer with a sliding
-    window keeps what the mask and the window keep. Layers get the mask by value: the backward pass, checkpointing of layers included, may be outside.
-
-    It holds for calls of this model and of the models in it, in this thread (and asynchronous task): not for another model of the same config object. The model keeps two forward hooks that
-    do nothing outside.
 
     Raises
     ------
