@@ -18,6 +18,9 @@ class GatheredKeys {
   GatheredKeys(const AttentionProblem& p, const Parallel& parallel)
       : heads_(possible(p) ? p.mask.step[0].heads : 0), sharing_(heads_ ? p.H / heads_ : 1), Nk_(p.Nk), spans_(p.B * heads_ * p.Nk), counts_(p.B * heads_), listed_(p.B * heads_), tiled_(p.B * heads_) {
     parallel_for(parallel, 0, p.B * heads_, 1, [&](std::int64_t begin, std::int64_t end) {
+      const std::int64_t query_blocks = blocks(p.Nq);
+      const Scratch<std::int32_t> edges(query_blocks + 1);   // spans of a tile of keys that begin at a block of queries, less those that end before it
+      std::memset(edges, 0, (query_blocks + 1) * sizeof(std::int32_t));
       for (std::int64_t n = begin; n < end; ++n) {
         const std::int64_t b = n / heads_;
         const Sequence s = sequence(p, b);
@@ -26,17 +29,16 @@ class GatheredKeys {
         KeySpan* to = spans_ + n * Nk_;
         std::int64_t count = 0;
         for (std::int64_t j = 0; j < s.keys; ++j) {
-          const std::int64_t low = maximum(from[2 * j], j - s.reach), high = minimum(from[2 * j + 1], s.queries);
+          const std::int64_t low = maximum(0, maximum(from[2 * j], j - s.reach)), high = minimum(from[2 * j + 1], s.queries);
           if (low < high) to[count++] = {static_cast<std::int32_t>(j), static_cast<std::int32_t>(low), static_cast<std::int32_t>(high)};
         }
         counts_[n] = count, listed_[n] = 0, tiled_[n] = 0;
-        for (std::int64_t first = 0; first < s.queries; first += kBlock) {
-          std::int64_t last_tile = -1;
-          for (std::int64_t k = 0; k < count; ++k) {
-            const bool meets = to[k].low < first + kBlock && first < to[k].high;
-            listed_[n] += meets;
-            if (meets && to[k].key / kBlock != last_tile) last_tile = to[k].key / kBlock, ++tiled_[n];
-          }
+        for (std::int64_t k = 0; k < count; ++k) {   // linear in keys and tiles, whatever the spans are
+          const std::int64_t first = to[k].low / kBlock, last = blocks(to[k].high);
+          listed_[n] += last - first;
+          ++edges[first], --edges[last];
+          if (k + 1 < count && to[k + 1].key / kBlock == to[k].key / kBlock) continue;
+          for (std::int64_t block = 0, open = 0; block <= query_blocks; ++block) open += edges[block], tiled_[n] += open > 0, edges[block] = 0;
         }
       }
     });
@@ -46,7 +48,6 @@ class GatheredKeys {
   }
 
   bool wanted() const { return wanted_; }
-  std::int64_t most() const { return Nk_; }
 
   // The keys of some queries, in order; how many.
   std::int64_t list(std::int64_t b, std::int64_t h, std::int64_t first, std::int64_t rows, KeySpan* to) const {

@@ -356,6 +356,7 @@ void backward_gathered(const AttentionProblem& p, const AttentionBackward& to, c
       T* of_keys = sums + (slot * units + unit) * p.Nk * each;
       std::memset(of_keys, 0, p.Nk * each * sizeof(T));
       for (std::int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+        const HeadPairs pairs(p, buffers.mask, s, b, h);
         const Lines<T> query = operands.queries.lines(s, h), grad = operands.grads.lines(s, h);
         const std::int64_t rows_before = (s.item * p.H + h) * p.total_queries;
         T* of_columns = column_sums + (slot * p.B * p.H + b * p.H + h) * p.Nk;
@@ -369,7 +370,7 @@ void backward_gathered(const AttentionProblem& p, const AttentionBackward& to, c
             block.begin(p, s, kv, [&](std::int64_t k) { return tile[k].key; }, keys);
             tile_product_by_rows<T>(query.data + i * query.ld, query.ld, rows, block.keys, width, p.D, block.tile, kBlock, block.edge);
             tile_product_by_rows<T>(grad.data + i * grad.ld, grad.ld, rows, block.values, width, p.Dv, block.grad, kBlock, block.edge);
-            gathered_addends<false, T>(p, p.bias.data ? b * p.bias.batch_stride + h / (p.H / p.bias.heads) * p.bias.head_stride : 0, tile, keys, i, rows, block.addend);
+            gathered_addends<false, T>(p, pairs.bias_at(), tile, keys, i, rows, block.addend);
             for (std::int64_t c = 0; c < kBlock; ++c) block.columns[c] = 0;
             block.fold(logit, rows, width, buffers.lse + rows_before + i, buffers.delta + rows_before + i, true, nullptr, 0, keys, columns);
             add_tile_times_rows<false, T>(block.tile, kBlock, keys, rows, grad.data + i * grad.ld, grad.ld, wide_value, block.grad_value, wide_value);

@@ -78,7 +78,7 @@ def dynamic_mask_attention(
     Raises
     ------
     TypeError, ValueError
-        ``dynamic_mask_attention: <argument> must ..., got ...``; RuntimeError for NaN in the bias.
+        ``dynamic_mask_attention: <argument> must ..., got ...``; on the CPU RuntimeError for NaN in the bias (on CUDA it ranks last).
 
     Complexity
     ----------
