@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import masks
 from . import _arguments as arguments
 from . import _attention_arguments as check
-from ._registration import accumulation_dtype, call, refuse_forward_mode, register_looping_vmap, register_pair
+from ._registration import accumulation_dtype, call, refuse_forward_mode, register_looping_vmap, register_pair, without_autocast
 from ._rotary import rotary_tables, turned
 from .masked_attention import masked_attention, reference_masked_attention
 
@@ -112,7 +112,7 @@ def virtual_unmerge_attention(
         check.check_mask(op, mask, query, (B, H, N, N), key.shape[1])
     _check_angles(op, query, N, positions, theta, rotary)
     refuse_forward_mode(op, (query, key, value, *(rotary or ())))
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         g = index_map if index_map.dim() == 2 else index_map[None]
         tokens = masks.Tokens(torch.ops.modalign.virtual_tokens(g, cu_seqlens, Nu, index_map.dim() == 1))
         keep = masks.relation({(0, 0): "always"}, tokens)  # of the same sequence, and no padding
@@ -193,7 +193,7 @@ class VirtualUnmergeCache:
         own = torch.arange(Nu, Nu + n, device=key.device).expand(len(self.index_map), n)
         self.key, self.value, self.index_map = torch.cat([self.key, key], 2), torch.cat([self.value, value], 2), torch.cat([self.index_map, own], 1)
         self.angles = tuple(torch.cat([each.expand(max(len(old), len(new)), -1, -1, -1) for each in (old, new)], 2) for old, new in zip(self.angles, angles, strict=True))
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device.type):
             real = accumulation_dtype(query.dtype)
             k, v = (call("virtual_unmerge", each.to(real), self.index_map) for each in (self.key, self.value))
             there = (self.index_map >= 0)[:, None, None]
