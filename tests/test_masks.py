@@ -133,14 +133,14 @@ def test_relations_are_what_their_rules_say(seed):
     assert torch.equal(masks.relation(tables, queries, keys).dense(), brute_force(tables, queries, keys))
 
 
-def attend_like_the_matrix(mask, H=2, D=8, seed=0):
+def attend_like_the_matrix(mask, H=2, D=8, seed=0, B=None, **options):
     """Output, lse and gradients under the mask and under its matrix, in float64; what the kernel skips shows."""
     g = draw(seed)
-    B = max([1, *(each.shape[0] for each in mask.dense()[None])])
+    B = B or len(mask.dense())
     tensors = [torch.randn(B, H, n, D, generator=g, dtype=torch.float64).requires_grad_() for n in (mask.queries, mask.keys, mask.keys)]
     results = []
     for op in (masked_attention, reference_masked_attention):
-        out, lse = op(*tensors, mask, return_lse=True)
+        out, lse = op(*tensors, mask, return_lse=True, **options)
         total = (out * out.detach().sin()).sum() + torch.where(lse == -torch.inf, 0, lse).sum()
         results.append((out, lse, *torch.autograd.grad(total, tensors)))
     for ours, theirs in zip(*results, strict=True):
@@ -153,6 +153,25 @@ def test_attention_under_relations(seed, local):
     """Several tiles, whose coverage is told by ranges: what is skipped or taken whole must be so."""
     queries, keys = random_tokens(250, seed, 2, local=local), random_tokens(310, seed if local else seed + 50, 1, local=local)
     attend_like_the_matrix(masks.relation([random_table(seed), random_table(seed + 1)], queries, keys), seed=seed)
+
+
+@pytest.mark.parametrize("items", [(1, 1), (1, 3), (3, 1), (3, 3)], ids=str)
+@pytest.mark.parametrize("tables", [1, 2, 4])
+def test_heads_and_items_that_share_a_mask(tables, items):
+    """Pairs are tested once for those that share them; items have lengths of their own."""
+    queries, keys = random_tokens(110, 1, items[0], local=False), random_tokens(200, 2, items[1], local=False)
+    mask = masks.relation([random_table(seed) for seed in range(tables)], queries, keys)
+    attend_like_the_matrix(mask, B=3, H=4, key_lengths=torch.tensor([30, 200, 120]))
+    if items == (3, 1):
+        attend_like_the_matrix(mask & masks.causal(110, 200) | masks.from_dense(torch.rand(1, 4, 110, 200, generator=draw(3)) < 0.2), B=3, H=4)
+
+
+def test_more_tiles_in_part_than_are_remembered():
+    """Of two queries, and of two keys: 300 tiles on the way, of which 256 are."""
+    N = 96 * 300 + 5
+    row = torch.rand(1, 1, 2, N, generator=draw(0)) < 0.5
+    for mask in (masks.from_dense(row), masks.from_dense(row.mT)):
+        attend_like_the_matrix(mask, H=2, D=2)
 
 
 @pytest.mark.parametrize("rule", [*PLAIN, masks.causal_window(40), masks.band(30, 5), masks.grid_clip(0, 1, 1), masks.grid_shift((3, 4, 5), (1, 3, 3)), masks.time_stride(2)], ids=str)

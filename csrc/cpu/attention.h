@@ -45,17 +45,15 @@ class HeadPairs {
 
   // to[line * kBlock + k]: the bias, -inf where a pair is not kept. Lines are keys and k counts queries, or the other way round.
   template <bool lines_are_keys, class T>
-  void addends(std::int64_t i, std::int64_t rows, std::int64_t j, std::int64_t columns, T* to) const {
-    std::int32_t keep[kBlock];
+  void addends(TestedTiles<lines_are_keys>& tested, std::int64_t i, std::int64_t rows, std::int64_t j, std::int64_t columns, T* to) const {
+    const std::uint8_t* keep = mask_.keeps_all() ? nullptr : tested.tile(b_, h_, i, j);
     const std::int64_t lines = lines_are_keys ? columns : rows, count = lines_are_keys ? rows : columns;
     for (std::int64_t line = 0; line < lines; ++line, to += kBlock) {
       const std::int64_t at = lines_are_keys ? (j + line) * bias_.column_stride + i * bias_.row_stride : (i + line) * bias_.row_stride + j * bias_.column_stride;
       if (bias_.data) load_row<T>(bias_dtype_, bias_.data, bias_at_ + at, lines_are_keys ? bias_.row_stride : bias_.column_stride, count, to);
       else for (std::int64_t k = 0; k < count; ++k) to[k] = 0;
-      if (!mask_.keeps_all()) {
-        mask_.line<lines_are_keys>(b_, h_, (lines_are_keys ? j : i) + line, lines_are_keys ? i : j, count, keep);
-        for (std::int64_t k = 0; k < count; ++k) to[k] = keep[k] ? to[k] : kNothing<T>;
-      }
+      if (keep)
+        for (std::int64_t k = 0; k < count; ++k) to[k] = keep[line * kBlock + k] ? to[k] : kNothing<T>;
       // i + k + reach < j + line, and i + line + reach < j + k
       const std::int64_t edge = lines_are_keys ? j + line - s_.reach - i : i + line + s_.reach + 1 - j;
       if (lines_are_keys) for (std::int64_t k = 0; k < minimum(edge, count); ++k) to[k] = kNothing<T>;
@@ -138,18 +136,23 @@ void pack_columns(Scalar dtype, const AttentionRows& from, std::int64_t item, st
     pack_panel(P, static_cast<int>(minimum(P, count - r)), depth, [&](int n) { return rows + (r + n) * depth; }, panels + r * depth);
 }
 
-// Every block of rows of every head and sequence: f(h, b, sequence, first row, rows), in parallel.
-template <class F>
-void for_each_block(const AttentionProblem& p, std::int64_t heads, bool of_keys, const Parallel& parallel, const F& f) {
-  const std::int64_t most = blocks(of_keys ? p.Nk : p.Nq);
-  parallel_for(parallel, 0, heads * p.B * most, 1, [&](std::int64_t begin, std::int64_t end) {
+// Every block of rows of every head and sequence, heads first: f(made, h, b, sequence, first row, rows), in parallel; make(): what the blocks of a thread use one after the other.
+template <class Make, class F>
+void for_each_block(const AttentionProblem& p, std::int64_t heads, bool of_keys, const Parallel& parallel, const Make& make, const F& f) {
+  parallel_for(parallel, 0, heads * p.B * blocks(of_keys ? p.Nk : p.Nq), 1, [&](std::int64_t begin, std::int64_t end) {
+    auto made = make();
     for (std::int64_t t = begin; t < end; ++t) {
-      const std::int64_t b = t / most % p.B, h = t / most / p.B, first = t % most * kBlock;
+      const std::int64_t h = t % heads, b = t / heads % p.B, first = t / heads / p.B * kBlock;
       const Sequence s = sequence(p, b);
       const std::int64_t rows = minimum(kBlock, (of_keys ? s.keys : s.queries) - first);
-      if (rows > 0) f(h, b, s, first, rows);
+      if (rows > 0) f(made, h, b, s, first, rows);
     }
   });
+}
+template <class F>
+void for_each_block(const AttentionProblem& p, std::int64_t heads, bool of_keys, const Parallel& parallel, const F& f) {
+  for_each_block(p, heads, of_keys, parallel, [] { return 0; },
+                 [&](int, std::int64_t h, std::int64_t b, const Sequence& s, std::int64_t first, std::int64_t rows) { f(h, b, s, first, rows); });
 }
 
 template <class T>

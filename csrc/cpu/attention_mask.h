@@ -32,14 +32,15 @@ struct TokenLine {
   const std::int32_t* tokens;   // of field 0, at the first token
   std::int64_t tokens_in_all;
   std::int32_t value(int field, std::int64_t n) const { return tokens[field * tokens_in_all + (many ? n : 0)]; }
-  Token<std::int32_t> token(std::int64_t n) const {
+  __attribute__((always_inline)) Token<std::int32_t> token(std::int64_t n) const {
     return {value(0, n), value(1, n), value(2, n), value(3, n), value(4, n), value(5, n), value(6, n), value(7, n), value(8, n)};
   }
 };
 
-// keep[n] |= whether the rule holds, for n with the given type. One loop per rule, which the compiler turns into vectors.
+// keep[n] |= whether the rule holds, for n with the given type. One loop per rule, which the compiler turns into vectors (but for remainders), as `keep` overlaps no tokens.
 template <Rule rule, bool lines_are_keys>
 inline void add_rule(const std::int32_t* p, std::int32_t type, const TokenLine<!lines_are_keys>& key, const TokenLine<lines_are_keys>& query, std::int64_t count, std::int32_t* keep) {
+#pragma GCC ivdep
   for (std::int64_t n = 0; n < count; ++n) {
     const Token<std::int32_t> q = query.token(n), k = key.token(n);
     const std::int32_t applies = std::int32_t((lines_are_keys ? q.type : k.type) == type) & std::int32_t(q.document == k.document) & q.valid & k.valid;
@@ -102,6 +103,25 @@ class Mask {
   }
 
   bool keeps_all() const { return program_.count == 0; }
+
+  // Consecutive heads that share the mask, and whether the items do.
+  std::int64_t sharing_heads() const {
+    std::int64_t common = H_;   // divisor
+    for (int n = 0; n < program_.count; ++n)
+      for (std::int64_t other = program_.step[n].heads > 0 ? H_ / program_.step[n].heads : 0; other;) {
+        const std::int64_t rest = common % other;
+        common = other, other = rest;
+      }
+    return common;
+  }
+  bool shared_by_items() const {
+    std::int64_t strides = 0;
+    for (int n = 0; n < program_.count; ++n) strides |= program_.step[n].batch_stride | program_.step[n].query_batch_stride | program_.step[n].key_batch_stride;
+    return strides == 0;
+  }
+  std::int64_t queries() const { return Nq_; }
+  std::int64_t keys() const { return Nk_; }
+  bool shared() const { return !keeps_all() && (sharing_heads() > 1 || (B_ > 1 && shared_by_items())); }
 
   // Of the tile of at most kMaskBlock queries and keys from (i, j), multiples of kMaskBlock.
   Coverage coverage(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, std::int64_t j, std::int64_t columns) const {
@@ -192,20 +212,66 @@ class Mask {
       else for (std::int64_t k = 0; k < count; ++k) keep[k] = std::int32_t(at[2 * k] <= low) & std::int32_t(low < at[2 * k + 1]);
     } else {
       const bool* pairs = s.pairs + b * s.batch_stride + h * s.head_stride;
-      const std::int64_t row = i / s.tile_rows * s.row_stride, column = j / s.tile_columns * s.column_stride;
-      if (lines_are_keys) {
-        if (s.tile_rows == 1) for (std::int64_t k = 0; k < count; ++k) keep[k] = pairs[(i + k) * s.row_stride + column];
-        else for (std::int64_t k = 0; k < count; ++k) keep[k] = pairs[(i + k) / s.tile_rows * s.row_stride + column];
-      } else {
-        if (s.tile_columns == 1) for (std::int64_t k = 0; k < count; ++k) keep[k] = pairs[row + (j + k) * s.column_stride];
-        else for (std::int64_t k = 0; k < count; ++k) keep[k] = pairs[row + (j + k) / s.tile_columns * s.column_stride];
-      }
+      if (lines_are_keys) spread(pairs + j / s.tile_columns * s.column_stride, s.row_stride, s.tile_rows, i, count, keep);
+      else spread(pairs + i / s.tile_rows * s.row_stride, s.column_stride, s.tile_columns, j, count, keep);
     }
+  }
+
+  // keep[k]: of the tile that holds first + k.
+  static void spread(const bool* tiles, std::int64_t stride, std::int64_t size, std::int64_t first, std::int64_t count, std::int32_t* keep) {
+    if (size == 1)
+      for (std::int64_t k = 0; k < count; ++k) keep[k] = tiles[(first + k) * stride];
+    else
+      for (std::int64_t k = 0, tile = first / size; k < count; ++tile)
+        for (const std::int64_t end = minimum(count, (tile + 1) * size - first); k < end; ++k) keep[k] = tiles[tile * stride];
   }
 
   const MaskProgram& program_;
   std::int64_t B_, H_, Nq_, Nk_;
   TokenRanges *query_ranges_[kMaskSteps] = {}, *key_ranges_[kMaskSteps] = {};
+};
+
+// The pairs of tiles that a mask keeps in part, tested once for the heads and items that share it, as long as a task meets the same block of lanes again and again. Lines are keys and lanes
+// queries, or the other way round.
+template <bool lines_are_keys>
+class TestedTiles {
+ public:
+  explicit TestedTiles(const Mask& mask)
+      : mask_(mask), heads_(mask.sharing_heads()), by_items_(mask.shared_by_items()), room_(mask.shared() ? minimum(kRoom, Mask::blocks(lines_are_keys ? mask.keys() : mask.queries())) : 1),
+        holds_(room_), kept_(mask.keeps_all() ? 0 : room_ * kMaskBlock * kMaskBlock) {
+    forget();
+  }
+
+  // [lines][kMaskBlock] of the tile from (i, j), multiples of kMaskBlock: 1 where a pair is kept.
+  const std::uint8_t* tile(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t j) {
+    const std::int64_t owner[] = {by_items_ ? 0 : b, h / heads_, lines_are_keys ? i : j}, passing = lines_are_keys ? j : i, at = passing / kMaskBlock % room_;
+    if (std::memcmp(owner, owner_, sizeof owner) != 0) forget(), std::memcpy(owner_, owner, sizeof owner);
+    std::uint8_t* const kept = kept_ + at * kMaskBlock * kMaskBlock;
+    if (holds_[at] == passing) return kept;
+    holds_[at] = passing;
+    const std::int64_t rows = minimum(kMaskBlock, mask_.queries() - i), columns = minimum(kMaskBlock, mask_.keys() - j);   // beyond an item's length too: others may be longer
+    std::int32_t keep[kMaskBlock];
+    for (std::int64_t line = 0; line < (lines_are_keys ? columns : rows); ++line) {
+      const std::int64_t count = lines_are_keys ? rows : columns;
+      mask_.line<lines_are_keys>(b, h, passing + line, lines_are_keys ? i : j, count, keep);
+      for (std::int64_t k = 0; k < count; ++k) kept[line * kMaskBlock + k] = static_cast<std::uint8_t>(keep[k]);
+    }
+    return kept;
+  }
+
+ private:
+  static constexpr std::int64_t kRoom = 256;   // 2.25 MiB
+
+  void forget() {
+    for (std::int64_t n = 0; n < room_; ++n) holds_[n] = -1;
+  }
+
+  const Mask& mask_;
+  std::int64_t heads_;
+  bool by_items_;
+  std::int64_t room_, owner_[3] = {-1, -1, -1};
+  Scratch<std::int64_t> holds_;   // first line of the tile in each place
+  Scratch<std::uint8_t> kept_;
 };
 
 }  // inline namespace

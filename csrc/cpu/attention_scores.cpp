@@ -78,7 +78,8 @@ void harvest(const AttentionProblem& p, const void* lse, const AttentionWeights&
   const Logit<T> logit{static_cast<T>(p.scale), static_cast<T>(p.cap)};
   const std::int64_t group = p.H / p.Hkv, lanes_in_all = lines_are_keys ? p.Nq : p.Nk;
   for (std::size_t n = 0; n < sizeof...(scores); ++n) std::memset(to[n], 0, p.B * p.H * lanes_in_all * sizeof(T));   // keys beyond a length, which no task visits
-  for_each_block(p, p.H, !lines_are_keys, parallel, [&](std::int64_t h, std::int64_t b, const Sequence& s, std::int64_t first, std::int64_t lanes) {
+  const auto make = [&] { return TestedTiles<lines_are_keys>(buffers.mask); };
+  for_each_block(p, p.H, !lines_are_keys, parallel, make, [&](TestedTiles<lines_are_keys>& tested, std::int64_t h, std::int64_t b, const Sequence& s, std::int64_t first, std::int64_t lanes) {
     const HeadPairs pairs(p, buffers.mask, s, b, h);
     const Lines<T> lines = buffers.lines.lines(s, lines_are_keys ? h / group : h);
     const T* const row_lse = static_cast<const T*>(lse) + (b * p.H + h) * p.Nq;
@@ -99,8 +100,7 @@ void harvest(const AttentionProblem& p, const void* lse, const AttentionWeights&
       if (!any) return;
       tile_product_by_rows<T>(lines.data + now.at * lines.ld, lines.ld, now.count, block.panels, width, p.D, block.tile, kBlock, block.edge);
       const bool added = now.coverage == Coverage::some || pairs.has_bias();
-      if (added && lines_are_keys) pairs.template addends<true, T>(first, lanes, now.at, now.count, block.addend);
-      if (added && !lines_are_keys) pairs.template addends<false, T>(now.at, now.count, first, lanes, block.addend);
+      if (added) pairs.addends(tested, lines_are_keys ? first : now.at, lines_are_keys ? lanes : now.count, lines_are_keys ? now.at : first, lines_are_keys ? now.count : lanes, +block.addend);
       block.template fold<lines_are_keys, scores...>(logit, width, now.count, added);
     });
     for (std::size_t n = 0; n < sizeof...(scores); ++n) std::memcpy(static_cast<T*>(to[n]) + (b * p.H + h) * lanes_in_all + first, block.found + n * kBlock, lanes * sizeof(T));

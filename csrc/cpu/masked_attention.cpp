@@ -5,7 +5,8 @@
 //            across lanes, and the tile of probabilities is the left operand of the value product as it is. 2 (D + Dv) FLOPs a pair.
 // Backward   a task owns blocks of keys of a key head and meets all queries of the heads that share it; tiles lie queries x keys. dk and dv are finished there, dq goes into the
 //            task's slot, and slots are added in order: their number depends on the sizes alone. 2 (3 D + 2 Dv) FLOPs a pair.
-// Tiles      of which the mask keeps nothing are not made; those that it keeps whole, and that have no bias, skip the test of pairs. Where intervals leave few keys in many tiles, tiles are
+// Tiles      of which the mask keeps nothing are not made; those that it keeps whole, and that have no bias, skip the test of pairs, which is made once for the heads that share a mask: they
+//            take turns, block by block, where without a mask a head is finished before the next, as its keys and values stay in the cache. Where intervals leave few keys in many tiles, tiles are
 //            made of gathered keys (cpu/gathered_keys.h), and slots hold dk and dv.
 // Memory     operands are read where they lie, if they are of the accumulation type, contiguous along D and whole vectors wide, else from one copy. Backward at most kSlots times dq.
 // Precision  sums over D are one chain; sums over keys (in the forward and dq) and over queries (dk, dv, db) are chains of kBlock, added in order. All in float, double for double.
@@ -131,11 +132,13 @@ void forward(const AttentionProblem& p, const AttentionForward& to, const Forwar
   buffers.value.fill(p, parallel);
   const GatheredKeys gathered(p, parallel);
   const Logit<T> logit{static_cast<T>(p.scale), static_cast<T>(p.cap)};
-  const std::int64_t most = blocks(p.Nq), group = p.H / p.Hkv;
-  parallel_for(parallel, 0, p.B * p.H * most, 1, [&](std::int64_t begin, std::int64_t end) {
+  const std::int64_t most = blocks(p.Nq), heads = p.B * p.H, group = p.H / p.Hkv;
+  const bool heads_first = buffers.mask.shared();
+  parallel_for(parallel, 0, heads * most, 1, [&](std::int64_t begin, std::int64_t end) {
     QueryBlock<T> block(p, gathered.wanted());
+    TestedTiles<true> tested(buffers.mask);
     for (std::int64_t t = begin; t < end; ++t) {
-      const std::int64_t n = t % most, h = t / most % p.H, b = t / most / p.H;
+      const std::int64_t n = heads_first ? t / heads : t % most, head = heads_first ? t % heads : t / most, h = head % p.H, b = head / p.H;
       const std::int64_t first = (n & 1 ? most - 1 - n / 2 : n / 2) * kBlock;   // long and short causal rows in turn
       const Sequence s = sequence(p, b);
       const std::int64_t rows = minimum(kBlock, s.queries - first);
@@ -176,7 +179,7 @@ void forward(const AttentionProblem& p, const AttentionForward& to, const Forwar
         };
         for_each_kept(s.keys, coverage, ahead, [&](const Kept& now) {
           const bool added = now.coverage == Coverage::some || pairs.has_bias();
-          if (added) pairs.template addends<true, T>(first, rows, now.at, now.count, block.addend);
+          if (added) pairs.addends(tested, first, rows, now.at, now.count, +block.addend);
           meet({key.data + now.at * key.ld, key.ld}, {value.data + now.at * value.ld, value.ld}, now.count, added, careful);
         });
       };
@@ -422,51 +425,58 @@ void backward(const AttentionProblem& p, const AttentionBackward& to, const Back
   }
   parallel_for(parallel, 0, plan.slots * all_queries, 256, [&](std::int64_t begin, std::int64_t end) { std::memset(slots + begin * wide, 0, (end - begin) * wide * sizeof(T)); });
 
-  const auto unit = [&](KeyBlock<T>& block, std::int64_t b, std::int64_t kv, std::int64_t slot) {
+  const auto unit = [&](KeyBlock<T>& block, TestedTiles<false>& tested, std::int64_t b, std::int64_t kv, std::int64_t slot, std::int64_t j) {
     const Sequence s = sequence(p, b);
+    const std::int64_t keys = minimum(kBlock, s.keys - j), width = round_up(keys, kPanelColumns<T>);
+    if (keys <= 0) return;
     const Lines<T> key = all_keys.lines(s, kv);
-    for (std::int64_t j = slot * kBlock; j < s.keys; j += plan.slots * kBlock) {
-      const std::int64_t keys = minimum(kBlock, s.keys - j), width = round_up(keys, kPanelColumns<T>);
-      block.begin(p, s, kv, [j](std::int64_t k) { return j + k; }, keys);
-      for (std::int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-        const HeadPairs pairs(p, buffers.mask, s, b, h);
-        const Lines<T> query = queries.lines(s, h), grad = grads.lines(s, h);
-        const std::int64_t rows_before = (s.item * p.H + h) * head_rows + s.first_query;
-        T* grad_query = slots + (slot * all_queries + rows_before) * wide;
-        T* grad_bias = nullptr;
-        if (to.bias_gradient == BiasGradient::pairs)
-          grad_bias = static_cast<T*>(to.grad_bias) + (minimum(b, to.bias_batches - 1) * p.bias.heads + h / (p.H / p.bias.heads)) * p.Nq * p.Nk + j;
-        for (std::int64_t c = 0; c < kBlock; ++c) block.columns[c] = 0;
-        const auto coverage = [&](std::int64_t i, std::int64_t rows) { return pairs.coverage(i, rows, j, keys); };
-        const auto ahead = [&](const Kept& next) {
-          query.prefetch(next.at, next.count, p.D);
-          grad.prefetch(next.at, next.count, p.Dv);
-        };
-        for_each_kept(s.queries, coverage, ahead, [&](const Kept& now) {
-          const std::int64_t i = now.at, rows = now.count;
-          tile_product_by_rows<T>(query.data + i * query.ld, query.ld, rows, block.keys, width, p.D, block.tile, kBlock, block.edge);
-          tile_product_by_rows<T>(grad.data + i * grad.ld, grad.ld, rows, block.values, width, p.Dv, block.grad, kBlock, block.edge);
-          const bool added = now.coverage == Coverage::some || pairs.has_bias();
-          if (added) pairs.template addends<false, T>(i, rows, j, keys, block.addend);
-          block.fold(logit, rows, width, buffers.lse + rows_before + i, buffers.delta + rows_before + i, added, grad_bias ? grad_bias + i * p.Nk : nullptr, p.Nk, keys, buffers.columns != nullptr);
-          add_tile_times_rows<false, T>(block.tile, kBlock, keys, rows, grad.data + i * grad.ld, grad.ld, block.wide_value, block.grad_value, block.wide_value);
-          add_tile_times_rows<false, T>(block.grad, kBlock, keys, rows, query.data + i * query.ld, query.ld, block.wide_key, block.grad_key, block.wide_key);
-          add_tile_times_rows<true, T>(block.grad, kBlock, rows, keys, key.data + j * key.ld, key.ld, wide, grad_query + i * wide, wide);
-        });
-        if (buffers.columns) std::memcpy(buffers.columns + (b * p.H + h) * p.Nk + j, block.columns, keys * sizeof(T));
-      }
-      const std::int64_t row = (s.item * p.Hkv + kv) * p.total_keys + s.first_key + j;
-      for (std::int64_t k = 0; k < keys; ++k) {
-        store_row<T>(p.dtype, to.grad_key, (row + k) * p.D, p.D, block.grad_key + k * block.wide_key);
-        store_row<T>(p.dtype, to.grad_value, (row + k) * p.Dv, p.Dv, block.grad_value + k * block.wide_value);
-      }
+    block.begin(p, s, kv, [j](std::int64_t k) { return j + k; }, keys);
+    for (std::int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+      const HeadPairs pairs(p, buffers.mask, s, b, h);
+      const Lines<T> query = queries.lines(s, h), grad = grads.lines(s, h);
+      const std::int64_t rows_before = (s.item * p.H + h) * head_rows + s.first_query;
+      T* grad_query = slots + (slot * all_queries + rows_before) * wide;
+      T* grad_bias = nullptr;
+      if (to.bias_gradient == BiasGradient::pairs)
+        grad_bias = static_cast<T*>(to.grad_bias) + (minimum(b, to.bias_batches - 1) * p.bias.heads + h / (p.H / p.bias.heads)) * p.Nq * p.Nk + j;
+      for (std::int64_t c = 0; c < kBlock; ++c) block.columns[c] = 0;
+      const auto coverage = [&](std::int64_t i, std::int64_t rows) { return pairs.coverage(i, rows, j, keys); };
+      const auto ahead = [&](const Kept& next) {
+        query.prefetch(next.at, next.count, p.D);
+        grad.prefetch(next.at, next.count, p.Dv);
+      };
+      for_each_kept(s.queries, coverage, ahead, [&](const Kept& now) {
+        const std::int64_t i = now.at, rows = now.count;
+        tile_product_by_rows<T>(query.data + i * query.ld, query.ld, rows, block.keys, width, p.D, block.tile, kBlock, block.edge);
+        tile_product_by_rows<T>(grad.data + i * grad.ld, grad.ld, rows, block.values, width, p.Dv, block.grad, kBlock, block.edge);
+        const bool added = now.coverage == Coverage::some || pairs.has_bias();
+        if (added) pairs.addends(tested, i, rows, j, keys, +block.addend);
+        block.fold(logit, rows, width, buffers.lse + rows_before + i, buffers.delta + rows_before + i, added, grad_bias ? grad_bias + i * p.Nk : nullptr, p.Nk, keys, buffers.columns != nullptr);
+        add_tile_times_rows<false, T>(block.tile, kBlock, keys, rows, grad.data + i * grad.ld, grad.ld, block.wide_value, block.grad_value, block.wide_value);
+        add_tile_times_rows<false, T>(block.grad, kBlock, keys, rows, query.data + i * query.ld, query.ld, block.wide_key, block.grad_key, block.wide_key);
+        add_tile_times_rows<true, T>(block.grad, kBlock, rows, keys, key.data + j * key.ld, key.ld, wide, grad_query + i * wide, wide);
+      });
+      if (buffers.columns) std::memcpy(buffers.columns + (b * p.H + h) * p.Nk + j, block.columns, keys * sizeof(T));
+    }
+    const std::int64_t row = (s.item * p.Hkv + kv) * p.total_keys + s.first_key + j;
+    for (std::int64_t k = 0; k < keys; ++k) {
+      store_row<T>(p.dtype, to.grad_key, (row + k) * p.D, p.D, block.grad_key + k * block.wide_key);
+      store_row<T>(p.dtype, to.grad_value, (row + k) * p.Dv, p.Dv, block.grad_value + k * block.wide_value);
     }
   };
   const std::int64_t heads = p.B * p.Hkv / maximum(1, plan.units);   // of a task
+  const bool heads_first = buffers.mask.shared();
   parallel_for(parallel, 0, plan.units * plan.slots, 1, [&](std::int64_t begin, std::int64_t end) {
     KeyBlock<T> block(p);
-    for (std::int64_t t = begin; t < end; ++t)
-      for (std::int64_t n = t / plan.slots * heads; n < (t / plan.slots + 1) * heads; ++n) unit(block, n / p.Hkv, n % p.Hkv, t % plan.slots);
+    TestedTiles<false> tested(buffers.mask);
+    for (std::int64_t t = begin, now; t < end; t += now) {   // units [first, first + now) of a slot
+      const std::int64_t slot = heads_first ? t / plan.units : t % plan.slots, first = heads_first ? t % plan.units : t / plan.slots, step = plan.slots * kBlock;
+      now = heads_first ? minimum(plan.units - first, end - t) : 1;
+      for (std::int64_t round = 0; round * step < p.Nk; ++round) {
+        const std::int64_t j = round * step + (round & 1 ? plan.slots - 1 - slot : slot) * kBlock;
+        for (std::int64_t n = first * heads; n < (first + now) * heads; ++n) unit(block, tested, n / p.Hkv, n % p.Hkv, slot, j);
+      }
+    }
   });
   if (buffers.grad_query)
     parallel_for(parallel, 0, all_queries, 64, [&](std::int64_t begin, std::int64_t end) {

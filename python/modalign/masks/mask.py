@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,10 +54,9 @@ class Mask:
         """bool [B or 1, H or 1, queries, keys]: as much memory as it says. `rows` int64 [R]: of these queries alone, [B or 1, H or 1, R, keys]."""
         stack: list[Tensor] = []
         for kind, first, height, width in zip(*(self.steps[n::STEP] for n in range(STEP)), strict=True):
-            if kind == BOTH:
-                stack[-2:] = [stack[-2] & stack[-1]]
-            elif kind == EITHER:
-                stack[-2:] = [stack[-2] | stack[-1]]
+            if kind in (BOTH, EITHER):
+                one, other = _of_equal_heads(*stack[-2:])
+                stack[-2:] = [one & other if kind == BOTH else one | other]
             elif kind == INVERSE:
                 stack[-1] = ~stack[-1]
             else:
@@ -130,6 +130,12 @@ class Mask:
 
 
 register_tree(Mask, ("tensors",), ("queries", "keys", "steps"))
+
+
+def _of_equal_heads(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Heads in turn share a mask that has fewer."""
+    heads = math.lcm(one.shape[1], other.shape[1])
+    return tuple(each if each.shape[1] in (1, heads) else each.repeat_interleave(heads // each.shape[1], 1) for each in (one, other))  # type: ignore[return-value]
 
 
 def _dense_relation(query: Tensor, key: Tensor, table: Tensor, rules: Tensor) -> Tensor:
