@@ -9,7 +9,7 @@ import torch
 
 from modalign import masks
 from modalign.ops import dynamic_mask_attention, masked_attention
-from modalign.ops.dynamic_mask_attention import _intervals, reference_dynamic_mask_attention
+from modalign.ops.dynamic_mask_attention import _by_end, _intervals, reference_dynamic_mask_attention
 from modalign.testing import peak_memory
 
 F64 = torch.float64
@@ -111,6 +111,41 @@ def test_gathered_intervals_with_any_bias_lengths_and_causal():
         ours, theirs = (torch.autograd.grad(masked_attention(q, k, v, each, **options).sin().sum(), inputs) for each in (mask, mask.dense()))
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 300, 8, 8, 1, 20), (2, 4, 2, 210, 9, 5, 2, 11), (1, 4, 2, 190, 8, 7, 4, 1), (2, 2, 2, 97, 5, 6, 1, 3)])
+@pytest.mark.parametrize(("causal", "scope"), [(True, "causal"), (True, "global"), (False, "causal")])
+def test_keys_in_another_order_are_the_same_keys(shape, causal, scope):
+    """What CUDA computes, here on the CPU: one order for each score head, also where several key heads share it or it is finer than they are."""
+    *sizes, heads, keep = shape
+    inputs, N = problem(3, *sizes, heads, kind="padded"), sizes[3]
+    want = dynamic_mask_attention(*inputs, keep, causal=causal, scope=scope)
+    q, k, v, bias = inputs
+    key, value, moved, runs = _by_end(k, v, bias, _intervals(bias.detach()[:, :, 0], N, keep, causal, scope), keep)
+    out = masked_attention(q, key, value, masks.intervals(runs, N), bias=moved)
+    torch.testing.assert_close(out, want, rtol=1e-11, atol=1e-11)
+    up = torch.randn(out.shape, generator=draw(2), dtype=F64)
+    for ours, theirs in zip(*(torch.autograd.grad(each, inputs, up) for each in (out, want)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    shared = _by_end(k, v, bias[:1], _intervals(bias.detach()[:1, :, 0], N, keep, causal, scope), keep)  # scores that items share
+    assert shared[0].shape[0] == shared[1].shape[0] == len(k) and len(shared[3]) == 1
+
+
+@pytest.mark.parametrize("kind", ["random", "rising", "falling"])
+def test_tiles_hold_few_pairs_beside_those_that_are_kept(kind):
+    """Kept tiles of 128 x 128 as keys come, and in the order of `_by_end`."""
+    N, keep = 8192, 512
+    scores = torch.randn(1, 1, N, generator=draw(1)) + {"random": 0, "rising": 3, "falling": -3}[kind] * torch.arange(N) / N
+    runs = _intervals(scores, N, keep, True, "causal")
+
+    def share(runs):
+        first, last = runs[0, 0].view(-1, 128, 2).unbind(-1)
+        block, none = torch.arange(N // 128), first >= last
+        kept = (first[..., None] < 128 * (block + 1)) & (last[..., None] > 128 * block) & ~none[..., None]
+        return float(kept.any(1).sum() * 128**2 / (last - first).sum())
+
+    x = torch.zeros(1, 1, N, 1)
+    assert share(_by_end(x, x, x.mT, runs, keep)[3]) < 3 < 7 < share(runs)
 
 
 def test_what_nobody_keeps_may_be_anything():

