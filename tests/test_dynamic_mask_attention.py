@@ -9,7 +9,7 @@ import torch
 
 from modalign import masks
 from modalign.ops import dynamic_mask_attention, masked_attention
-from modalign.ops.dynamic_mask_attention import _by_end, _intervals, reference_dynamic_mask_attention
+from modalign.ops.dynamic_mask_attention import _best, _by_end, _intervals, reference_dynamic_mask_attention
 from modalign.testing import peak_memory
 
 F64 = torch.float64
@@ -148,6 +148,12 @@ def test_tiles_hold_few_pairs_beside_those_that_are_kept(kind):
     assert share(_by_end(x, x, x.mT, runs, keep)[3]) < 3 < 7 < share(runs)
 
 
+def test_a_score_that_is_none_is_the_least_where_nothing_looks_for_it():
+    scores = torch.tensor([[[[0.0, torch.nan, 1.0, 2.0]]]])
+    assert _best(scores, 1, 1, True).flatten().tolist() == [False, False, False, True]
+    assert _best(scores, 1, 3, True).flatten().tolist() == [True, False, True, True]
+
+
 def test_what_nobody_keeps_may_be_anything():
     q, k, v, bias = problem(5, 1, 2, 1, 400, 16, 16, 1, torch.float32)
     N, keep = 400, 4
@@ -243,7 +249,11 @@ def probe(N, D=32):
         (dict(bias=torch.zeros(1, 1, 1, 3)), "dynamic_mask_attention: bias must broadcast to"),
         (dict(bias=torch.zeros(1, 1, 1, 1)), "dynamic_mask_attention: bias must have as many columns as there are keys, 4"),
         (dict(bias=torch.tensor([0.0, 1.0, torch.nan, 2.0]).view(1, 1, 1, 4)), "dynamic_mask_attention: bias must not hold NaN, got one for key 2"),
-        (dict(query=torch.zeros(2, 4, 3)), "dynamic_mask_attention: query and key must have 4 dimensions"),
+        (dict(query=torch.zeros(2, 4, 3)), "dynamic_mask_attention: query must have 4 dimensions"),
+        (dict(value=None), "dynamic_mask_attention: value must be"),
+        (dict(value=torch.zeros(1, 1, 3, 3), bias=torch.full((1, 1, 1, 4), torch.nan)), "dynamic_mask_attention: value must have key's shape"),
+        (dict(return_lse=1), "dynamic_mask_attention: return_lse must be"),
+        (dict(scale="x"), "dynamic_mask_attention: scale must be"),
     ],
 )
 def test_bad_input(change, message):

@@ -334,6 +334,10 @@ def test_one_graph_for_all_steps_behind_a_full_cache():
     assert counter.frame_count == 1
 
 
+def cache(width, heads, batch):
+    return nn.DynamicMaskAttention(width, heads)(torch.ones(batch, 2, width), return_keys=True)[1]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -348,6 +352,9 @@ def test_one_graph_for_all_steps_behind_a_full_cache():
         (lambda: nn.DynamicMaskAttention(12, 4)(torch.ones(2, 3, 12), valid=torch.ones(2, 1).bool()), ValueError, r"valid must be a bool tensor \[B, N\] = \[2, 3\]"),
         (lambda: nn.DynamicMaskAttention(12, 4)(torch.ones(2, 3, 12), key_lengths=torch.ones(2)), ValueError, r"key_lengths must be an int64 tensor \[B\] with B = 2, got"),
         (lambda: nn.DynamicMaskAttention(12, 4)(torch.ones(2, 3, 12), past=nn.KeyValues(*torch.ones(2, 2, 4, 3, 3))), TypeError, "past must be ScoredKeys, which return_keys gives"),
+        (lambda: nn.DynamicMaskAttention(12, 4)(torch.ones(2, 3, 12), return_keys=1), TypeError, "DynamicMaskAttention: return_keys must be"),
+        (lambda: nn.DynamicMaskAttention(12, 4)(torch.ones(2, 3, 12), past=cache(12, 4, 3)), ValueError, r"DynamicMaskAttention: past must be \[B, 4, M, 3\] with B = 2"),
+        (lambda: nn.DynamicMaskAttention(12, 4)(torch.ones(2, 3, 12), past=cache(12, 2, 2)), ValueError, r"DynamicMaskAttention: past must be \[B, 4, M, 3\], got"),
         (lambda: nn.DynamicMaskAttention(12, 4)(torch.full((1, 3, 12), torch.nan)), RuntimeError, "dynamic_mask_attention: bias must not hold NaN"),
     ],
 )
@@ -431,7 +438,10 @@ def test_flash_dmattn_with_a_mask_made_outside_is_the_layer():
         (dict(softcap=2.0, attn_bias=torch.zeros(1, 1, 1, 9, dtype=F64)), "flash_dmattn_func: softcap must be 0 where attn_bias is given, got 2.0"),
         (dict(query=torch.zeros(7, 4, 6)), r"flash_dmattn_func: query must have .* \[B, N, H, D\], got"),
         (dict(query=torch.zeros(1, 2, 7, 4, 6)), r"flash_dmattn_func: query must have 4 dimensions \[B, N, H, D\], got"),
-        (dict(attn_mask=torch.zeros(2, 1, 1, 9)), "mask must be a bool tensor, True where a pair is kept"),
+        (dict(attn_mask=torch.zeros(2, 1, 1, 9)), "flash_dmattn_func: attn_mask must be a bool tensor, True where a pair is kept"),
+        (dict(attn_bias=1.0), "flash_dmattn_func: attn_bias must be a tensor, got float"),
+        (dict(is_causal="no"), "flash_dmattn_func: is_causal must be True, False or None"),
+        (dict(softmax_scale="1"), "flash_dmattn_func: softmax_scale must be a number or None"),
         (dict(attn_mask=torch.ones(2, 3, 1, 9).bool()), r"mask must broadcast to \[B, H, Nq, Nk\] = \[2, 4, 7, 9\]"),
         (dict(attn_bias=torch.zeros(2, 1, 1, 128, dtype=F64)), "bias must broadcast to"),
         (dict(attn_bias=torch.zeros(2, 1, 1, 9, dtype=torch.int64)), "bias must be a tensor of torch.float64"),

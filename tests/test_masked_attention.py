@@ -160,8 +160,9 @@ def test_later_keys_do_not_reach_earlier_queries():
         assert all(not each[:, :, at + 1 :].any() for each in grads) and grads[1][:, :, at].any()
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_kept_does_not_reach_a_result(number):
+def test_what_is_not_kept_does_not_reach_a_result(number, softcap):
     """NaN and infinity in keys and values, behind the length, where a bias is -inf, and where some queries keep them: those alone see them."""
     q, k, v = operands(Nk=120)
     lengths, bias = torch.tensor([100, 90]), torch.zeros(120)
@@ -169,13 +170,13 @@ def test_what_is_not_kept_does_not_reach_a_result(number):
     mask = torch.ones(50, 120, dtype=torch.bool)
     mask[:, 10] = mask[:20, 11] = mask[:30, 12] = False
     leaves = [each.clone().requires_grad_() for each in (q, k, v)]
-    clean = masked_attention(*leaves, mask, bias=bias, key_lengths=lengths)
+    clean = masked_attention(*leaves, mask, bias=bias, key_lengths=lengths, softcap=softcap)
     clean_grads = torch.autograd.grad(clean[:, :, :20].sum(), leaves)
     for bad in (k, v):
         bad[:, :, 100:] = bad[:, :, 5] = bad[:, :, 10] = number
     v[:, :, 11, 3], k[:, :, 12] = number, torch.nan
     dirty = [each.clone().requires_grad_() for each in (q, k, v)]
-    out, lse = masked_attention(*dirty, mask, bias=bias, key_lengths=lengths, return_lse=True)
+    out, lse = masked_attention(*dirty, mask, bias=bias, key_lengths=lengths, softcap=softcap, return_lse=True)
     assert torch.equal(out[:, :, :20], clean[:, :, :20]) and lse[:, :, :30].isfinite().all()
     assert not out[:, :, 20:, 3].isfinite().any() and out[:, :, 20:30, 4:].isfinite().all() and out[:, :, 30:].isnan().all() and lse[:, :, 30:].isnan().all()
     grads = torch.autograd.grad(out[:, :, :20], dirty, torch.ones_like(out[:, :, :20]))

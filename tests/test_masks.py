@@ -166,6 +166,14 @@ def test_heads_and_items_that_share_a_mask(tables, items):
         attend_like_the_matrix(mask & masks.causal(110, 200) | masks.from_dense(torch.rand(1, 4, 110, 200, generator=draw(3)) < 0.2), B=3, H=4)
 
 
+def test_intervals_far_apart_in_a_block_of_keys():
+    """What lies between them is seen by none; and empty intervals are no reason to keep a tile, but one against keeping it whole."""
+    N = 600
+    ends = torch.tensor([[0, 40], [500, 600], [300, 300], [0, 600]]).repeat(150, 1).int()
+    for chosen in ([0, 1], [0, 2], [2], [3], [2, 3], [0, 1, 2, 3]):
+        attend_like_the_matrix(masks.intervals(ends[torch.arange(N) % 4 == chosen[0]].repeat(4, 1)[:N] if len(chosen) == 1 else ends[chosen].repeat(300, 1)[:N], N))
+
+
 def test_more_tiles_in_part_than_are_remembered():
     """Of two queries, and of two keys: 300 tiles on the way, of which 256 are."""
     N = 96 * 300 + 5
@@ -205,6 +213,16 @@ def test_causal_as_a_mask(N, M, align):
     assert torch.equal(masks.causal(N, M, align=align).dense()[0, 0], j <= i)
     assert torch.equal(masks.causal(N, M, align=align, window=7).dense()[0, 0], (j <= i) & (i - j < 7))
     attend_like_the_matrix(masks.causal(N, M, align=align, window=100))
+
+
+def test_terms_of_a_mask_are_counted():
+    mask = masks.full(4)
+    for _ in range(7):
+        mask = mask & masks.causal(4)
+    with pytest.raises(ValueError, match="&: masks must have at most 16 steps, terms and signs, got 17"):
+        mask & masks.causal(4)
+    with pytest.raises(ValueError, match="~: masks must have at most 16 steps, terms and signs, got 17"):
+        ~~mask
 
 
 def test_rows_are_rows_and_columns_columns():

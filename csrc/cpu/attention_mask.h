@@ -1,6 +1,8 @@
 // The programs of ops/attention_mask.h on the CPU: coverage of a tile, and lines of pairs.
 #pragma once
 
+#include <limits>
+
 #include "cpu/tile.h"
 #include "ops/attention_mask.h"
 
@@ -23,6 +25,23 @@ inline TokenRanges ranges_of(const std::int32_t* tokens, std::int64_t tokens_in_
     for (std::int64_t n = 1; n < count; ++n) range.low = from[n] < range.low ? from[n] : range.low, range.high = from[n] > range.high ? from[n] : range.high;
   });
   for (std::int64_t n = 0; n < count; ++n) found.types |= 1u << tokens[tokens_in_all + first + n];
+  return found;
+}
+
+// Of the intervals of a block of keys; those that are empty begin nowhere and end nowhere, but for `first.high` and `last.low`.
+struct IntervalRanges {
+  Range first, last;
+};
+inline IntervalRanges intervals_between(const std::int32_t* at, std::int64_t count) {
+  constexpr std::int32_t most = std::numeric_limits<std::int32_t>::max();
+  IntervalRanges found{{most, -most}, {most, -most}};
+  for (std::int64_t n = 0; n < count; ++n) {
+    const Range each{at[2 * n], at[2 * n + 1]};
+    const bool empty = each.low >= each.high;
+    const std::int32_t low = empty ? most : each.low, high = empty ? -most : each.high;
+    found.first = {low < found.first.low ? low : found.first.low, low > found.first.high ? low : found.first.high};
+    found.last = {high < found.last.low ? high : found.last.low, high > found.last.high ? high : found.last.high};
+  }
   return found;
 }
 
@@ -83,11 +102,20 @@ class Mask {
       if (program.step[n].kind == MaskStepKind::relation) {
         query_ranges_[n] = arena.take<TokenRanges>(items(program.step[n].query_batch_stride) * blocks(Nq));
         key_ranges_[n] = arena.take<TokenRanges>(items(program.step[n].key_batch_stride) * blocks(Nk));
+      } else if (program.step[n].kind == MaskStepKind::interval) {
+        interval_ranges_[n] = arena.take<IntervalRanges>(items(program.step[n].batch_stride) * program.step[n].heads * blocks(Nk));
       }
   }
   void prepare(const Parallel& parallel) const {
     for (int n = 0; n < program_.count; ++n) {
       const MaskStep& s = program_.step[n];
+      if (s.kind == MaskStepKind::interval)
+        parallel_for(parallel, 0, items(s.batch_stride) * s.heads * blocks(Nk_), 64, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t t = begin; t < end; ++t) {
+            const std::int64_t line = t / blocks(Nk_), first = t % blocks(Nk_) * kMaskBlock;
+            interval_ranges_[n][t] = intervals_between(s.intervals + line / s.heads * s.batch_stride + line % s.heads * s.head_stride + first * 2, minimum(kMaskBlock, Nk_ - first));
+          }
+        });
       if (s.kind != MaskStepKind::relation) continue;
       const auto fill = [&](TokenRanges* to, const std::int32_t* tokens, std::int64_t batch_stride, std::int64_t in_all, std::int64_t N) {
         parallel_for(parallel, 0, items(batch_stride) * blocks(N), 16, [&](std::int64_t begin, std::int64_t end) {
@@ -104,7 +132,7 @@ class Mask {
 
   bool keeps_all() const { return program_.count == 0; }
 
-  // Consecutive heads that share the mask, and whether the items do.
+  // Consecutive heads that share the mask, and whether the items do; whether it pays to test pairs once for them, which relations alone take long enough for.
   std::int64_t sharing_heads() const {
     std::int64_t common = H_;   // divisor
     for (int n = 0; n < program_.count; ++n)
@@ -121,7 +149,11 @@ class Mask {
   }
   std::int64_t queries() const { return Nq_; }
   std::int64_t keys() const { return Nk_; }
-  bool shared() const { return !keeps_all() && (sharing_heads() > 1 || (B_ > 1 && shared_by_items())); }
+  bool shared() const {
+    bool relations = false;
+    for (int n = 0; n < program_.count; ++n) relations |= program_.step[n].kind == MaskStepKind::relation;
+    return relations && (sharing_heads() > 1 || (B_ > 1 && shared_by_items()));
+  }
 
   // Of the tile of at most kMaskBlock queries and keys from (i, j), multiples of kMaskBlock.
   Coverage coverage(std::int64_t b, std::int64_t h, std::int64_t i, std::int64_t rows, std::int64_t j, std::int64_t columns) const {
@@ -179,6 +211,9 @@ class Mask {
       return relation_coverage(q, k, [&](int tq, int tk) { return rule_of(s, h, tq, tk); });
     }
     if (s.kind == MaskStepKind::interval) {
+      const IntervalRanges& between = interval_ranges_[n][((s.batch_stride ? b : 0) * s.heads + h) * blocks(Nk_) + j / kMaskBlock];
+      if (between.first.low >= i + rows || between.last.high <= i) return Coverage::nothing;
+      if (between.first.high <= i && i + rows <= between.last.low) return Coverage::everything;
       const std::int32_t* at = s.intervals + b * s.batch_stride + h * s.head_stride + j * 2;
       for (std::int64_t c = 0; c < columns; ++c) any |= at[2 * c] < i + rows && i < at[2 * c + 1] && at[2 * c] < at[2 * c + 1], all &= at[2 * c] <= i && i + rows <= at[2 * c + 1];
     } else {
@@ -229,6 +264,7 @@ class Mask {
   const MaskProgram& program_;
   std::int64_t B_, H_, Nq_, Nk_;
   TokenRanges *query_ranges_[kMaskSteps] = {}, *key_ranges_[kMaskSteps] = {};
+  IntervalRanges* interval_ranges_[kMaskSteps] = {};
 };
 
 // The pairs of tiles that a mask keeps in part, tested once for the heads and items that share it, as long as a task meets the same block of lanes again and again. Lines are keys and lanes

@@ -5,8 +5,8 @@
 //            across lanes, and the tile of probabilities is the left operand of the value product as it is. 2 (D + Dv) FLOPs a pair.
 // Backward   a task owns blocks of keys of a key head and meets all queries of the heads that share it; tiles lie queries x keys. dk and dv are finished there, dq goes into the
 //            task's slot, and slots are added in order: their number depends on the sizes alone. 2 (3 D + 2 Dv) FLOPs a pair.
-// Tiles      of which the mask keeps nothing are not made; those that it keeps whole, and that have no bias, skip the test of pairs, which is made once for the heads that share a mask: they
-//            take turns, block by block, where without a mask a head is finished before the next, as its keys and values stay in the cache. Where intervals leave few keys in many tiles, tiles are
+// Tiles      of which the mask keeps nothing are not made; those that it keeps whole, and that have no bias, skip the test of pairs, which is made once for the heads that share relations: they
+//            take turns, block by block, where otherwise a head is finished before the next, as its keys and values stay in the cache. Where intervals leave few keys in many tiles, tiles are
 //            made of gathered keys (cpu/gathered_keys.h), and slots hold dk and dv.
 // Memory     operands are read where they lie, if they are of the accumulation type, contiguous along D and whole vectors wide, else from one copy. Backward at most kSlots times dq.
 // Precision  sums over D are one chain; sums over keys (in the forward and dq) and over queries (dk, dv, db) are chains of kBlock, added in order. All in float, double for double.
@@ -267,12 +267,13 @@ struct KeyBlock {
         const std::int64_t at = i * kBlock + c;
         const Vector<T> x = logit(load(tile + at)), z = added ? with_addend<T>(x, load(addend + at)) : x;
         Vector<T> p = exponential<T>(z - broadcast(lse[i])), ds = p * (load(grad + at) - broadcast(delta[i]));
-        if (added) {   // lse and dp may be NaN
+        Vector<T> dx = ds * logit.slope(x);
+        if (added) {   // lse, dp and the slope may be NaN
           const auto dropped = z == broadcast(kNothing<T>);
-          p = dropped ? Vector<T>{} : p, ds = dropped ? Vector<T>{} : ds;
+          p = dropped ? Vector<T>{} : p, ds = dropped ? Vector<T>{} : ds, dx = dropped ? Vector<T>{} : dx;
         }
         store(tile + at, p);
-        store(grad + at, ds * logit.slope(x));
+        store(grad + at, dx);
         if (sum_columns) store(columns + c, load(columns + c) + ds);
         if (to_bias)
           for (std::int64_t l = 0; l < minimum(L, count - c); ++l) to_bias[i * bias_row + c + l] += ds[l];

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..ops import masked_attention
@@ -45,6 +46,14 @@ def flash_dmattn_func(
     for name, each in (("query", query), ("key", key), ("value", value)):
         if check_vectors("flash_dmattn_func", name, each, "[B, N, H, D]").dim() != 4:
             raise ValueError(f"flash_dmattn_func: {name} must have 4 dimensions [B, N, H, D], got {describe(each)}")
+    if attn_mask is not None and (not isinstance(attn_mask, Tensor) or attn_mask.dtype is not torch.bool):
+        raise TypeError(f"flash_dmattn_func: attn_mask must be a bool tensor, True where a pair is kept, got {describe(attn_mask)}")
+    if attn_bias is not None and not isinstance(attn_bias, Tensor):
+        raise TypeError(f"flash_dmattn_func: attn_bias must be a tensor, got {describe(attn_bias)}")
+    if is_causal not in (None, True, False):
+        raise TypeError(f"flash_dmattn_func: is_causal must be True, False or None, got {describe(is_causal)}")
+    if softmax_scale is not None and (isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float))):
+        raise TypeError(f"flash_dmattn_func: softmax_scale must be a number or None, got {describe(softmax_scale)}")
     if softcap and attn_bias is not None:
         raise ValueError(f"flash_dmattn_func: softcap must be 0 where attn_bias is given, got {softcap!r}: the released kernel caps their sum, which is not supported")
     out, lse = masked_attention(

@@ -18,11 +18,12 @@ __all__ = ["Mask", "blocks", "causal", "from_dense", "full", "intervals", "key_d
 
 RELATION, INTERVAL, TILES, DENSE, BOTH, EITHER, INVERSE = range(7)  # kinds of steps, csrc/ops/attention_mask.h
 RULE_NUMBERS, STEP = 16, 4  # numbers of a coded rule, of a step
+MOST_STEPS = 16  # csrc/ops/attention_mask.h
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Which of `keys` keys each of `queries` queries keeps. A pytree; tensors are its leaves."""
+    """Which of `keys` keys each of `queries` queries keeps: at most 16 terms and signs. A pytree; tensors are its leaves."""
 
     queries: int
     keys: int
@@ -36,7 +37,7 @@ class Mask:
         return self._with(other, EITHER, "|")
 
     def __invert__(self) -> Mask:
-        return replace(self, steps=(*self.steps, INVERSE, 0, 0, 0))
+        return self._counted("~", replace(self, steps=(*self.steps, INVERSE, 0, 0, 0)))
 
     def _with(self, other: object, kind: int, sign: str) -> Mask:
         if not isinstance(other, Mask):
@@ -45,7 +46,13 @@ class Mask:
             raise ValueError(f"{sign}: masks must have the same queries and keys, got {self.queries} x {self.keys} and {other.queries} x {other.keys}")
         steps = list(other.steps)
         steps[1::STEP] = [at + len(self.tensors) for at in steps[1::STEP]]
-        return replace(self, tensors=(*self.tensors, *other.tensors), steps=(*self.steps, *steps, kind, 0, 0, 0))
+        return self._counted(sign, replace(self, tensors=(*self.tensors, *other.tensors), steps=(*self.steps, *steps, kind, 0, 0, 0)))
+
+    @staticmethod
+    def _counted(sign: str, mask: Mask) -> Mask:
+        if len(mask.steps) > MOST_STEPS * STEP:
+            raise ValueError(f"{sign}: masks must have at most {MOST_STEPS} steps, terms and signs, got {len(mask.steps) // STEP}")
+        return mask
 
     def to(self, device: Any) -> Mask:
         return replace(self, tensors=tuple(each.to(device) for each in self.tensors))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import masks
 from ..ops import dynamic_mask_attention, masked_attention
-from ..ops._arguments import describe
+from ..ops._arguments import check_flag, describe
 from ..ops._registration import accumulation_dtype
 from ._tokens import check_sizes, check_tokens
 from .masked_attention import KeyValues, MaskedAttention
@@ -64,7 +64,7 @@ class DynamicMaskAttention(MaskedAttention):
     - past, `ScoredKeys` of earlier tokens; return_keys: also those of all, which are the next call's `past`. They take memory for `keep` keys of every score head, however many tokens there were.
       Steps of any sizes choose what the whole at once does, up to scores that rounding makes equal.
 
-    Gives [B, N, width]. Raises TypeError and ValueError, ``DynamicMaskAttention: <argument> must ..., got ...``, and as `MaskedAttention` and `ops.dynamic_mask_attention` do.
+    Gives [B, N, width]. A cache belongs to one `keep`: a larger one finds too few keys in it. Raises TypeError and ValueError, ``DynamicMaskAttention: <argument> must ..., got ...``, and as `MaskedAttention` and `ops.dynamic_mask_attention` do.
 
     Parameters
     ----------
@@ -140,6 +140,11 @@ class DynamicMaskAttention(MaskedAttention):
         check_tokens("DynamicMaskAttention", "x", x, ("B", "N", self.width))
         if past is not None and not isinstance(past, ScoredKeys):
             raise TypeError(f"DynamicMaskAttention: past must be ScoredKeys, which return_keys gives, got {describe(past)}")
+        check_flag("DynamicMaskAttention", "return_keys", return_keys)
+        if past is not None:
+            score_heads = self.A.shape[0]
+            for each, wanted in ((past.key, ("B", score_heads, "M", self.head_width)), (past.value, ("B", score_heads, "M", self.head_width)), (past.score, ("B", score_heads, "M"))):
+                check_tokens("DynamicMaskAttention", "past", each, wanted, x)
         index = torch.arange(x.shape[1], device=x.device)
         if past is not None:
             index = index + past.length

@@ -12,6 +12,7 @@ from . import _arguments as arguments
 from ._registration import accumulation_dtype, autocast_is_on, functorch_is_active, to_autocast
 
 RELATION, DENSE, BOTH = 0, 3, 4  # kinds of steps, csrc/ops/attention_mask.h; DENSE is the last of those that are terms
+NO_VALUE = object()
 CAUSAL = (False, "bottom_right", "top_left")  # in the order of csrc/ops/masked_attention.h; True is "bottom_right"
 
 
@@ -61,8 +62,8 @@ def mask_of_rows(tensors: list[Tensor], steps: list[int], kept: Tensor) -> tuple
 def check_problem(
     op: str, query: Any, key: Any, value: Any, mask: Any, bias: object, causal: object, key_lengths: object, scale: object, softcap: object
 ) -> tuple[Tensor, AttentionProblem]:
-    """The value, and all the rest. Without a value it is about probabilities: those of `masked_attention`, so that its lse goes with them, under autocast too."""
-    query, key, value = (in_autocast_dtype(each) for each in (query, key, key if value is None else value))
+    """The value, and all the rest. With NO_VALUE it is about probabilities: those of `masked_attention`, so that its lse goes with them, under autocast too."""
+    query, key, value = (in_autocast_dtype(each) for each in (query, key, key if value is NO_VALUE else value))
     query, key, value = check_operands(op, query, key, value, 4)
     (B, H, Nq, _), (Hkv, Nk) = query.shape, key.shape[1:3]
     tensors, steps = check_mask(op, mask, query, (B, H, Nq, Nk), Hkv)

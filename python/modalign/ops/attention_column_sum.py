@@ -89,7 +89,7 @@ def attention_column_sum(
     Papers: key-value caches, Wan et al., "LOOK-M", EMNLP Findings 2024 (sums); visual tokens, VFlowOpt, ICCV 2025 (means over heads and queries).
     """
     op = "attention_column_sum"
-    _, problem = check.check_problem(op, query, key, None, mask, bias, causal, key_lengths, scale, softcap)
+    _, problem = check.check_problem(op, query, key, check.NO_VALUE, mask, bias, causal, key_lengths, scale, softcap)
     for name, given, known in (("reduction", reduction, REDUCTIONS), ("heads", heads, HEADS)):
         if given not in known:
             raise ValueError(f"{op}: {name} must be one of {', '.join(known)}, got {arguments.describe(given)}")

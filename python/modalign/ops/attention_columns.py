@@ -71,7 +71,7 @@ def attention_columns(
     Paper: maps of words held to masks, Li et al., "CosmicMan", CVPR 2024.
     """
     op = "attention_columns"
-    _, problem = check.check_problem(op, query, key, None, mask, bias, causal, key_lengths, scale, softcap)
+    _, problem = check.check_problem(op, query, key, check.NO_VALUE, mask, bias, causal, key_lengths, scale, softcap)
     (B, _, Nk, _) = problem.key.shape
     columns = check.check_indices(op, "columns", columns, "[C] or [B, C]", 0, Nk, problem.query)
     if columns.dim() not in (1, 2) or columns.shape[-1] == 0 or (columns.dim() == 2 and len(columns) != B):

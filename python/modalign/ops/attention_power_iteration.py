@@ -76,7 +76,7 @@ def attention_power_iteration(
     Paper: Zhong et al., "AIM: adaptive inference of multi-modal LLMs via token merging and pruning", ICCV 2025.
     """
     op = "attention_power_iteration"
-    _, problem = check.check_problem(op, query, key, None, mask, bias, causal, key_lengths, scale, softcap)
+    _, problem = check.check_problem(op, query, key, check.NO_VALUE, mask, bias, causal, key_lengths, scale, softcap)
     B, _, N, _ = problem.query.shape
     if problem.key.shape[2] != N:
         raise ValueError(f"{op}: key must have as many tokens as query, {N}, got {problem.key.shape[2]}")

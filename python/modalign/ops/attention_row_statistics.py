@@ -72,7 +72,7 @@ def attention_row_statistics(
     Paper: the weights of pruning by attention, VFlowOpt, ICCV 2025.
     """
     op = "attention_row_statistics"
-    _, problem = check.check_problem(op, query, key, None, mask, bias, causal, key_lengths, scale, softcap)
+    _, problem = check.check_problem(op, query, key, check.NO_VALUE, mask, bias, causal, key_lengths, scale, softcap)
     lse = check.check_lse(op, lse, problem.query)
     refuse_forward_mode(op, problem.differentiable())
     query, key, bias, key_lengths, numbers, tensors, steps = problem

@@ -70,7 +70,7 @@ def attention_rows(
     Paper: the last token's row ranks visual tokens, Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024.
     """
     op = "attention_rows"
-    _, problem = check.check_problem(op, query, key, None, mask, bias, causal, key_lengths, scale, softcap)
+    _, problem = check.check_problem(op, query, key, check.NO_VALUE, mask, bias, causal, key_lengths, scale, softcap)
     rows = check.check_indices(op, "rows", rows, "[R]", 0, problem.query.shape[2], problem.query)
     if rows.dim() != 1:
         raise ValueError(f"{op}: rows must have one dimension [R], got {arguments.describe(rows)}")

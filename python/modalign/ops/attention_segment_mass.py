@@ -73,7 +73,7 @@ def attention_segment_mass(
     Paper: the pictures that an answer looked at, Liu et al., "MIA-DPO", ICLR 2025.
     """
     op = "attention_segment_mass"
-    _, problem = check.check_problem(op, query, key, None, mask, bias, causal, key_lengths, scale, softcap)
+    _, problem = check.check_problem(op, query, key, check.NO_VALUE, mask, bias, causal, key_lengths, scale, softcap)
     if isinstance(num_segments, bool) or not isinstance(num_segments, int):
         raise TypeError(f"{op}: num_segments must be a whole number, got {arguments.describe(num_segments)}")
     if num_segments < 1:

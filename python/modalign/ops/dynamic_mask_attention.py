@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..masks.mask import INTERVAL, Mask
+from ..masks.mask import DENSE, INTERVAL
 from . import _arguments as arguments
 from . import _attention_arguments as check
-from ._registration import accumulation_dtype, call, register_op
-from .masked_attention import masked_attention, reference_masked_attention
+from ._registration import accumulation_dtype, call, refuse_forward_mode, register_op
+from .masked_attention import attend, reference_masked_attention
 
 __all__ = ["dynamic_mask_attention", "reference_dynamic_mask_attention"]
 
@@ -95,30 +95,26 @@ def dynamic_mask_attention(
     arguments.check_flag(op, "causal", causal)
     if scope not in SCOPES:
         raise ValueError(f'{op}: scope must be "causal" or "global", got {arguments.describe(scope)}')
-    arguments.check_vectors(op, "query", query, "[B, H, N, D]")
-    arguments.check_vectors(op, "key", key, "[B, Hkv, N, D]")
-    arguments.check_vectors(op, "value", value, "[B, Hkv, N, Dv]")
-    if query.dim() != 4 or key.dim() != 4:
-        raise ValueError(f"{op}: query and key must have 4 dimensions [B, H, N, D], got {arguments.describe(query)} and {arguments.describe(key)}")
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
         raise TypeError(f"{op}: bias must be a floating-point tensor [B, H, 1 or Nq, Nk], got {arguments.describe(bias)}")
-    (B, H, Nq, _), (Hkv, Nk) = query.shape, key.shape[1:3]
-    bias = check.check_pairs(op, "bias", bias, query, (B, H, Nq, Nk), Hkv)
+    value, problem = check.check_problem(op, query, key, value, None, bias, causal, None, scale, 0)
+    with_lse = arguments.check_flag(op, "return_lse", return_lse)
+    refuse_forward_mode("masked_attention", [*problem.differentiable(), value])  # which refuses a double backward too
+    key, bias, (Nq, Nk) = problem.key, problem.bias, (problem.query.shape[2], problem.key.shape[2])
     if bias.shape[3] != Nk:
         raise ValueError(f"{op}: bias must have as many columns as there are keys, {Nk}, got {arguments.describe(bias)}")
+    keep = min(keep, max(Nk, 1))
     scores = bias.detach().to(accumulation_dtype(bias.dtype)).contiguous()
-    mask: Any
     if bias.shape[2] == 1:
-        runs = _intervals(scores[:, :, 0], Nq, keep, causal, scope)
-        if query.is_cuda and Nq > TILE and keep < Nk and value.shape[:3] == key.shape[:3]:  # the CPU gathers keys
-            key, value, bias, runs = _by_end(key, value, bias, runs, keep)
-            causal = False  # which the runs say
-        mask = Mask(Nq, Nk, (runs,), (INTERVAL, 0, 0, 0))
-    elif scores.is_cuda:
-        mask = _best(scores, Nq, keep, causal and scope == "causal")
+        kept, kind = _intervals(scores[:, :, 0], Nq, keep, causal, scope), INTERVAL
+        if key.is_cuda and Nq > TILE and keep < Nk:  # the CPU gathers keys
+            key, value, bias, kept = _by_end(key, value, bias, kept, keep)
+            problem = problem._replace(key=key, bias=bias, numbers=check.check_numbers(op, query, False, scale, 0))  # the runs say what is causal
     else:
-        mask = call("dynamic_mask_kept", scores, keep, causal and scope == "causal")
-    return masked_attention(query, key, value, mask, bias=bias, causal=causal, scale=scale, return_lse=return_lse)
+        best = causal and scope == "causal"
+        kept, kind = _best(scores, Nq, keep, best) if scores.is_cuda else call("dynamic_mask_kept", scores, keep, best), DENSE
+    out, lse = attend(problem._replace(mask_tensors=[kept], mask_steps=[kind, 0, 0, 0]), value)
+    return (out, lse) if with_lse else out
 
 
 def _intervals(scores: Tensor, Nq: int, keep: int, causal: bool, scope: str) -> Tensor:
@@ -154,7 +150,7 @@ def _by_end(key: Tensor, value: Tensor, bias: Tensor, runs: Tensor, keep: int) -
 def _best(scores: Tensor, Nq: int, keep: int, causal: bool) -> Tensor:
     """Bool [B, H, Nq, Nk]: every query sorts its keys."""
     Nk = scores.shape[3]
-    scores = scores.expand(*scores.shape[:2], Nq, Nk)
+    scores = torch.where(scores.isnan(), -torch.inf, scores).expand(*scores.shape[:2], Nq, Nk)
     seen = torch.ones(Nq, Nk, dtype=torch.bool, device=scores.device).tril(Nk - Nq if causal else Nk)
     best = Nk - 1 - scores.masked_fill(~seen, -torch.inf).flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :keep]  # of equal ones the last
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True) & seen  # what is not seen ties with padding, which is not kept either

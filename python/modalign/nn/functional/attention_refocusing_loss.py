@@ -80,7 +80,7 @@ def attention_refocusing_loss(
     Paper: Li et al., "CosmicMan: a text-to-image foundation model for humans", CVPR 2024, section 4.2.
     """
     op = "attention_refocusing_loss"
-    _, problem = attention.check_problem(op, query, key, None, mask, None, False, None, scale, 0)
+    _, problem = attention.check_problem(op, query, key, attention.NO_VALUE, mask, None, False, None, scale, 0)
     (B, _, Nq, _), L, G = problem.query.shape, problem.key.shape[2], samples.shape[0] if isinstance(samples, Tensor) and samples.dim() == 1 else 0
     samples = inputs.check_whole(op, "samples", samples, torch.int64, "[G]", (G,), problem.query)
     spans = inputs.check_whole(op, "spans", spans, torch.int64, "[G, 2]", (G, 2), problem.query)
