@@ -17,18 +17,6 @@ if [ $# -eq 0 ]; then set -- -q tests/test_emulator.py tests/test_kernels_host.p
 # and _C.so brings its own `new` (static C++ library), whose memory libtorch deletes: no mismatch, though it looks like one from outside.
 export PYTHONPATH="$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
 export LD_PRELOAD="$("${CXX:-c++}" -print-file-name=libasan.so) $("${CXX:-c++}" -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0:abort_on_error=1
-exec "$PYTHON" - "$BUILD" "$@" <<'RUN'
-import importlib.util, pathlib, sys
-
-(path,) = pathlib.Path(sys.argv[1]).glob("_host*.so")
-spec = importlib.util.spec_from_file_location("modalign._host", path)
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-assert module.build_info()["address_sanitizer"], path
-sys.modules["modalign._host"] = module   # `from modalign import _host` now finds this build
-
-import pytest
-
+export MODALIGN_HOST_BUILD="$BUILD"
 # The sanitizer writes to the file descriptor and stops the process: pytest must neither swallow the one nor report the other.
-sys.exit(pytest.main(["-p", "no:cacheprovider", "-p", "no:faulthandler", "--capture=sys", *sys.argv[2:]]))
-RUN
+PYTHONPATH="$PWD/tests:$PYTHONPATH" exec "$PYTHON" -m pytest -p asan_host -p no:cacheprovider -p no:faulthandler --capture=sys "$@"
