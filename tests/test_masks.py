@@ -178,7 +178,8 @@ def test_more_tiles_in_part_than_are_remembered():
     """Of two queries, and of two keys: 300 tiles on the way, of which 256 are."""
     N = 96 * 300 + 5
     row = torch.rand(1, 1, 2, N, generator=draw(0)) < 0.5
-    for mask in (masks.from_dense(row), masks.from_dense(row.mT)):
+    long, two = masks.tokens([0] * N), masks.tokens([0] * 2)
+    for mask in (masks.from_dense(row) & masks.relation({(0, 0): "always"}, two, long), masks.from_dense(row.mT) & masks.relation({(0, 0): "always"}, long, two)):
         attend_like_the_matrix(mask, H=2, D=2)
 
 

@@ -136,13 +136,15 @@ void pack_columns(Scalar dtype, const AttentionRows& from, std::int64_t item, st
     pack_panel(P, static_cast<int>(minimum(P, count - r)), depth, [&](int n) { return rows + (r + n) * depth; }, panels + r * depth);
 }
 
-// Every block of rows of every head and sequence, heads first: f(made, h, b, sequence, first row, rows), in parallel; make(): what the blocks of a thread use one after the other.
+// Every block of rows of every head and sequence: f(made, h, b, sequence, first row, rows), in parallel; make(): what the blocks of a thread use one after the other. heads_first: heads take
+// turns, block by block.
 template <class Make, class F>
-void for_each_block(const AttentionProblem& p, std::int64_t heads, bool of_keys, const Parallel& parallel, const Make& make, const F& f) {
-  parallel_for(parallel, 0, heads * p.B * blocks(of_keys ? p.Nk : p.Nq), 1, [&](std::int64_t begin, std::int64_t end) {
+void for_each_block(const AttentionProblem& p, std::int64_t heads, bool of_keys, bool heads_first, const Parallel& parallel, const Make& make, const F& f) {
+  const std::int64_t most = blocks(of_keys ? p.Nk : p.Nq), lines = heads * p.B;
+  parallel_for(parallel, 0, lines * most, 1, [&](std::int64_t begin, std::int64_t end) {
     auto made = make();
     for (std::int64_t t = begin; t < end; ++t) {
-      const std::int64_t h = t % heads, b = t / heads % p.B, first = t / heads / p.B * kBlock;
+      const std::int64_t line = heads_first ? t % lines : t / most, h = line % heads, b = line / heads, first = (heads_first ? t / lines : t % most) * kBlock;
       const Sequence s = sequence(p, b);
       const std::int64_t rows = minimum(kBlock, (of_keys ? s.keys : s.queries) - first);
       if (rows > 0) f(made, h, b, s, first, rows);
@@ -151,7 +153,7 @@ void for_each_block(const AttentionProblem& p, std::int64_t heads, bool of_keys,
 }
 template <class F>
 void for_each_block(const AttentionProblem& p, std::int64_t heads, bool of_keys, const Parallel& parallel, const F& f) {
-  for_each_block(p, heads, of_keys, parallel, [] { return 0; },
+  for_each_block(p, heads, of_keys, false, parallel, [] { return 0; },
                  [&](int, std::int64_t h, std::int64_t b, const Sequence& s, std::int64_t first, std::int64_t rows) { f(h, b, s, first, rows); });
 }
 

@@ -79,7 +79,7 @@ void harvest(const AttentionProblem& p, const void* lse, const AttentionWeights&
   const std::int64_t group = p.H / p.Hkv, lanes_in_all = lines_are_keys ? p.Nq : p.Nk;
   for (std::size_t n = 0; n < sizeof...(scores); ++n) std::memset(to[n], 0, p.B * p.H * lanes_in_all * sizeof(T));   // keys beyond a length, which no task visits
   const auto make = [&] { return TestedTiles<lines_are_keys>(buffers.mask); };
-  for_each_block(p, p.H, !lines_are_keys, parallel, make, [&](TestedTiles<lines_are_keys>& tested, std::int64_t h, std::int64_t b, const Sequence& s, std::int64_t first, std::int64_t lanes) {
+  for_each_block(p, p.H, !lines_are_keys, buffers.mask.shared(), parallel, make, [&](TestedTiles<lines_are_keys>& tested, std::int64_t h, std::int64_t b, const Sequence& s, std::int64_t first, std::int64_t lanes) {
     const HeadPairs pairs(p, buffers.mask, s, b, h);
     const Lines<T> lines = buffers.lines.lines(s, lines_are_keys ? h / group : h);
     const T* const row_lse = static_cast<const T*>(lse) + (b * p.H + h) * p.Nq;
