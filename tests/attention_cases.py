@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from modalign import ops
+from modalign import masks, ops
 from modalign.ops.masked_attention import reference_masked_attention
 from modalign.testing import NOT_FINITE, BadInput, Maker, OpCase, Sample, degenerate_zoo
 
@@ -248,12 +248,19 @@ def packed(make: Maker, lengths: list[int], key_lengths: list[int], **options: o
     return Sample(f"{lengths}", (q, k, v, cu_q, cu_k, 200, 200), options)  # the longest, or more: a compiled graph has these numbers in it
 
 
-def one_by_one(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: object) -> Tensor:
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, mask: masks.Mask | None = None, **options: object) -> Tensor:
     parts = []
     for n in range(len(cu_q) - 1):
         mine, theirs = slice(int(cu_q[n]), int(cu_q[n + 1])), slice(int(cu_k[n]), int(cu_k[n + 1]))
-        parts.append(reference_masked_attention(*(each.transpose(0, 1)[None] for each in (query[mine], key[theirs], value[theirs])), **options)[0].transpose(0, 1))
+        keep = None if mask is None else mask.dense()[:, :, mine, theirs]
+        parts.append(reference_masked_attention(*(each.transpose(0, 1)[None] for each in (query[mine], key[theirs], value[theirs])), keep, **options)[0].transpose(0, 1))
     return torch.cat(parts)
+
+
+def packed_and_masked(make: Maker) -> Sample:
+    tokens = masks.layout([("question", 2), ("visual", (5, 9)), ("answer", 4), ("visual", (3, 3)), ("answer", 30)])
+    sample = packed(make, [20, 50, 20], [20, 50, 20], causal=True)
+    return replace(sample, kwargs=sample.kwargs | {"mask": masks.image_prefix(tokens).to(make.device)})
 
 
 MASKED_ATTENTION_VARLEN = replace(
@@ -262,7 +269,7 @@ MASKED_ATTENTION_VARLEN = replace(
     call=ops.masked_attention_varlen,
     reference=one_by_one,
     formula=one_by_one,
-    samples=lambda make: [packed(make, [5, 1, 120], [7, 3, 100]), packed(make, [40, 0, 97], [40, 9, 97], causal=True), packed(make, [3], [200], softcap=2.0, scale=1.0)],
+    samples=lambda make: [packed(make, [5, 1, 120], [7, 3, 100]), packed(make, [40, 0, 97], [40, 9, 97], causal=True), packed(make, [3], [200], softcap=2.0, scale=1.0), packed_and_masked(make)],
     tiny=lambda make: [replace(one, args=(one.args[0][:, :2, :3], one.args[1][:, :1, :3], one.args[2][:, :1, :2], *one.args[3:])) for one in [packed(make, [2, 3], [3, 2])]],
     sized=lambda make, n: packed(make, [n, n + 1], [n + 2, n + 3], causal=True),
     degenerate=None,

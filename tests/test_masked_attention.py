@@ -217,6 +217,29 @@ def test_packed_sequences_are_sequences_alone(causal):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_packed_sequences_under_a_mask():
+    lengths_q, lengths_k = [3, 0, 120, 97, 1], [5, 4, 120, 30, 0]
+    q, k, v = (each.requires_grad_() for each in (torch.randn(221, 4, 16), torch.randn(159, 2, 16), torch.randn(159, 2, 12)))
+    cu_q, cu_k = (torch.tensor([0, *each]).cumsum(0).int() for each in (lengths_q, lengths_k))
+    keep = torch.rand(1, 4, 221, 159) < 0.5
+    for causal in (False, True, "top_left"):
+        out, lse = masked_attention_varlen(q, k, v, cu_q, cu_k, 120, 130, masks.from_dense(keep), causal=causal, return_lse=True)
+        parts = []
+        for n in range(5):
+            qs, ks = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
+            parts.append(masked_attention(*(each.transpose(0, 1)[None] for each in (q[qs], k[ks], v[ks])), keep[:, :, qs, ks], causal=causal, return_lse=True))
+        want, want_lse = torch.cat([o[0].transpose(0, 1) for o, _ in parts]), torch.cat([each[0] for _, each in parts], 1)
+        weight = torch.randn_like(out)
+        for a, b in zip((out, lse, *torch.autograd.grad(out, (q, k, v), weight)), (want, want_lse, *torch.autograd.grad(want, (q, k, v), weight)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+    with pytest.raises(TypeError, match=r"masked_attention_varlen: mask must be of modalign.masks, got"):
+        masked_attention_varlen(q, k, v, cu_q, cu_k, 120, 130, keep)
+    with pytest.raises(ValueError, match=r"masked_attention_varlen: mask must be of 221 queries and 159 keys, got one of 3 and 159"):
+        masked_attention_varlen(q, k, v, cu_q, cu_k, 120, 130, masks.full(3, 159))
+    with pytest.raises(ValueError, match=r"packed: cu_seqlens_q must rise from 0 to the number of rows 221, got"):
+        masked_attention_varlen(q, k, v, cu_q - 1, cu_k, 120, 130, masks.full(221, 159))
+
+
 @pytest.mark.parametrize(
     ("cu_q", "cu_k", "message"),
     [([0, 3, 5], [0, 3, 4], "end with the number of rows"), ([1, 3, 5], [0, 3, 5], "begin with 0"), ([0, 6, 5], [0, 3, 5], "rise by at most"), ([0, 5, 5], [0, 1, 5], "max_queries = 4")],

@@ -21,6 +21,7 @@ from __future__ import annotations
 from .formats import from_block_mask, from_bsr, from_flashmask, to_block_mask, to_bsr, to_flashmask
 from .mask import Mask, blocks, causal, from_dense, full, intervals, key_dropout, relation
 from .neighborhood import Neighborhood, neighborhood
+from .packed import packed
 from .published import (
     cell_window,
     composite,
@@ -70,6 +71,7 @@ __all__ = [
     "neighbor_window",
     "neighborhood",
     "no_visual_attention",
+    "packed",
     "relation",
     "temporal_hierarchy",
     "text_guided",

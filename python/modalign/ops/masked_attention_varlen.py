@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..masks.packed import packed
 from . import _arguments as arguments
 from . import _attention_arguments as check
 from ._registration import call, refuse_forward_mode, without_autocast
@@ -22,6 +23,7 @@ def masked_attention_varlen(
     cu_seqlens_k: Tensor,
     max_q: int,
     max_k: int,
+    mask: check.MaskProgram | None = None,
     *,
     causal: bool | str = False,
     scale: float | None = None,
@@ -45,6 +47,8 @@ def masked_attention_varlen(
         Rising from 0 to T and Tk.
     max_q, max_k : int
         The longest sequences, or more.
+    mask : modalign.masks, optional
+        Which pairs of a sequence are kept, of all T queries and Tk keys.
     causal, scale, softcap, return_lse, deterministic
         As in `masked_attention`; `causal` is aligned in every sequence.
 
@@ -68,7 +72,7 @@ def masked_attention_varlen(
 
     Complexity
     ----------
-    As `masked_attention` of each sequence alone.
+    As `masked_attention` of each sequence alone; with a mask, as `masked_attention` under that mask and `modalign.masks.packed`.
 
     Paper: Dao, "FlashAttention-2", ICLR 2024, whose argument names these are.
     """
@@ -89,7 +93,17 @@ def masked_attention_varlen(
     arguments.check_flag(op, "return_lse", return_lse)
     refuse_forward_mode("masked_attention", (query, key, value))
     q, k, v = (each.transpose(0, 1)[None] for each in (query, key, value))
+    sequences = (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_q, max_k)
+    tensors: list[Tensor] = []
+    steps: list[int] = []
+    if mask is not None:  # then the sequences are a term of it
+        if isinstance(mask, Tensor) or not hasattr(mask, "steps"):
+            raise TypeError(f"{op}: mask must be of modalign.masks, got {arguments.describe(mask)}")
+        sizes = (1, q.shape[1], q.shape[2], k.shape[2])
+        check.check_mask(op, mask, q, sizes, k.shape[1])
+        tensors, steps = check.check_mask(op, mask & packed(cu_seqlens_q, cu_seqlens_k, *sizes[2:], causal=check.CAUSAL[numbers[0]]), q, sizes, k.shape[1])  # type: ignore[operator]
+        sequences, numbers = (None, None, 0, 0), (0, *numbers[1:])
     with without_autocast(query.device.type):
-        out, lse = call("masked_attention", q, k, v, None, None, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_q, max_k, *numbers, [], [])
+        out, lse = call("masked_attention", q, k, v, None, None, *sequences, *numbers, tensors, steps)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
