@@ -5,6 +5,7 @@ from .._load import load_library
 load_library()  # the files below tell torch about the raw ops, so these have to be there first
 
 from ._results import AttentionRowStatistics, HardNegatives, Matches, NeighborGraph, Neighbors, SegmentMax  # noqa: E402, F401
+from ._token_match import TokenMatch  # noqa: E402, F401
 from .attention_column_sum import attention_column_sum  # noqa: E402
 from .attention_columns import attention_columns  # noqa: E402
 from .attention_power_iteration import attention_power_iteration  # noqa: E402
@@ -26,6 +27,8 @@ from .knn_graph import knn_graph  # noqa: E402
 from .knn_values import knn_values  # noqa: E402
 from .masked_attention import masked_attention  # noqa: E402
 from .masked_attention_varlen import masked_attention_varlen  # noqa: E402
+from .match_tokens import match_tokens  # noqa: E402
+from .merge_tokens import MergedTokens, merge_tokens  # noqa: E402, F401
 from .mine_hard_negatives import mine_hard_negatives  # noqa: E402
 from .mutual_nearest import mutual_nearest  # noqa: E402
 from .neighborhood_attention import neighborhood_attention  # noqa: E402
@@ -62,6 +65,8 @@ __all__ = [
     "knn_values",
     "masked_attention",
     "masked_attention_varlen",
+    "match_tokens",
+    "merge_tokens",
     "mine_hard_negatives",
     "mutual_nearest",
     "neighborhood_attention",
