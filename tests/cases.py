@@ -19,6 +19,7 @@ from dynamic_mask_cases import DYNAMIC_MASK_ATTENTION
 from neighborhood_attention_cases import NEIGHBORHOODS
 from segment_cases import SEGMENT_MAX_SIMILARITY
 from structure_cases import STRUCTURE_LOSS
+from token_cases import MERGE_TOKENS
 from virtual_unmerge_cases import VIRTUAL_UNMERGE_ATTENTION
 
 KERNEL, WIDE = "k<=8", "k>8"
@@ -469,10 +470,10 @@ WIDE = [
 ]
 
 VOLUMES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE]
-CASES = [*VOLUMES, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS, *ATTENTION, DYNAMIC_MASK_ATTENTION, *NEIGHBORHOODS, VIRTUAL_UNMERGE_ATTENTION, *ATTENTION_SCORES]
+CASES = [*VOLUMES, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS, *ATTENTION, DYNAMIC_MASK_ATTENTION, *NEIGHBORHOODS, VIRTUAL_UNMERGE_ATTENTION, *ATTENTION_SCORES, MERGE_TOKENS]
 
-# Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py, test_hard_negatives.py, test_knn.py and
-# test_attention_scores.py.
+# Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py, test_hard_negatives.py, test_knn.py,
+# test_attention_scores.py and test_match_tokens.py.
 SELECTIONS = [
     "attention_row_statistics",
     "clip_hard_negatives",
@@ -482,6 +483,7 @@ SELECTIONS = [
     "gram_topk",
     "knn",
     "knn_graph",
+    "match_tokens",
     "mine_hard_negatives",
     "mutual_nearest",
     "target_rank",

@@ -24,15 +24,20 @@ template <class T> using Integer = std::conditional_t<sizeof(T) == 4, std::int32
 
 // Where the tokens, sources and destinations of an item are.
 struct Item {
-  std::int64_t begin, tokens, first_source, sources, first_target, targets;
+  std::int64_t begin, tokens, step, first_source, sources, first_target, targets, most_merges;
 
   Item(const MatchProblem& p, std::int64_t b) : begin(p.cu ? p.cu[b] : b * (p.T / p.B)), tokens(p.cu ? p.cu[b + 1] - begin : p.T / p.B) {
-    first_source = round_up(p.first, 2), first_target = p.first | 1;
-    sources = maximum(0, (tokens - first_source + 1) / 2), targets = maximum(0, (tokens - first_target + 1) / 2);
+    if (p.split >= 0) {
+      step = 1, first_source = 0, sources = minimum(p.split, tokens), first_target = sources, targets = tokens - sources;
+      most_merges = targets ? minimum(p.r, sources) : 0;
+    } else {
+      step = 2, first_source = round_up(p.first, 2), first_target = p.first | 1;
+      sources = maximum(0, (tokens - first_source + 1) / 2), targets = maximum(0, (tokens - first_target + 1) / 2);
+      most_merges = minimum(p.r, maximum(0, tokens - p.first) / 2);
+    }
   }
-  std::int64_t source(std::int64_t a) const { return first_source + 2 * a; }
-  std::int64_t target(std::int64_t t) const { return first_target + 2 * t; }
-  std::int64_t most_merges(const MatchProblem& p) const { return minimum(p.r, maximum(0, tokens - p.first) / 2); }
+  std::int64_t source(std::int64_t a) const { return first_source + step * a; }
+  std::int64_t target(std::int64_t t) const { return first_target + step * t; }
 };
 
 template <class T>
@@ -44,7 +49,7 @@ struct Buffers {
   std::int64_t* merges;         // [B]
 
   Buffers(const MatchProblem& p, Arena& arena)
-      : target_panels(arena.take<T>((p.T / 2 / kPanelColumns<T> + p.B) * kPanelColumns<T> * p.D)),
+      : target_panels(arena.take<T>(((p.split < 0 ? p.T / 2 : p.T) / kPanelColumns<T> + p.B) * kPanelColumns<T> * p.D)),
         panels(arena.take<std::int64_t>(p.B + 1)),
         blocks(arena.take<std::int64_t>(p.B + 1)),
         keys(arena.take<Key<T>>(p.T)),
@@ -142,9 +147,8 @@ template <class T>
 std::int64_t order_sources(const MatchProblem& p, const Item& item, const T* score, Key<T>* keys, Key<T>* spare) {
   for (std::int64_t a = 0; a < item.sources; ++a) keys[a] = key_of(score[item.begin + item.source(a)], a);
   sort_falling<Key<T>>(keys, item.sources, spare);
-  const std::int64_t most = item.most_merges(p);
   std::int64_t merges = 0;
-  while (merges < most && (!p.has_threshold || score[item.begin + item.source(index_of(keys[merges]))] > p.threshold)) ++merges;
+  while (merges < item.most_merges && (!p.has_threshold || score[item.begin + item.source(index_of(keys[merges]))] > p.threshold)) ++merges;
   return merges;
 }
 

@@ -29,7 +29,7 @@ void check_lengths(const MatchProblem& p) {
                    " at position ", b);
 }
 
-MatchProblem check(const Tensor& features, const std::optional<Tensor>& cu_seqlens, std::int64_t longest, std::int64_t first, std::int64_t r, const std::optional<double>& threshold,
+MatchProblem check(const Tensor& features, const std::optional<Tensor>& cu_seqlens, std::int64_t longest, std::int64_t first, std::int64_t split, std::int64_t r, const std::optional<double>& threshold,
                    bool keep_order) {
   MatchProblem p{};
   p.dtype = check_floating(kOp, "features", features);
@@ -47,14 +47,14 @@ MatchProblem check(const Tensor& features, const std::optional<Tensor>& cu_seqle
     if (!features.is_cuda()) check_lengths(p);
   }
   p.features = {features.const_data_ptr(), features.stride(0), features.stride(1), features.stride(2)};
-  p.first = first, p.r = r, p.keep_order = keep_order;
+  p.first = first, p.split = split, p.r = r, p.keep_order = keep_order;
   p.has_threshold = threshold.has_value(), p.threshold = threshold.value_or(0);
   return p;
 }
 
-Five match_tokens(const Tensor& features, const std::optional<Tensor>& cu_seqlens, std::int64_t longest, std::int64_t first, std::int64_t r, const std::optional<double>& threshold,
+Five match_tokens(const Tensor& features, const std::optional<Tensor>& cu_seqlens, std::int64_t longest, std::int64_t first, std::int64_t split, std::int64_t r, const std::optional<double>& threshold,
                   bool keep_order) {
-  const MatchProblem p = check(features, cu_seqlens, longest, first, r, threshold, keep_order);
+  const MatchProblem p = check(features, cu_seqlens, longest, first, split, r, threshold, keep_order);
   const auto ints = [&](std::int64_t n) { return new_tensor(features, {n}, ScalarType::Int); };
   Tensor score = new_tensor(features, {p.T}, accumulation_type(features.scalar_type())), group = ints(p.T), members = ints(p.T), offsets = ints(p.T + 1), cu = ints(p.B + 1);
   const auto data = [](Tensor& t) { return static_cast<std::int32_t*>(t.mutable_data_ptr()); };
@@ -76,7 +76,7 @@ Five match_tokens(const Tensor& features, const std::optional<Tensor>& cu_seqlen
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(modalign, m) {
-  m.def("match_tokens(Tensor features, Tensor? cu_seqlens, int longest, int first, int r, float? threshold, bool keep_order) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("match_tokens(Tensor features, Tensor? cu_seqlens, int longest, int first, int split, int r, float? threshold, bool keep_order) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modalign, CPU, m) { m.impl("match_tokens", TORCH_BOX(&match_tokens)); }

@@ -2,11 +2,12 @@
 // cuda/match_tokens.cuh both take them as they are.
 //
 // Bipartite soft matching (Bolya et al., "Token Merging: your ViT but faster", ICLR 2023). Item b has n tokens with features m_i: n = N in a batch; in a packed one its tokens are the rows
-// cu[b] ... cu[b + 1] - 1. The first `first` tokens take no part; of the others those at even places are sources, those at odd places destinations:
+// cu[b] ... cu[b + 1] - 1. The first `first` tokens take no part; of the others those at even places are sources, those at odd places destinations (or, where `split` is not negative: the
+// first `split` tokens are sources, the others destinations, and first = 0):
 //
 //     v_a = max over destinations t of cos(m_a, m_t)        j_a = the first t that attains it        (a zero vector: cosine 0; a NaN loses to everything, none left: -inf, the first t)
 //
-// The sources with the largest v_a, of equal ones the first, join j_a: min(r, floor((n - first) / 2)) of them, with a threshold only those with v_a > threshold. So every token is in a
+// The sources with the largest v_a, of equal ones the first, join j_a: min(r, floor((n - first) / 2)) of them (split: min(r, sources), none without a destination), with a threshold only those with v_a > threshold. So every token is in a
 // group, which is one row of the output. The rows of an item stand in this order:
 //
 //     first = 0     sources that stay, by falling v (equal: by place), then the destinations
@@ -28,7 +29,7 @@ struct MatchProblem {
   const std::int32_t* cu;     // [B + 1], or nullptr: T / B tokens each
   std::int64_t longest;       // tokens of an item, or more
   BatchedRows features;       // [B, N, D]; packed [1, T, D], batch_stride is not used
-  std::int64_t first, r;
+  std::int64_t first, split, r;
   bool has_threshold;
   double threshold;
   bool keep_order;

@@ -176,7 +176,7 @@ def register_looping_vmap(qualified_name: str, contiguous: tuple[int, ...] = ())
         for index in range(info.batch_size):
             one = [entry(value, dimension, index) for value, dimension in zip(given, in_dims, strict=True)]
             for position in contiguous:
-                one[position] = one[position].contiguous()
+                one[position] = one[position] if one[position] is None else one[position].contiguous()
             results.append(op(*one))
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0

@@ -34,6 +34,8 @@ def merge_tokens(
     *,
     size: Tensor | None = None,
     protected: int = 0,
+    sources: int | None = None,
+    order: Tensor | None = None,
     threshold: float | None = None,
     keep_order: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -56,7 +58,7 @@ def merge_tokens(
     ----------
     x : Tensor [B, N, ...] or packed [T, ...]
         The tokens.
-    features, r, protected, threshold, keep_order, cu_seqlens, longest
+    features, r, protected, sources, order, threshold, keep_order, cu_seqlens, longest
         As in `match_tokens`.
     size : Tensor [B, N] or [B, N, 1], optional
         How many original tokens each stands for; None: one. Sums are kept in float32, as half types stop counting at 256 or 2048.
@@ -84,16 +86,16 @@ def merge_tokens(
 
     Paper: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023.
     """
-    match = match_tokens(features, r, protected=protected, threshold=threshold, keep_order=keep_order, cu_seqlens=cu_seqlens, longest=longest)
-    return MergedTokens(match.merge(x, size), match.merge_size(size), match)
+    match = match_tokens(features, r, protected=protected, sources=sources, order=order, threshold=threshold, keep_order=keep_order, cu_seqlens=cu_seqlens, longest=longest)
+    return MergedTokens(*match.merge_with_size(x, size), match)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- plain-torch formulas
 
 
-def reference_merge_tokens(x: Tensor, features: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, keep_order: bool = False) -> MergedTokens:
+def reference_merge_tokens(x: Tensor, features: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0, sources: int | None = None, keep_order: bool = False) -> MergedTokens:
     """`merge_tokens` of a batch from the matrix of similarities and the matrix of who joins whom."""
-    match = reference_match_tokens(features.detach().double(), r, protected=protected, keep_order=keep_order)
+    match = reference_match_tokens(features.detach().double(), r, protected=protected, sources=sources, keep_order=keep_order)
     s = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device) if size is None else size.detach().reshape(x.shape[:2]).to(x.dtype)
     joined = match.source_matrix().to(x.dtype) * s[:, None, :]
     total = joined.sum(2)
@@ -118,7 +120,7 @@ def _index_add(destination: Tensor, index: Tensor, source: Tensor) -> Tensor:
 
 def _formula(x: Tensor, features: Tensor, r: int, size: Tensor | None, protected: int, add: Any) -> MergedTokens:
     B, N, C = x.shape
-    s = x.new_ones(B, N, 1) if size is None else size.reshape(B, N, 1).to(x.dtype)
+    s = x.new_ones(B, N, 1) if size is None else size.detach().reshape(B, N, 1).to(x.dtype)
     with torch.no_grad():
         unit = features / features.norm(dim=-1, keepdim=True)
         scores = unit[:, ::2] @ unit[:, 1::2].mT
@@ -137,4 +139,4 @@ def _formula(x: Tensor, features: Tensor, r: int, size: Tensor | None, protected
         return torch.cat([even.gather(1, staying[..., None].expand(-1, -1, rows.shape[2])), add(odd, target, even.gather(1, joining[..., None].expand(-1, -1, rows.shape[2])))], 1)
 
     total = merge(s)
-    return MergedTokens(merge(x * s) / total, total[..., 0], TokenMatch(*(features.new_empty(0),) * 4))
+    return MergedTokens(merge(x * s) / total, total[..., 0], TokenMatch(*(features.new_empty(0),) * 5))
