@@ -72,7 +72,7 @@ def table(link: str) -> str:
 
     declared = {case.name: case for case in reversed(cases.CASES)}  # the first entry of an op; later ones are samples of other sizes
     by_attention = ("masked_attention_varlen", "scaled_dot_product_attention", "neighborhood_attention", "virtual_unmerge_attention", "attention_columns", "attention_segment_mass")
-    raw = {**dict.fromkeys(by_attention, "masked_attention"), "attention_power_iteration": "attention_column_sum", "dynamic_mask_attention": "dynamic_mask_ends"}  # other ways to call an op
+    raw = {**dict.fromkeys(by_attention, "masked_attention"), "attention_power_iteration": "attention_column_sum", "dynamic_mask_attention": "dynamic_mask_ends", "merge_tokens": "match_tokens"}  # other ways to call an op
     covered, families = info.ops(), {kernel["family"] for kernel in _host.kernels().values()}
     yes = {True: "yes", False: "no"}
     lines = ["| op | CPU | CUDA | dtypes | backward | double backward | deterministic | paper |", "|---|---|---|---|---|---|---|---|"]
