@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from modalign import _load, info
-from modalign.compat import tome
+from modalign.compat import pitome, tome, tomesd
+from modalign.nn.functional import energy_order, token_energy
 from modalign.ops import TokenMatch, match_tokens, merge_tokens
 from modalign.ops._groups import groups_of, reduce_groups, spread_groups
 from modalign.ops.match_tokens import reference_match_tokens
@@ -352,3 +353,52 @@ def test_the_released_functions():
     with pytest.raises(ValueError, match="random_bipartite_soft_matching: r must be less than the number of tokens 23, got 23"):
         tome.random_bipartite_soft_matching(x, 23)
     assert tome.parse_r(12, (8, 1.0))[0] == 0 and tome.parse_r(12, (8, 1.0))[-1] == 16 and tome.parse_r(1, (8, -1.0)) == [8]
+
+
+def test_energies_protect_what_is_alone():
+    x = draw(2, 31, 6)
+    unit = x / x.norm(dim=2, keepdim=True)
+    cosine = unit @ unit.mT
+    torch.testing.assert_close(token_energy(x, 0.4), torch.nn.functional.elu(cosine - 0.4).mean(2))
+    torch.testing.assert_close(token_energy(x, 0.4, kernel="gaussian"), torch.distributions.Normal(1.0, 0.6).log_prob(cosine).exp().mean(2))
+    for first in (0, 1):
+        merge, unmerge = pitome.pitome_vision(x, ratio=0.7, margin=0.4, class_token=bool(first))
+        N = 31 - first
+        r = int(N - N * 0.7)
+        energy = torch.nn.functional.elu(cosine[:, first:, first:] - 0.4).mean(2)
+        ranked = energy.argsort(1, descending=True) + first
+        want = []
+        for b in range(2):
+            sources, targets, stays = ranked[b, : 2 * r : 2], ranked[b, 1 : 2 * r : 2], ranked[b, 2 * r :]
+            partner = cosine[b, sources][:, targets].argmax(1)
+            rows = [*([i] for i in range(first)), *([i] for i in stays.tolist()), *([t, *sources[partner == n].tolist()] for n, t in enumerate(targets.tolist()))]
+            want.append(torch.stack([x[b, row].mean(0) for row in rows]))
+        torch.testing.assert_close(merge(x).sort(1)[0], torch.stack(want).sort(1)[0])
+        torch.testing.assert_close(merge(x)[:, : 31 - 2 * r], torch.stack(want)[:, : 31 - 2 * r])  # class token, then the protected by falling energy
+        assert unmerge(merge(x)).shape == x.shape
+    assert pitome.pitome_text(x, ratio=0.6)[0](x).shape == (2, 31 - int(31 - 31 * 0.6), 6)
+    merge, unmerge = pitome.pitome_vision(x, ratio=1.0)
+    assert merge(x) is x and unmerge(x) is x
+    spread = torch.eye(8, dtype=torch.float64).repeat(1, 1, 1)
+    crowd = torch.cat([spread, spread[:, :1].expand(1, 8, 8)], 1)  # nine that are alike, seven that are alone
+    merged = match_tokens(crowd, 4, order=energy_order(token_energy(crowd, 0.5), 4), protected=8)
+    assert {i for row in rows_of(merged) if len(row) > 1 for i in row} <= {0, *range(8, 16)}
+    with pytest.raises(ValueError, match=r"pitome: ratio must be above 0 and at most 1, got 1\.5"):
+        pitome.pitome_vision(x, ratio=1.5)
+    with pytest.raises(ValueError, match="energy_order: r must be a whole number from 0 to half of 31, got int 16"):
+        energy_order(torch.zeros(1, 31), 16)
+    with pytest.raises(ValueError, match="token_energy: margin must be a number below 1, got int 1"):
+        token_energy(x, 1)
+
+
+def test_one_token_of_every_cell():
+    x = draw(2, 48, 5)
+    merge, unmerge = tomesd.bipartite_soft_matching_random2d(x, 8, 6, 4, 3, 20, no_rand=True)
+    stays = torch.tensor([y * 8 + c for y in (0, 3) for c in (0, 4)])
+    assert merge(x).shape == (2, 28, 5) and unmerge(merge(x)).shape == x.shape
+    match = match_tokens(x, 20, sources=44, order=torch.cat([torch.tensor([i for i in range(48) if i not in stays]), stays]).expand(2, -1))
+    assert torch.equal(merge(x), match.merge(x)) and torch.equal(match.source()[:, stays], torch.arange(24, 28).expand(2, -1))
+    draws = [tomesd.bipartite_soft_matching_random2d(x, 8, 6, 2, 2, 36, generator=torch.Generator().manual_seed(4))[0](x) for _ in range(2)]
+    assert torch.equal(*draws) and draws[0].shape == (2, 12, 5)  # every source joins, one token a cell is left
+    with pytest.raises(ValueError, match="metric must have h w = 42 tokens"):
+        tomesd.bipartite_soft_matching_random2d(x, 7, 6, 2, 2, 3)

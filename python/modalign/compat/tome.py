@@ -13,15 +13,16 @@ A metric that is zero has similarity 0 with everything; the released code divide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..nn import merge_schedule, patch
 from ..ops import TokenMatch, match_tokens
 
-__all__ = ["bipartite_soft_matching", "do_nothing", "kth_bipartite_soft_matching", "merge_source", "merge_wavg", "parse_r", "random_bipartite_soft_matching"]
+__all__ = ["bipartite_soft_matching", "do_nothing", "kth_bipartite_soft_matching", "merge_source", "merge_wavg", "parse_r", "patch", "random_bipartite_soft_matching"]
 
 
 def do_nothing(x: Tensor, mode: str | None = None) -> Tensor:
@@ -95,14 +96,9 @@ def merge_source(merge: Callable[..., Tensor], x: Tensor, source: Tensor | None 
 
 
 def parse_r(num_layers: int, r: Any) -> list[int]:
-    """Tokens to merge in every layer: a number, (mean, inflect) with inflect from -1 (2 r falling to 0) to 1 (rising), or a list, to which zeros are added.
+    """`modalign.nn.merge_schedule`.
 
     >>> parse_r(4, 8), parse_r(4, (8, -1.0)), parse_r(4, [5, 3])
     ([8, 8, 8, 8], [16, 10, 5, 0], [5, 3, 0, 0])
     """
-    if isinstance(r, Sequence) and not isinstance(r, tuple):
-        return [*r, *[0] * (num_layers - len(r))]
-    mean, inflect = r if isinstance(r, tuple) else (r, 0.0)
-    first = int(mean * (1 - inflect))
-    step = 2 * (mean - first) / max(1, num_layers - 1)
-    return [int(first + step * layer) for layer in range(num_layers)] if num_layers > 1 else [int(mean)] * num_layers
+    return merge_schedule(num_layers, r)

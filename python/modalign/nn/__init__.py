@@ -27,6 +27,7 @@ from .prototype_alignment import PrototypeAlignment
 from .structure_regularizer import StructureRegularizer
 from .text_guided_encoder import TextGuidedEncoder, TextGuidedFeatures
 from .text_to_vision_additive import TextToVisionAdditive, VisionAdditiveAttention
+from .token_merging import MergedPass, TokenMerger, TokenMerging, merge_schedule, patch
 from .token_streams import TokenStreams, token_streams
 from .triple_contrast import TripleContrast
 from .uncertainty_weighting import UncertaintyWeighting
@@ -62,6 +63,7 @@ __all__ = [
     "MLPHead",
     "MaskedAttention",
     "MaskedCrossModalReasoner",
+    "MergedPass",
     "NeighborAwareLayer",
     "NoVisualAttentionLayer",
     "PointToRegionPacker",
@@ -73,6 +75,8 @@ __all__ = [
     "TextGuidedEncoder",
     "TextGuidedFeatures",
     "TextToVisionAdditive",
+    "TokenMerger",
+    "TokenMerging",
     "TokenStreams",
     "TriangleContrastiveLoss",
     "TripleContrast",
@@ -82,6 +86,8 @@ __all__ = [
     "VisionAdditiveAttention",
     "dual_perspective_crops",
     "functional",
+    "merge_schedule",
+    "patch",
     "pool_frames",
     "rotate",
     "token_streams",

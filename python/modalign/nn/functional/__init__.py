@@ -25,6 +25,7 @@ from .superaligned_loss import superaligned_loss
 from .select_by_attention_ratio import attention_ratio, select_by_attention_ratio
 from .symile_loss import symile_loss, symile_similarity
 from .tcl_loss import cross_modal_alignment, local_mutual_information, pool_patches, tcl_loss
+from .token_energy import energy_order, token_energy
 from .vidla_contrastive import vidla_contrastive
 from .villa_mapping_loss import villa_mapping_loss
 from .villa_regions import RegionAttributes, villa_regions
@@ -39,6 +40,7 @@ __all__ = [
     "clim_loss",
     "clim_mosaic",
     "cross_modal_alignment",
+    "energy_order",
     "entity_alignment_loss",
     "flops_penalty",
     "hard_negative_infonce",
@@ -62,6 +64,7 @@ __all__ = [
     "symile_loss",
     "symile_similarity",
     "tcl_loss",
+    "token_energy",
     "vidla_contrastive",
     "villa_mapping_loss",
     "villa_regions",
