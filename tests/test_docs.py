@@ -76,6 +76,14 @@ def test_table_of_views_is_what_the_run_gave():
     assert all(several > one for several, one in zip(results["r10"]["mean"], results["r10"]["one view"], strict=True))  # what the page says
 
 
+def test_table_of_a_vit_that_merges_tokens_is_what_the_run_gave():
+    module = module_of(ROOT / "examples/merge_tokens_in_a_vit.py")
+    results = json.loads((ROOT / "benchmarks/results/merge_tokens_in_a_vit.json").read_text())
+    assert f"<!-- vit -->\n{module.table(results)}<!-- /vit -->" in (DOCS / "token_merging.md").read_text()
+    kept = {str(row["r"]): row["same neighbour"] for row in results["rows"]}
+    assert round(kept["8"], 2) == 0.98  # what the page says
+
+
 def test_tables_of_learning_under_masks_are_what_the_runs_gave():
     assert module_of(DOCS / "learning_table.py").main(check=True) == 0, "run: python docs/learning_table.py"
 

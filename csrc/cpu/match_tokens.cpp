@@ -1,11 +1,11 @@
 // Bipartite soft matching of tokens; compiled once per instruction set.
 //
 // Maths      ops/match_tokens.h. (Bolya et al., "Token Merging: your ViT but faster", ICLR 2023.)
-// Scores     destinations are scaled to unit length and packed, all items at once; a task is kTileRows sources of an item, which it packs itself, against all destinations tile by tile. A lane
+// Scores     destinations are scaled to unit length and packed, all items at once; a task is kTileRows sources of an item, which it scales itself, against all destinations tile by tile. A lane
 //            keeps the best product that it has seen and its column; the lanes are compared at the end of the row. 2 FLOPs for a source, a destination and an element: n^2 D / 2 an item.
 // Choice     sources of an item are sorted as keys of score and place (cpu/select.h); rows of the output are numbered, and tokens counted into them.
 // Memory     the packed destinations, T D / 2 numbers; 8 T bytes of keys (twice that for double), twice. No matrix of scores.
-// Precision  lengths in double, so that none overflows or vanishes for float; products of unit vectors accumulate in float (double for double).
+// Precision  lengths that would overflow or vanish in float are taken in double; products of unit vectors accumulate in float (double for double).
 // Order      products have one order of sums wherever their tile begins, a maximum has none, keys are all different: equal bits for any threads, alone and in any batch.
 
 #include "cpu/match_tokens.h"
@@ -74,17 +74,16 @@ template <class T>
 void unit_row(const MatchProblem& p, const Item& item, std::int64_t b, std::int64_t i, T* row) {
   const std::int64_t at = p.cu ? (item.begin + i) * p.features.row_stride : b * p.features.batch_stride + i * p.features.row_stride;
   load_row<T>(p.dtype, p.features.data, at, p.features.element_stride, p.D, row);
-  double square = 0;
-  for (std::int64_t k = 0; k < p.D; ++k) square += double(row[k]) * double(row[k]);
-  const double length = square == 0 ? 1 : std::sqrt(square);
+  const T square = dot<T>(row, row, p.D);
+  if (square > T(1e-30) && square < T(1e30)) {
+    const T length = std::sqrt(square);
+    for (std::int64_t k = 0; k < p.D; ++k) row[k] /= length;
+    return;
+  }
+  double sum = 0;   // in double no float's square overflows or vanishes
+  for (std::int64_t k = 0; k < p.D; ++k) sum += double(row[k]) * double(row[k]);
+  const double length = sum == 0 ? 1 : std::sqrt(sum);
   for (std::int64_t k = 0; k < p.D; ++k) row[k] = static_cast<T>(row[k] / length);
-}
-
-template <int width, class T, class Token>
-void pack_units(const MatchProblem& p, const Item& item, std::int64_t b, std::int64_t count, const Token& token, T* rows, T* panel) {
-  const int here = static_cast<int>(minimum(width, count));
-  for (int r = 0; r < here; ++r) unit_row<T>(p, item, b, token(r), rows + r * p.D);
-  pack_panel(width, here, p.D, [&](int r) { return rows + r * p.D; }, panel);
 }
 
 template <class T>
@@ -96,11 +95,13 @@ void score_sources(const MatchProblem& p, const Buffers<T>& buffers, T* score, c
     for (std::int64_t panel = begin; panel < end; ++panel) {
       const std::int64_t b = holding(buffers.panels, p.B, panel), t = (panel - buffers.panels[b]) * P;
       const Item item(p, b);
-      pack_units<static_cast<int>(P)>(p, item, b, item.targets - t, [&](int r) { return item.target(t + r); }, static_cast<T*>(rows), buffers.target_panels + panel * P * p.D);
+      const int count = static_cast<int>(minimum(P, item.targets - t));
+      for (int r = 0; r < count; ++r) unit_row<T>(p, item, b, item.target(t + r), rows + r * p.D);
+      pack_panel(static_cast<int>(P), count, p.D, [&](int r) { return rows + r * p.D; }, buffers.target_panels + panel * P * p.D);
     }
   });
   parallel_for(parallel, 0, buffers.blocks[p.B], 1, [&](std::int64_t begin, std::int64_t end) {
-    Scratch<T> rows(kRegisterRows * p.D), panels(kTileRows * p.D), tile(kTileRows * ld), best(kTileRows * L);
+    Scratch<T> rows(kTileRows * p.D), edge(kRegisterRows * p.D), tile(kTileRows * ld), best(kTileRows * L);
     Scratch<Integer<T>> at(kTileRows * L);
     Vector<Integer<T>> lane;
     for (int l = 0; l < L; ++l) lane[l] = l;
@@ -108,12 +109,11 @@ void score_sources(const MatchProblem& p, const Buffers<T>& buffers, T* score, c
       const std::int64_t b = holding(buffers.blocks, p.B, block), first = (block - buffers.blocks[b]) * kTileRows;
       const Item item(p, b);
       const std::int64_t count = minimum(kTileRows, item.sources - first);
-      for (std::int64_t r = 0; r < count; r += kRegisterRows)
-        pack_units<kRegisterRows>(p, item, b, count - r, [&](int i) { return item.source(first + r + i); }, static_cast<T*>(rows), panels + r * p.D);
+      for (std::int64_t i = 0; i < count; ++i) unit_row<T>(p, item, b, item.source(first + i), rows + i * p.D);
       for (std::int64_t i = 0; i < count * L; ++i) best[i] = none, at[i] = 0;
       for (std::int64_t t = 0; t < item.targets; t += ld) {
         const std::int64_t valid = minimum(ld, item.targets - t), columns = round_up(valid, P);
-        tile_product<T>(panels, count, buffers.target_panels + (buffers.panels[b] * P + t) * p.D, columns, p.D, tile, ld);
+        tile_product_by_rows<T>(rows, p.D, count, buffers.target_panels + (buffers.panels[b] * P + t) * p.D, columns, p.D, tile, ld, edge);
         for (std::int64_t i = 0; i < count; ++i) {
           T* const product = tile + i * ld;
           for (std::int64_t c = valid; c < columns; ++c) product[c] = none;

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -146,6 +150,13 @@ def test_copies_are_models_of_their_own():
         assert torch.equal(twin(pictures), model(pictures))
         merging.r = 0
         assert not torch.equal(twin(pictures), model(pictures))
+
+
+def test_the_example_runs(tmp_path):
+    example = Path(__file__).parents[2] / "examples/merge_tokens_in_a_vit.py"
+    shown = subprocess.run([sys.executable, example, "--quick", "--out", tmp_path / "vit.json"], capture_output=True, text=True, check=True, timeout=240).stdout
+    rows = json.loads((tmp_path / "vit.json").read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [17, 8] and rows[0]["cosine"] > 1 - 1e-6 and "| 3 | 8 |" in shown
 
 
 def test_what_cannot_be_merged_is_refused():
