@@ -27,6 +27,7 @@ from .prototype_alignment import PrototypeAlignment
 from .structure_regularizer import StructureRegularizer
 from .text_guided_encoder import TextGuidedEncoder, TextGuidedFeatures
 from .text_to_vision_additive import TextToVisionAdditive, VisionAdditiveAttention
+from .threshold_merger import ThresholdMerger, merge_budget, pad_packed
 from .token_merging import MergedPass, TokenMerger, TokenMerging, merge_schedule, patch
 from .token_streams import TokenStreams, token_streams
 from .triple_contrast import TripleContrast
@@ -75,6 +76,7 @@ __all__ = [
     "TextGuidedEncoder",
     "TextGuidedFeatures",
     "TextToVisionAdditive",
+    "ThresholdMerger",
     "TokenMerger",
     "TokenMerging",
     "TokenStreams",
@@ -86,7 +88,9 @@ __all__ = [
     "VisionAdditiveAttention",
     "dual_perspective_crops",
     "functional",
+    "merge_budget",
     "merge_schedule",
+    "pad_packed",
     "patch",
     "pool_frames",
     "rotate",

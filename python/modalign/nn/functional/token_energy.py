@@ -67,7 +67,7 @@ def energy_order(energy: Tensor, r: int, *, protected: int = 0) -> Tensor:
 
     >>> import torch
     >>> energy_order(torch.tensor([[0.1, 0.9, 0.2, 0.8]]), 1, protected=1)
-    tensor([[0, 4, 2, 3, 1]])
+    tensor([[0, 3, 1, 4, 2]])
 
     Parameters: energy [B, N - protected] of the tokens that may merge; r at most half of them. Returns int64 [B, N]: the first tokens, those that stay by falling energy, then the 2 r by falling
     energy, alternately source and destination (of two the first is a source).
