@@ -106,7 +106,7 @@ def test_where_patches_went_serves_virtual_unmerging():
     source = match.source()
     alone = [each.gather(2, source[:, None, :, None].expand(-1, 2, -1, 4)) for each in merged]
     wanted = torch.nn.functional.scaled_dot_product_attention(*alone)
-    got = virtual_unmerge_attention(*merged, source, causal=False)
+    got = virtual_unmerge_attention(*merged, source, causal=False, rotary=(torch.ones(24, 2), torch.zeros(24, 2)))
     mean = match.merge(wanted.transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(got, mean, rtol=1e-4, atol=1e-5)
 
