@@ -85,18 +85,47 @@ class Arena {
 inline std::int64_t packed_rows_size(std::int64_t rows, std::int64_t depth) { return round_up(rows, kRegisterRows) * depth; }
 template <class T> inline std::int64_t packed_columns_size(std::int64_t columns, std::int64_t depth) { return round_up(columns, kPanelColumns<T>) * depth; }
 
-// `count` <= width rows of length depth (row r at source(r), contiguous T, or nullptr for zeros) into one panel [depth][width].
-// Sixteen depth steps at a time: source lines are read whole and the destination stays in L1.
+// L vectors of L lanes, transposed: log2(L) times the first half is zipped with the second.
+template <class T>
+inline void transpose(Vector<T>* rows) {
+  constexpr int L = kVectorLanes<T>;
+  using Index = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+  Vector<Index> low, high;
+  for (int l = 0; l < L; ++l) low[l] = l / 2 + l % 2 * L, high[l] = L / 2 + l / 2 + l % 2 * L;
+#pragma GCC unroll 4
+  for (int stage = 1; stage < L; stage *= 2) {
+    Vector<T> zipped[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L / 2; ++i) {
+      zipped[2 * i] = __builtin_shuffle(rows[i], rows[i + L / 2], low);
+      zipped[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + L / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = zipped[i];
+  }
+}
+
+// `count` <= width rows of length depth (row r at source(r), contiguous T, or nullptr for zeros) into one panel [depth][width]: blocks of L rows and L depth steps are transposed in registers.
 template <class T, class Source>
 inline void pack_panel(int width, int count, std::int64_t depth, Source source, T* panel) {
-  for (std::int64_t k0 = 0; k0 < depth; k0 += 16) {
-    const std::int64_t k1 = minimum(k0 + 16, depth);
-    for (int r = 0; r < width; ++r) {
-      const T* row = r < count ? source(r) : nullptr;
-      T* to = panel + r;
-      if (row) for (std::int64_t k = k0; k < k1; ++k) to[k * width] = row[k];
-      else for (std::int64_t k = k0; k < k1; ++k) to[k * width] = 0;
+  constexpr int L = kVectorLanes<T>;
+  for (int r0 = 0; r0 < width; r0 += L) {
+    const int here = static_cast<int>(minimum(L, width - r0));
+    const T* from[L];
+    for (int r = 0; r < L; ++r) from[r] = r0 + r < count ? source(r0 + r) : nullptr;
+    std::int64_t k = 0;
+    for (; k + L <= depth; k += L) {
+      Vector<T> rows[L];
+      for (int r = 0; r < L; ++r) rows[r] = from[r] ? load(from[r] + k) : Vector<T>{};
+      transpose<T>(rows);
+      T* to = panel + k * width + r0;
+      const bool whole = here == L || r0 == 0;   // what a step of a narrow panel has too much belongs to the next one, which is stored later
+      for (int i = 0; i < L; ++i)
+        if (here == L || (whole && i + 1 < L)) store(to + i * width, rows[i]);
+        else std::memcpy(to + i * width, &rows[i], here * sizeof(T));
     }
+    for (; k < depth; ++k)
+      for (int r = 0; r < here; ++r) panel[k * width + r0 + r] = from[r] ? from[r][k] : T(0);
   }
 }
 
