@@ -236,8 +236,23 @@ def test_packed_sequences_under_a_mask():
         masked_attention_varlen(q, k, v, cu_q, cu_k, 120, 130, keep)
     with pytest.raises(ValueError, match=r"masked_attention_varlen: mask must be of 221 queries and 159 keys, got one of 3 and 159"):
         masked_attention_varlen(q, k, v, cu_q, cu_k, 120, 130, masks.full(3, 159))
-    with pytest.raises(ValueError, match=r"packed: cu_seqlens_q must rise from 0 to the number of rows 221, got"):
-        masked_attention_varlen(q, k, v, cu_q - 1, cu_k, 120, 130, masks.full(221, 159))
+    for cu, longest in ((cu_q - 1, 120), (cu_q, 119)):
+        with pytest.raises(RuntimeError, match=r"masked_attention_varlen: cu_seqlens_q must rise from 0 to the number of rows 221, by at most"):
+            masked_attention_varlen(q, k, v, cu, cu_k, longest, 130, masks.full(221, 159))
+    many = masks.full(221, 159)
+    for _ in range(7):
+        many = many & masks.full(221, 159)
+    with pytest.raises(ValueError, match=r"masked_attention_varlen: mask must have at most 14 terms and signs, .* got 15"):
+        masked_attention_varlen(q, k, v, cu_q, cu_k, 120, 130, many)
+
+
+def test_rows_behind_the_last_sequence_keep_nothing_in_a_compiled_graph():
+    x, cu = torch.arange(1.0, 5.0).view(4, 1, 1), torch.tensor([0, 2]).int()
+    torch._dynamo.reset()
+    call = torch.compile(lambda x, cu: masked_attention_varlen(x, x, x, cu, cu, 4, 4, masks.full(4, 4), scale=0.0), fullgraph=True, backend="aot_eager")
+    assert call(x, cu).flatten().tolist() == [1.5, 1.5, 0.0, 0.0]
+    with pytest.raises(RuntimeError, match="masked_attention_varlen: cu_seqlens_q must rise from 0 to the number of rows 4"):
+        masked_attention_varlen(x, x, x, cu, cu, 4, 4, masks.full(4, 4))
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,23 @@ LAYOUTS = {
 }
 
 
+def random_spans(seed):
+    """Some hundred tokens: tiles of several spans, and spans of several tiles."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    spans = []
+    for _ in range(number(6, 16)):
+        kind = number(0, 4)
+        spans.append(("visual", (number(1, 12), number(1, 12))) if kind == 1 else (masks.TYPE_NAMES[kind], number(0, 40)))
+    return spans
+
+
+LAYOUTS |= {f"random {n}": [random_spans(2 * n), random_spans(2 * n + 1)] for n in range(5)}
+
+
 def pairs_of(tokens):
     """Fields by query and key, [B, N, 1] and [B, 1, N], and the names of the types."""
     of_query = {name: getattr(tokens, name)[:, :, None] for name in masks.FIELDS}
@@ -373,6 +390,20 @@ def test_masks_are_trees():
         (lambda: masks.neighbor_window(masks.layout([("prefix", 1)]), 4), ValueError, "window must be odd"),
         (lambda: masks.composite(masks.layout([("prefix", 1)]), visual_update="all"), ValueError, "visual_update must be"),
         (lambda: masks.key_dropout(3, 3, 1.5), ValueError, "p must be from 0 to 1"),
+        (lambda: masks.tokens(torch.zeros(2).int(), document=torch.tensor([0, 2**32])), ValueError, r"tokens: document must be from -1073741823 to 1073741823, got 4294967296"),
+        (lambda: masks.tokens(torch.zeros(2).int(), index=[-(2**30), 0]), ValueError, r"tokens: index must be from -1073741823 to 1073741823, got -1073741824"),
+        (lambda: masks.tokens(torch.zeros(2).int(), valid=[1, 2]), ValueError, r"tokens: valid must be 0 or 1, got 2"),
+        (lambda: masks.layout([("visual", (-2, -3))]), ValueError, r"layout: a span must be 0 or more, got -2"),
+        (lambda: masks.layout([("visual", ())]), ValueError, r"layout: a grid must have one to three dimensions, got \(\)"),
+        (lambda: masks.layout([("visual", (2.0, 3))]), TypeError, r"layout: a span must be a whole number, got 2\.0"),
+        (lambda: masks.from_flashmask(torch.full((1, 1, 3, 1), 4), 3, is_causal=True), ValueError, r"from_flashmask: startend_row_indices must be whole numbers from 0 to queries = 3, got .* from 4 to 4"),
+        (lambda: masks.from_bsr(torch.tensor([0, 2]), torch.tensor([0, 0]), (4, 4), 4, 8), ValueError, "from_bsr: indices must be different in every row, got 1 again"),
+        (lambda: masks.from_bsr(torch.tensor([0.0, 1.0]), torch.tensor([0]), (4, 4), 4, 8), TypeError, "from_bsr: indptr and indices must be whole numbers"),
+        (lambda: masks.modality_mutual(masks.layout([("visual", (2, 2))]), torch.zeros(3).int()), ValueError, "modality_mutual: turn must be whole numbers for 4 tokens"),
+        (lambda: masks.modality_mutual(masks.layout([("visual", (2, 2))]), torch.zeros(4)), ValueError, "modality_mutual: turn must be whole numbers for 4 tokens"),
+        (lambda: masks.relation({}, masks.layout(*[[("visual", 2)]] * 2), masks.layout(*[[("visual", 2)]] * 3)), ValueError, "relation: queries and keys must be of as many items, or of one, got 2 and 3"),
+        (lambda: masks.packed(torch.tensor([0, 2]), torch.tensor([0, 2]), 2.0, 2), TypeError, r"packed: queries must be a whole number, got 2\.0"),
+        (lambda: masks.packed(torch.tensor([0, 2]), torch.tensor([0, 2]), 3, 2), ValueError, r"packed: cu_seqlens_q must rise from 0 to the number of rows 3, got \[0, 2\]"),
     ],
 )
 def test_masks_that_are_none_are_refused(make, error, message):
@@ -543,3 +574,10 @@ def test_masks_are_drawn():
     for wrong, message in ((["diagonal"], "RULE must be one of"), (["causal", "--spans", "prefix two"], "spans must look like"), (["causal", "--spans", "prefix 200"], "1 to 96 tokens"), (["causal", "--spans", "text 2"], "spans must be of")):
         refused = runner.invoke(app, ["mask", "show", *wrong])
         assert refused.exit_code == 1 and message in refused.output + refused.stderr
+
+
+def test_a_mask_draws_itself():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    axes = masks.causal(4).plot()
+    assert torch.equal(torch.from_numpy(axes.images[0].get_array().data).bool(), masks.causal(4).dense()[0, 0])
+    pyplot.close(axes.figure)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._values import are_there
 from .mask import Mask, blocks, causal, from_dense, intervals
 
 __all__ = ["from_block_mask", "from_bsr", "from_flashmask", "to_block_mask", "to_bsr", "to_flashmask"]
@@ -78,10 +79,14 @@ def from_bsr(indptr: Tensor, indices: Tensor, size: tuple[int, int], queries: in
     rows, columns = -(-queries // size[0]), -(-keys // size[1])
     if indptr.shape != (rows + 1,) or int(indptr[0]) != 0 or int(indptr[-1]) != len(indices) or bool((indptr.diff() < 0).any()):
         raise ValueError(f"from_bsr: indptr must rise from 0 to {len(indices)} in {rows + 1} entries, got {list(indptr.shape)}")
+    if indptr.is_floating_point() or indices.is_floating_point():
+        raise TypeError(f"from_bsr: indptr and indices must be whole numbers, got {indptr.dtype} and {indices.dtype}")
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < columns:
         raise ValueError(f"from_bsr: indices must be from 0 to {columns - 1}, got {int(indices.min())} to {int(indices.max())}")
     keep = torch.zeros(rows, columns, dtype=torch.bool, device=indices.device)
     keep[torch.repeat_interleave(torch.arange(rows, device=indices.device), indptr.diff().long()), indices.long()] = True
+    if int(keep.sum()) != len(indices):
+        raise ValueError(f"from_bsr: indices must be different in every row, got {len(indices) - int(keep.sum())} again")
     return blocks(keep, size, queries, keys)
 
 
@@ -106,6 +111,8 @@ def from_flashmask(startend_row_indices: Tensor, queries: int, *, is_causal: boo
     if not isinstance(given, Tensor) or given.dim() != 4 or given.shape[3] not in ((1, 2) if is_causal else (2, 4)):
         wanted = "1 or 2" if is_causal else "2 or 4"
         raise ValueError(f"from_flashmask: startend_row_indices must have shape [B, H, Nk, {wanted}] for is_causal={is_causal}, got {list(getattr(given, 'shape', []))}")
+    if given.is_floating_point() or (are_there(given) and given.numel() and not 0 <= int(given.min()) <= int(given.max()) <= queries):
+        raise ValueError(f"from_flashmask: startend_row_indices must be whole numbers from 0 to queries = {queries}, got {given.dtype} from {given.min()} to {given.max()}")
     bounds = given.to(torch.int32).clamp(0, queries)
     zero, end = torch.zeros_like(bounds[..., 0]), torch.full_like(bounds[..., 0], queries)
 

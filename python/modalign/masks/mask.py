@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._trees import register_tree
+from ._values import are_there
 from .rules import NAMES, Rule, checked_rule, whole_number
 from .tokens import FIELDS, TYPES, Tokens
 
@@ -127,6 +128,17 @@ class Mask:
         parts = [self.rows(start, min(start + step, self.queries)).dense() for start in range(0, self.queries, step)]
         return float(sum(part.double().mean((0, 1)).sum() for part in parts)) / (self.queries * self.keys)
 
+    def plot(self, axes: Any = None, *, item: int = 0, head: int = 0) -> Any:
+        """Draws the pairs of one item and head with matplotlib, queries from top to bottom; returns the axes. (`modalign mask show RULE` draws in the terminal.)"""
+        from matplotlib import pyplot
+
+        if axes is None:
+            _, axes = pyplot.subplots()
+        kept = self.dense()
+        axes.imshow(kept[item if kept.shape[0] > 1 else 0, head if kept.shape[1] > 1 else 0].cpu(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        axes.set(xlabel="key", ylabel="query")
+        return axes
+
     def sparsity(self) -> float:
         """The share of pairs that is not kept."""
         return 1 - self.kept()
@@ -213,6 +225,8 @@ def relation(table: Mapping[tuple[Any, Any], Any] | Sequence[Mapping[tuple[Any, 
     for name, value in (("queries", queries), ("keys", keys)):
         if not isinstance(value, Tokens):
             raise TypeError(f"relation: {name} must be Tokens, got {type(value).__name__}")
+    if queries.fields.shape[0] != keys.fields.shape[0] and 1 not in (queries.fields.shape[0], keys.fields.shape[0]):
+        raise ValueError(f"relation: queries and keys must be of as many items, or of one, got {queries.fields.shape[0]} and {keys.fields.shape[0]}")
     tables = [table] if isinstance(table, Mapping) else list(table)
     rules: list[Rule] = [Rule("never")]
     numbers = torch.zeros(len(tables), TYPES, TYPES, dtype=torch.int32)
@@ -256,7 +270,7 @@ def intervals(keep: Tensor, queries: int) -> Mask:
     """Key j is kept for the queries from keep[..., j, 0] to keep[..., j, 1] - 1. int32 [Nk, 2], [H, Nk, 2] or [B, H, Nk, 2]."""
     if not isinstance(keep, Tensor) or keep.is_floating_point() or keep.dim() not in (2, 3, 4) or keep.shape[-1] != 2:
         raise ValueError(f"intervals: keep must be whole numbers [Nk, 2], [H, Nk, 2] or [B, H, Nk, 2], got {getattr(keep, 'shape', keep)}")
-    if keep.device.type == "cpu" and not torch.compiler.is_compiling() and bool(((keep[..., 0] > keep[..., 1]) | (keep < 0).any(-1) | (keep > queries).any(-1)).any()):
+    if are_there(keep) and bool(((keep[..., 0] > keep[..., 1]) | (keep < 0).any(-1) | (keep > queries).any(-1)).any()):
         raise ValueError(f"intervals: keep must hold 0 <= first <= end <= queries = {queries}, got another")
     four = keep[(None,) * (4 - keep.dim())].to(torch.int32).contiguous()
     return Mask(queries, keep.shape[-2], (four,), (INTERVAL, 0, 0, 0))

@@ -103,6 +103,9 @@ def modality_mutual(tokens: Tokens, turn: Tensor | None = None) -> Mask:
     table["visual", "answer"] = "never"
     if turn is None:
         return relation(table | {("visual", "question"): "always"}, tokens)
+    turns = torch.as_tensor(turn)
+    if turns.is_floating_point() or turns.shape[-1:] != (len(tokens),):
+        raise ValueError(f"modality_mutual: turn must be whole numbers for {len(tokens)} tokens, got {turns.dtype} of shape {list(turns.shape)}")
     table["visual", "question"] = "never"
     return relation(table, tokens) | relation({("visual", "question"): "same_segment"}, tokens.replace(segment=turn))
 
@@ -221,7 +224,14 @@ def _padded(rows: list[dict[str, list[int]]]) -> Tokens:
 
 
 def cell_window(queries: Tokens, keys: Tokens) -> Mask:
-    """Windowed latent cross-attention: a latent query sees the tokens of its own cell, which is the `segment` of both. [FUSION, 2025]"""
+    """Windowed latent cross-attention: a latent query sees the tokens of its own cell, which is the `segment` of both. [FUSION, 2025]
+
+    ==========  ============
+    query       any key
+    ==========  ============
+    any query   same_segment
+    ==========  ============
+    """
     return relation(_whatever_type("same_segment"), queries, keys)
 
 

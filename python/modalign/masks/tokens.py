@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ._trees import register_tree
+from ._values import are_there
 from .rules import whole_number
 
 __all__ = ["FIELDS", "TYPES", "TYPE_NAMES", "Tokens", "layout", "tokens"]
 
 FIELDS = ("index", "type", "segment", "last", "document", "t", "y", "x", "valid")  # in the order of csrc/ops/attention_mask.h
 TYPES = 16
+LARGEST = (1 << 30) - 1  # of any field: differences fit in int32
 TYPE_NAMES = ("prefix", "visual", "question", "answer")  # of `layout`
 
 
@@ -67,7 +69,7 @@ def tokens(
     valid: Any = 1,
     names: Sequence[str] = (),
 ) -> Tokens:
-    """Tokens from arrays [N] or [B, N]; numbers stand for all tokens. `index` counts from 0 unless given."""
+    """Tokens from arrays [N] or [B, N]; numbers stand for all tokens. `index` counts from 0 unless given. Values below 2^30 in size: numbers such as hashes of documents are to be counted first."""
     types = torch.as_tensor(type)
     if types.is_floating_point() or types.dim() not in (1, 2):
         raise ValueError(f"tokens: type must be whole numbers [N] or [B, N], got {types.dtype} of shape {list(types.shape)}")
@@ -78,6 +80,11 @@ def tokens(
         array = torch.as_tensor(value)
         if array.is_floating_point() or (array.dim() and array.shape[-1] != N):
             raise ValueError(f"tokens: {name} must be whole numbers for {N} tokens, got {array.dtype} of shape {list(array.shape)}")
+        if array.numel() and are_there(array):
+            lowest, highest = int(array.min()), int(array.max())
+            if lowest < -LARGEST or highest > LARGEST or (name == "valid" and not 0 <= lowest <= highest <= 1):
+                allowed = "0 or 1" if name == "valid" else f"from -{LARGEST} to {LARGEST}"
+                raise ValueError(f"tokens: {name} must be {allowed}, got {lowest if lowest < -LARGEST or (name == 'valid' and lowest < 0) else highest}")
         arrays[name] = array.to(torch.int32).to(types.device)
     shape = torch.broadcast_shapes((1, N), *(array.shape for array in arrays.values()))
     fields = torch.stack([arrays[name].expand(shape) for name in FIELDS], 1).contiguous()
@@ -100,7 +107,10 @@ def layout(*sequences: Iterable[tuple[str, Any]], names: Sequence[str] = TYPE_NA
             if name not in names:
                 raise ValueError(f"layout: spans must be of {', '.join(names)}, got {name!r}")
             grid = isinstance(size, (tuple, list))
-            t, y, x = (1,) * (3 - len(size)) + tuple(size) if grid else (1, 1, whole_number("layout", "a span", size, 0))
+            if grid and not 1 <= len(size) <= 3:
+                raise ValueError(f"layout: a grid must have one to three dimensions, got {size!r}")
+            sizes = [whole_number("layout", "a span", each, 0) for each in (size if grid else [size])]
+            t, y, x = (1,) * (3 - len(sizes)) + tuple(sizes)
             last += int(grid)
             for n in range(t * y * x):
                 place = (n // (y * x), n // x % y, n % x) if grid else (0, 0, 0)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..masks._values import are_there
+from ..masks.mask import MOST_STEPS
 from ..masks.packed import packed
 from . import _arguments as arguments
 from . import _attention_arguments as check
@@ -48,7 +50,8 @@ def masked_attention_varlen(
     max_q, max_k : int
         The longest sequences, or more.
     mask : modalign.masks, optional
-        Which pairs of a sequence are kept, of all T queries and Tk keys.
+        Which pairs of a sequence are kept, of all T queries and Tk keys; at most 14 terms and signs. In a compiled graph the values of cu_seqlens are not looked at then: rows behind the last
+        sequence keep nothing.
     causal, scale, softcap, return_lse, deterministic
         As in `masked_attention`; `causal` is aligned in every sequence.
 
@@ -101,6 +104,11 @@ def masked_attention_varlen(
             raise TypeError(f"{op}: mask must be of modalign.masks, got {arguments.describe(mask)}")
         sizes = (1, q.shape[1], q.shape[2], k.shape[2])
         check.check_mask(op, mask, q, sizes, k.shape[1])
+        if len(mask.steps) > 4 * (MOST_STEPS - 2):
+            raise ValueError(f"{op}: mask must have at most {MOST_STEPS - 2} terms and signs, as the sequences are one more of each, got {len(mask.steps) // 4}")
+        for name, cu, rows, longest in (("cu_seqlens_q", cu_seqlens_q, sizes[2], max_q), ("cu_seqlens_k", cu_seqlens_k, sizes[3], max_k)):
+            if are_there(cu) and (int(cu[0]) != 0 or int(cu[-1]) != rows or bool(((cu.diff() < 0) | (cu.diff() > longest)).any())):
+                raise RuntimeError(f"{op}: {name} must rise from 0 to the number of rows {rows}, by at most {longest}, got {cu.tolist()}")
         tensors, steps = check.check_mask(op, mask & packed(cu_seqlens_q, cu_seqlens_k, *sizes[2:], causal=check.CAUSAL[numbers[0]]), q, sizes, k.shape[1])  # type: ignore[operator]
         sequences, numbers = (None, None, 0, 0), (0, *numbers[1:])
     with without_autocast(query.device.type):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..masks._values import are_there
 from . import _arguments as arguments
 from ._registration import accumulation_dtype, register_looping_vmap
 from ._token_match import TokenMatch, match_of_groups
@@ -107,7 +108,7 @@ def _in_order(op: str, features: Any, order: Any, cu_seqlens: Any) -> Tensor:
         raise TypeError(f"{op}: order must be an int64 tensor [B, N], got {arguments.describe(order)}")
     if cu_seqlens is not None or order.shape != features.shape[:2] or order.device != features.device:
         raise ValueError(f"{op}: order must have shape {list(features.shape[:2])} of a batch that is not packed, on {features.device}, got {arguments.describe(order)}")
-    if order.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.equal(order.sort(1)[0], torch.arange(order.shape[1]).expand_as(order)):
+    if are_there(order) and not torch.equal(order.sort(1)[0], torch.arange(order.shape[1]).expand_as(order)):
         raise ValueError(f"{op}: order must hold every place of an item once, got a row that does not")
     return features.gather(1, order[..., None].expand_as(features))
 
