@@ -4,7 +4,7 @@ of the kept pairs, 4 N^2 D kept in the forward and 10 N^2 D kept in the backward
 masked_attention         a share of the tiles of 96 x 96 kept, drawn at random; 1: no mask
 masked_attention_ragged  a sliding window, both ways, that keeps the share of pairs: most tiles at its edges are kept in part
 masked_attention_causal  causal
-masked_attention_flex    the first, forward alone
+masked_attention_flex, masked_attention_flex_ragged    the first two, forward alone
 """
 
 import torch
@@ -87,14 +87,19 @@ def masked_attention_causal(maker, H, N, D, kept):
     return *operands(maker, H, N, D), masks.causal(N, device=maker.device)
 
 
-@bench.case(grid=[dict(**SIZES, kept=kept) for kept in (0.5, 0.1)], quick=QUICK, passes=["fwd"], **costs)
+@bench.case(grid=[dict(**SIZES, kept=kept) for kept in SHARES], quick=QUICK, passes=["fwd"], **costs)
 def masked_attention_flex(maker, H, N, D, kept):
     return masked_attention.make(maker, H, N, D, kept)
 
 
+@bench.case(grid=[dict(**SIZES, kept=kept) for kept in SHARES[1:]], quick=QUICK, passes=["fwd"], **costs)
+def masked_attention_flex_ragged(maker, H, N, D, kept):
+    return masked_attention_ragged.make(maker, H, N, D, kept)
+
+
 # ------------------------------------------------------------------------------------------------------------------------------------------ providers
 
-both = (masked_attention, masked_attention_ragged, masked_attention_causal, masked_attention_flex)
+both = (masked_attention, masked_attention_ragged, masked_attention_causal, masked_attention_flex, masked_attention_flex_ragged)
 
 bench.ours(*both, runs="modalign::masked_attention")(lambda query, key, value, mask: ops.masked_attention(query, key, value, mask))
 bench.provider(*both, name="eager")(by_matrix)
@@ -109,14 +114,14 @@ def formula(query, key, value, mask):
     return z.softmax(-1).nan_to_num(0) @ value
 
 
-bench.provider(masked_attention_causal, name="torch, causal")(lambda query, key, value, mask: F.scaled_dot_product_attention(query, key, value, is_causal=True))
+bench.provider(masked_attention_causal, name="torch causal")(lambda query, key, value, mask: F.scaled_dot_product_attention(query, key, value, is_causal=True))
 
 _flex = torch.compile(flex.flex_attention)
 
 
-@bench.provider(masked_attention_flex, name="FlexAttention", compiled=True)
+@bench.provider(masked_attention_flex, masked_attention_flex_ragged, name="FlexAttention", compiled=True)
 def flex_attention(query, key, value, mask):
-    return _flex(query.detach(), key.detach(), value.detach(), block_mask=_block_mask(mask))
+    return _flex(query.detach(), key.detach(), value.detach(), block_mask=None if mask is None else _block_mask(mask))
 
 
 def _block_mask(mask):
