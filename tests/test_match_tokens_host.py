@@ -1,7 +1,8 @@
 """The CUDA kernels of match_tokens, run by the emulator with the launch plans of the device, against the definition in numpy.
 
-Most features are signs: all lengths are then equal and all products whole numbers, so cosines that are equal in float64 are equal in every dtype, and there are many of them. Every launch also
-passes the emulator's checks: races between blocks and threads, bounds, alignment, uninitialised words, barriers and lanes.
+Most features are signs: all lengths are then equal and all products whole numbers, so cosines that are equal in float64 are equal in every dtype, and
+there are many of them. Every launch also passes the emulator's checks: races between blocks and threads, bounds, alignment, uninitialised words,
+barriers and lanes.
 """
 
 import functools
@@ -61,7 +62,9 @@ def match_item(x, first, split, r, threshold, keep_order):
 class Tokens:
     """One problem: items of these lengths, packed or, where all are equal, a batch."""
 
-    def __init__(self, dtype, lengths, D=16, first=0, split=-1, r=1 << 40, threshold=None, keep_order=False, packed=True, signs=True, blocks=None, seed=0):
+    def __init__(
+        self, dtype, lengths, D=16, first=0, split=-1, r=1 << 40, threshold=None, keep_order=False, packed=True, signs=True, blocks=None, seed=0
+    ):
         rng = np.random.default_rng([seed, D, *lengths])
         self.dtype, self.lengths, self.D, self.packed, self.blocks = dtype, list(lengths), D, packed, blocks
         self.choice = dict(first=first, split=split, r=r, keep_order=keep_order, threshold=threshold)
@@ -241,6 +244,19 @@ def test_lengths_of_many_magnitudes(dtype):
     assert problem.is_right(problem.run().outputs)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_lengths_whose_squares_are_no_floats(dtype):
+    """Too short: all cosines are 0. Too long: that, or none."""
+    problem = Tokens(dtype, [24, 30], r=100)
+    problem.x[[0, 4, 7]] *= 2.0**-70
+    arguments = problem.arguments()
+    problem.x[[0, 4, 7]] = 0
+    np.testing.assert_allclose(problem.run(arguments=arguments).outputs["score"][::2], problem.want["score"][::2], rtol=0, atol=SCORE[dtype])
+    problem.x[[0, 4, 7]] = 2.0**90
+    score = problem.run().outputs["score"]
+    assert np.isin(score[[0, 4]], [0, -np.inf]).all() and (score[24:54:2] > 0).all() and not (score > 1.0001).any()
+
+
 WRONG_LENGTHS = {
     "ends early": [0, 4, 40],
     "ends late": [0, 20, 2_000_000_000],
@@ -268,7 +284,8 @@ class Several:
 
     def __init__(self, dtype):
         lines = LINES[dtype]
-        long, choosy = Tokens(dtype, [2 * lines + 6, 40], D=RAGGED_DEPTH[dtype], r=30, blocks=1), Tokens(dtype, [30, 9, 2, 12], first=1, r=6, threshold=0.25)
+        long = Tokens(dtype, [2 * lines + 6, 40], D=RAGGED_DEPTH[dtype], r=30, blocks=1)
+        choosy = Tokens(dtype, [30, 9, 2, 12], first=1, r=6, threshold=0.25)
         long.x[6] = 0
         long.x[8, 3] = np.inf
         walks = Tokens(dtype, [4 * lines], D=20, r=30)

@@ -1,7 +1,7 @@
-"""The CUDA kernels of reduce_groups and spread_groups, run by the emulator with the launch plans of the device, bit by bit against the definition in numpy.
+"""The CUDA kernels of reduce_groups and spread_groups, run by the emulator, bit by bit against the definition in numpy.
 
-Elements and weights are small whole numbers, so sums are exact in every dtype; shares and means are taken in the type that the kernels calculate in. Every launch also passes the emulator's
-checks: races, bounds, alignment, uninitialised words.
+Elements and weights are small whole numbers, so sums are exact in every dtype; shares and means are taken in the type that the kernels calculate in.
+Every launch also passes the emulator's checks: races, bounds, alignment, uninitialised words.
 """
 
 import functools
@@ -26,7 +26,9 @@ class Groups:
         self.R, self.M = sum(sizes), len(sizes)
         order = rng.permutation(self.R)
         self.offsets = np.concatenate([[0], np.cumsum(sizes, dtype=int)]).astype(np.int32)
-        self.members = np.concatenate([np.empty(0, int), *(np.sort(order[a:b]) for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True))]).astype(np.int32)
+        self.members = order.astype(np.int32)
+        for begin, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
+            self.members[begin:end].sort()
         self.weight = rng.integers(1, 5, self.R).astype(self.real) if weights else None
         self.x, self.y = rng.integers(-8, 9, (self.R, C)).astype(float), rng.integers(-8, 9, (self.M, C)).astype(float)
 
@@ -106,7 +108,8 @@ def test_aligned_rows_that_lie_apart(dtype):
     problem = Groups(dtype, [2, 1, 4, 1], 48, SUM)
     wide = np.full((problem.R, 64), np.nan)
     wide[:, :48] = problem.x
-    assert problem.is_right("reduce", problem.run("reduce", arguments=problem.arguments("reduce") | {"from": encode(dtype, wide), "from_row_stride": 64}).outputs)
+    arguments = problem.arguments("reduce") | {"from": encode(dtype, wide), "from_row_stride": 64}
+    assert problem.is_right("reduce", problem.run("reduce", arguments=arguments).outputs)
 
 
 @pytest.mark.parametrize("mode", [SUM, MEAN, MAX])

@@ -13,8 +13,8 @@
 /// groups     one warp per token: the tokens with lower keys are the members before its group, those of them that join none its rows
 ///
 /// Numbers    f32, f64: FmaBackend in the input precision. bf16, f16: one tensor-core product, whose operands are exact, fp32 accumulation. The rows are
-///            multiplied as they are, z = (m_a . m_t) / |m_t|, and 1 / |m_a| follows at the end: for float lengths must lie between 1e-19 and 1e19, a
-///            shorter or longer vector counts as a zero vector. An infinity makes products NaN by its inverse length 0.
+///            multiplied as they are, z = (m_a . m_t) / |m_t|, and 1 / |m_a| follows at the end: so for float lengths must lie between 1.1e-19 and
+///            1.8e19 (a shorter vector has cosines 0, a longer one 0 or NaN). An infinity makes products NaN by its inverse length 0.
 /// FLOPs      of an item with n tokens n^2 D / 2 for scores; n^2 / 4 comparisons for rank, n^2 for groups (keep_order: n^2 / 2 more): no sort, for any n.
 /// Bytes      scores: operands once per tile of the other side; the rest a few numbers a token and what the caches serve.
 /// Memory     T (1 + slots) reals, T (3 + slots) ints; slots: 2 (f64: 4) a walk, more walks than one only where blocks would be fewer than kMatchBlocks.
@@ -90,6 +90,7 @@ template <class T> struct PrepareTokens {
   MatchProblem p;
   MatchResult to;
   Real* scale;   // [T]
+  static constexpr Real kLeastSquare = std::numeric_limits<Real>::min();   // below it numbers have fewer digits
 
   LaunchPlan plan(std::int64_t, const char* key) const { return plan_warps(p.T + 1, 1, key); }
 
@@ -108,7 +109,8 @@ template <class T> struct PrepareTokens {
     }
     square = warp_sum(square);
     if (lane() != 0) return;
-    global(scale)[token] = square == 0 && !MODALIGN_MUTATION("prepare: divide by zero") ? Real(0) : 1 / square_root(square);
+    const bool vanishes = square < kLeastSquare;
+    global(scale)[token] = vanishes && !MODALIGN_MUTATION("prepare: divide by zero") ? Real(0) : 1 / square_root(square);
     global(to.group)[token] = 0;   // these two stay only where cu leaves tokens out
     global(to.members)[token] = std::int32_t(token);
   }
@@ -208,7 +210,7 @@ template <class T> struct MatchScoreTiles {
   // Inverse lengths of the tile's destinations. Rows that do not exist have NaN, which never wins.
   MODALIGN_DEVICE void load_scales(const MatchItem& item, const TileRange& range) const {
     const Shared<Real> scales = shared<Real>(Backend::kSharedBytes, Backend::kRows);
-    const int row = thread_index();
+    const int row = opaque(thread_index());
     if (row >= Backend::kRows) return;
     Real here = MODALIGN_MUTATION("scores: rows that do not exist") ? Real(1) : kNone;
     if (row < range.rows) here = Global<const Real>(scale)[item.begin + item.target(int(range.row_begin) + row)];
