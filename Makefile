@@ -42,7 +42,7 @@ test-hosts: install
 	MODALIGN_HOSTS=1 PYTHONPATH=$(CURDIR)/python $(HOSTS)/bin/python -m pytest tests/hosts tests/test_gram_volume.py -p no:cacheprovider
 
 # The emulator, the kernels in it and the CPU kernels under AddressSanitizer (attention in half types alone is left out: the same code, minutes more). SANITIZE_TESTS= narrows it.
-SANITIZE_TESTS ?= -n $(WORKERS) --dist worksteal -q -k "not mutation and not (attention and f16)" tests/test_emulator.py tests/test_kernels_host.py tests/test_contrastive_host.py tests/test_segment_max_host.py tests/test_knn_host.py tests/test_structure_loss_host.py tests/test_masked_attention_host.py tests/test_attention_scores_host.py tests/test_dynamic_mask_host.py tests/test_kernels_cpu.py tests/test_tile_cpu.py
+SANITIZE_TESTS ?= -n $(WORKERS) --dist worksteal -q -k "not mutation and not (attention and f16)" tests/test_emulator.py tests/test_kernels_host.py tests/test_contrastive_host.py tests/test_segment_max_host.py tests/test_knn_host.py tests/test_structure_loss_host.py tests/test_masked_attention_host.py tests/test_attention_scores_host.py tests/test_dynamic_mask_host.py tests/test_match_tokens_host.py tests/test_reduce_groups_host.py tests/test_kernels_cpu.py tests/test_tile_cpu.py
 sanitize: install
 	PATH="$(RUN):$$PATH" PYTHON=$(RUN)/python tests/run_asan.sh $(SANITIZE_TESTS)
 

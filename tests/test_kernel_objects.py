@@ -14,6 +14,8 @@ STRUCTURE_KERNELS = 10  # instances of csrc/cuda/structure_loss.cuh: 5 for each 
 KNN_KERNELS = 25  # instances of csrc/cuda/knn.cuh: 4 for each of four dtypes, 3 for float and double, 3 for float as two planes
 ATTENTION_KERNELS = 35  # instances of csrc/cuda/masked_attention.cuh: 8 for each of four dtypes, 3 for masks
 DYNAMIC_MASK_KERNELS = 2  # instances of csrc/cuda/dynamic_mask.cuh: float and double
+MATCH_KERNELS = 14  # instances of csrc/cuda/match_tokens.cuh: 2 for each of four dtypes, 2 for float and double, 2 for all
+GROUP_KERNELS = 8  # instances of csrc/cuda/reduce_groups.cuh: 2 for each of four dtypes
 SCORE_KERNELS = 8  # instances of csrc/cuda/attention_scores.cuh: 2 for each of four dtypes
 REGISTERS = 65536  # of a multiprocessor
 CUDA_MACHINE = 190  # e_machine of a cubin
@@ -30,7 +32,7 @@ class Kernel:
         self.name, self.registers, self.frame = name, registers, frame
         self.opcodes = [OPCODES.get(word & 0xFFF) for (word,) in struct.iter_unpack("<Q8x", code)]
         self.is_attention = any(f"Attention{one}Tiles" in name for one in ("Forward", "Gradient", "Bias"))   # several products in one kernel
-        self.is_tile = "TileWalk" in name or "PairedProducts" in name or "AttentionScoreTiles" in name or self.is_attention
+        self.is_tile = "TileWalk" in name or "PairedProducts" in name or "AttentionScoreTiles" in name or "MatchScoreTiles" in name or self.is_attention
         self.is_double = "FmaBackendId" in name or "PairedProductsId" in name or "TilesId" in name
         self.planes = 3 if "Li2E" in name else 1   # products of planes for one product
         self.products = 1 if not self.is_attention else 3 if "AttentionGradientE0" in name or "AttentionGradientE1" in name else 2
@@ -114,14 +116,14 @@ def test_every_target_holds_every_instance(compiled):
     assert len(compiled) == len([target for target in targets if not target.endswith("-virtual")])
     for sm, kernels in compiled:
         assert 80 <= sm <= 90
-        assert len([name for name in kernels if "modalign_kernel" in name]) == VOLUME_KERNELS + LOSS_KERNELS + SEGMENT_KERNELS + KNN_KERNELS + STRUCTURE_KERNELS + ATTENTION_KERNELS + SCORE_KERNELS + DYNAMIC_MASK_KERNELS
+        assert len([name for name in kernels if "modalign_kernel" in name]) == VOLUME_KERNELS + LOSS_KERNELS + SEGMENT_KERNELS + KNN_KERNELS + STRUCTURE_KERNELS + ATTENTION_KERNELS + SCORE_KERNELS + DYNAMIC_MASK_KERNELS + MATCH_KERNELS + GROUP_KERNELS
 
 
 def test_registers_allow_the_planned_blocks(compiled):
     for _, kernels in compiled:
         for kernel in kernels.values():
             alone = "MmaBackendI13__nv_bfloat16Li2E" in kernel.name or ("CoefficientEpilogue" in kernel.name and "LossUpstreamId" in kernel.name)
-            blocks = 3 if kernel.is_warp else 1 if alone or kernel.is_attention else 2
+            blocks = 9 if "ReduceGroups" in kernel.name or "SpreadGroups" in kernel.name else 3 if kernel.is_warp else 1 if alone or kernel.is_attention else 2
             assert kernel.registers <= 255 and kernel.registers * kernel.threads * blocks <= REGISTERS, (kernel.name, kernel.registers)
 
 

@@ -9,6 +9,8 @@
 #include "cuda/gram_volume.h"
 #include "cuda/knn.h"
 #include "cuda/masked_attention.h"
+#include "cuda/match_tokens.h"
+#include "cuda/reduce_groups.h"
 #include "cuda/segment_max_similarity.h"
 #include "cuda/structure_loss.h"
 #endif
@@ -24,7 +26,8 @@ MODALIGN_EXPORT const char* modalign_kernel_catalogue() {
   static const std::string all = std::string(modalign::cuda::kernel_catalogue()) + modalign::cuda::contrastive_kernel_catalogue() +
                                  modalign::cuda::segment_max_kernel_catalogue() + modalign::cuda::knn_kernel_catalogue() +
                                  modalign::cuda::structure_kernel_catalogue() + modalign::cuda::attention_kernel_catalogue() +
-                                 modalign::cuda::attention_score_kernel_catalogue() + modalign::cuda::dynamic_mask_kernel_catalogue();
+                                 modalign::cuda::attention_score_kernel_catalogue() + modalign::cuda::dynamic_mask_kernel_catalogue() +
+                                 modalign::cuda::match_tokens_kernel_catalogue() + modalign::cuda::group_kernel_catalogue();
   return all.c_str();
 #else
   return "";
