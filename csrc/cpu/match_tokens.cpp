@@ -1,11 +1,11 @@
 // Bipartite soft matching of tokens; compiled once per instruction set.
 //
 // Maths      ops/match_tokens.h. (Bolya et al., "Token Merging: your ViT but faster", ICLR 2023.)
-// Scores     destinations are scaled to unit length and packed, all items at once; a task is kTileRows sources of an item, which it scales itself, against all destinations tile by tile. A lane
-//            keeps the best product that it has seen and its column; the lanes are compared at the end of the row. 2 FLOPs for a source, a destination and an element: n^2 D / 2 an item.
+// Scores     destinations are packed, all items at once; a task is kTileRows sources of an item against all destinations tile by tile. A lane keeps the best product over the destination's
+//            length that it has seen and its column; the lanes are compared at the end of the row, and the best is divided by the source's length. 2 FLOPs for a source, a destination and an element: n^2 D / 2 an item.
 // Choice     sources of an item are sorted as keys of score and place (cpu/select.h); rows of the output are numbered, and tokens counted into them.
 // Memory     the packed destinations, T D / 2 numbers; 8 T bytes of keys (twice that for double), twice. No matrix of scores.
-// Precision  lengths that would overflow or vanish in float are taken in double; products of unit vectors accumulate in float (double for double).
+// Precision  products accumulate in float (double for double) and are scaled afterwards, so that those of whole numbers are exact and equal ones tie.
 // Order      products have one order of sums wherever their tile begins, a maximum has none, keys are all different: equal bits for any threads, alone and in any batch.
 
 #include "cpu/match_tokens.h"
@@ -43,13 +43,17 @@ struct Item {
 template <class T>
 struct Buffers {
   T* target_panels;             // [panels][D][kPanelColumns]
+  T* target_scales;             // [panels][kPanelColumns] 1 / length
   std::int64_t *panels, *blocks;   // [B + 1] panels of destinations and blocks of sources before an item
   Key<T>*keys, *spare;          // [T] of which an item has those of its tokens
   std::int32_t* partner;        // [T] for a source, its destination
   std::int64_t* merges;         // [B]
 
+  static std::int64_t most_targets(const MatchProblem& p) { return ((p.split < 0 ? p.T / 2 : p.T) / kPanelColumns<T> + p.B) * kPanelColumns<T>; }   // with padding
+
   Buffers(const MatchProblem& p, Arena& arena)
-      : target_panels(arena.take<T>(((p.split < 0 ? p.T / 2 : p.T) / kPanelColumns<T> + p.B) * kPanelColumns<T> * p.D)),
+      : target_panels(arena.take<T>(most_targets(p) * p.D)),
+        target_scales(arena.take<T>(most_targets(p))),
         panels(arena.take<std::int64_t>(p.B + 1)),
         blocks(arena.take<std::int64_t>(p.B + 1)),
         keys(arena.take<Key<T>>(p.T)),
@@ -69,21 +73,22 @@ std::int64_t holding(const std::int64_t* before, std::int64_t items, std::int64_
   return low;
 }
 
-// Token i of item b at unit length; a zero vector stays one.
+// Token i of item b as it is, and 1 over its length, for a zero vector 0. (Not at unit length: products of whole numbers are exact then, and equal ones tie.) Where a square leaves the range of
+// T the row is moved into it by a power of 2, which changes no cosine.
 template <class T>
-void unit_row(const MatchProblem& p, const Item& item, std::int64_t b, std::int64_t i, T* row) {
+T load_token(const MatchProblem& p, const Item& item, std::int64_t b, std::int64_t i, T* row) {
   const std::int64_t at = p.cu ? (item.begin + i) * p.features.row_stride : b * p.features.batch_stride + i * p.features.row_stride;
   load_row<T>(p.dtype, p.features.data, at, p.features.element_stride, p.D, row);
-  const T square = dot<T>(row, row, p.D);
-  if (square > T(1e-30) && square < T(1e30)) {
-    const T length = std::sqrt(square);
-    for (std::int64_t k = 0; k < p.D; ++k) row[k] /= length;
-    return;
+  T square = dot<T>(row, row, p.D);
+  if (!(square > T(1e-30) && square < T(1e30))) {
+    T largest = 0;
+    for (std::int64_t k = 0; k < p.D; ++k) largest = std::fabs(row[k]) > largest ? std::fabs(row[k]) : largest;
+    if (largest == 0) return 0;   // a NaN in it reaches the products
+    const int exponent = std::ilogb(largest);
+    for (std::int64_t k = 0; k < p.D; ++k) row[k] = std::ldexp(row[k], -exponent);
+    square = dot<T>(row, row, p.D);
   }
-  double sum = 0;   // in double no float's square overflows or vanishes
-  for (std::int64_t k = 0; k < p.D; ++k) sum += double(row[k]) * double(row[k]);
-  const double length = sum == 0 ? 1 : std::sqrt(sum);
-  for (std::int64_t k = 0; k < p.D; ++k) row[k] = static_cast<T>(row[k] / length);
+  return 1 / std::sqrt(square);
 }
 
 template <class T>
@@ -96,12 +101,12 @@ void score_sources(const MatchProblem& p, const Buffers<T>& buffers, T* score, c
       const std::int64_t b = holding(buffers.panels, p.B, panel), t = (panel - buffers.panels[b]) * P;
       const Item item(p, b);
       const int count = static_cast<int>(minimum(P, item.targets - t));
-      for (int r = 0; r < count; ++r) unit_row<T>(p, item, b, item.target(t + r), rows + r * p.D);
+      for (int r = 0; r < P; ++r) buffers.target_scales[panel * P + r] = r < count ? load_token<T>(p, item, b, item.target(t + r), rows + r * p.D) : T(1);
       pack_panel(static_cast<int>(P), count, p.D, [&](int r) { return rows + r * p.D; }, buffers.target_panels + panel * P * p.D);
     }
   });
   parallel_for(parallel, 0, buffers.blocks[p.B], 1, [&](std::int64_t begin, std::int64_t end) {
-    Scratch<T> rows(kTileRows * p.D), edge(kRegisterRows * p.D), tile(kTileRows * ld), best(kTileRows * L);
+    Scratch<T> rows(kTileRows * p.D), edge(kRegisterRows * p.D), tile(kTileRows * ld), best(kTileRows * L), scales(kTileRows);
     Scratch<Integer<T>> at(kTileRows * L);
     Vector<Integer<T>> lane;
     for (int l = 0; l < L; ++l) lane[l] = l;
@@ -109,18 +114,18 @@ void score_sources(const MatchProblem& p, const Buffers<T>& buffers, T* score, c
       const std::int64_t b = holding(buffers.blocks, p.B, block), first = (block - buffers.blocks[b]) * kTileRows;
       const Item item(p, b);
       const std::int64_t count = minimum(kTileRows, item.sources - first);
-      for (std::int64_t i = 0; i < count; ++i) unit_row<T>(p, item, b, item.source(first + i), rows + i * p.D);
+      for (std::int64_t i = 0; i < count; ++i) scales[i] = load_token<T>(p, item, b, item.source(first + i), rows + i * p.D);
       for (std::int64_t i = 0; i < count * L; ++i) best[i] = none, at[i] = 0;
       for (std::int64_t t = 0; t < item.targets; t += ld) {
-        const std::int64_t valid = minimum(ld, item.targets - t), columns = round_up(valid, P);
-        tile_product_by_rows<T>(rows, p.D, count, buffers.target_panels + (buffers.panels[b] * P + t) * p.D, columns, p.D, tile, ld, edge);
+        const std::int64_t valid = minimum(ld, item.targets - t), columns = round_up(valid, P), packed = buffers.panels[b] * P + t;
+        tile_product_by_rows<T>(rows, p.D, count, buffers.target_panels + packed * p.D, columns, p.D, tile, ld, edge);
         for (std::int64_t i = 0; i < count; ++i) {
           T* const product = tile + i * ld;
           for (std::int64_t c = valid; c < columns; ++c) product[c] = none;
           Vector<T> top = load(best + i * L);
           Vector<Integer<T>> where = load(at + i * L);
           for (std::int64_t c = 0; c < columns; c += L) {
-            const Vector<T> z = load(product + c);
+            const Vector<T> z = load(product + c) * load(buffers.target_scales + packed + c);
             const auto better = z > top;
             where = better ? broadcast(static_cast<Integer<T>>(t + c)) + lane : where;
             top = better ? z : top;
@@ -135,7 +140,8 @@ void score_sources(const MatchProblem& p, const Buffers<T>& buffers, T* score, c
         for (std::int64_t l = i * L; l < (i + 1) * L; ++l)
           if (best[l] > top || (best[l] == top && at[l] < where)) top = best[l], where = at[l];
         const std::int64_t source = item.begin + item.source(first + i);
-        score[source] = top;
+        const T cosine = top * scales[i];
+        score[source] = top > none && cosine == cosine ? cosine : none;
         buffers.partner[source] = static_cast<std::int32_t>(item.target(where));
       }
     }

@@ -91,7 +91,7 @@ void reduce_group(const GroupsProblem& p, const Group<T>& group, const Rows<T>& 
   for (std::int64_t m = group.begin + 1; m < group.end; ++m) {
     const T* __restrict__ x = rows[group.row(m)];
     const T weight = group.weight(m);
-    if (mean && m + 1 == group.end) for (std::int64_t k = 0; k < p.C; ++k) out[k] = (out[k] + weight * x[k]) / group.total;   // exact for equal rows
+    if (mean && m + 1 == group.end) for (std::int64_t k = 0; k < p.C; ++k) out[k] = (out[k] + weight * x[k]) / group.total;   // exact for two equal rows
     else for (std::int64_t k = 0; k < p.C; ++k) out[k] += weight * x[k];
   }
 }

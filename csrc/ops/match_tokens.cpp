@@ -1,8 +1,6 @@
 // match_tokens: schema, one check, CPU and CUDA entry points. ops/match_tokens.h says what the numbers are.
 #include "ops/match_tokens.h"
 
-#undef MODALIGN_WITH_CUDA   // the CPU alone so far
-
 #include <optional>
 #include <tuple>
 

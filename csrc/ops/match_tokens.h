@@ -12,8 +12,9 @@
 //
 //     first = 0     sources that stay, by falling v (equal: by place), then the destinations
 //     first > 0     tokens that take no part, sources that stay, destinations, each by place
-//     keep_order    by the first token of the group; so also in an item in which no source joins
+//     keep_order    by the first token of the group
 //
+// (in an item in which no source joins, as they were)
 // and those of an item behind those of the item before it.
 #pragma once
 

@@ -1,8 +1,6 @@
 // reduce_groups and spread_groups: schemas, one check, CPU and CUDA entry points. ops/reduce_groups.h says what the numbers are.
 #include "ops/reduce_groups.h"
 
-#undef MODALIGN_WITH_CUDA   // the CPU alone so far
-
 #include <optional>
 #include <tuple>
 #include <vector>

@@ -173,16 +173,17 @@ def reference_match_tokens(features: Tensor, r: int, *, protected: int = 0, sour
     features, _, _, r = _checked("reference_match_tokens", features, r, protected, sources, None, keep_order, None, None)
     B, N, _ = features.shape
     device = features.device
-    length = features.norm(dim=-1, keepdim=True)
-    unit = torch.where(length > 0, features / length, 0)
+    length = features.norm(dim=-1)
+    inverse = torch.where(length > 0, 1 / length, 0)  # after the product, which of whole numbers is exact then, so that equal ones tie
     tokens = torch.arange(N, device=device)
     looks = (tokens % 2 == 0 if sources is None else tokens < sources)[protected:]
     looking, others = tokens[protected:][looks], tokens[protected:][~looks]
     r = _joining(N, r, protected, sources)
     place = tokens.repeat(B, 1)
     if r:
-        similarity = (unit[:, looking] @ unit[:, others].mT).nan_to_num(-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-        best, partner = similarity.max(2)
+        similarity = (features[:, looking] @ features[:, others].mT) * inverse[:, None, others]
+        best, partner = similarity.nan_to_num(-torch.inf, posinf=-torch.inf, neginf=-torch.inf).max(2)
+        best = (best * inverse[:, looking]).nan_to_num(-torch.inf)
         order = best.argsort(dim=1, descending=True, stable=True)
         target = tokens.repeat(B, 1)
         target.scatter_(1, looking[order[:, :r]], others[partner.gather(1, order[:, :r])])  # the token whose row each joins
