@@ -1,12 +1,13 @@
 """Facts of the compiled GPU code, read from the cubins inside `_C.so`: registers, stack frames (where spills go), the instructions of main loops."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "python" / "modalign"
+PACKAGE = Path(os.environ.get("MODALIGN_PACKAGE", Path(__file__).parents[1] / "python" / "modalign"))   # `make wheel` has it look into the wheel, which holds all targets
 VOLUME_KERNELS = 72  # instances of csrc/cuda/gram_volume.cuh with the shared ones of pair_gradient.cuh: 18 for each of four dtypes
 LOSS_KERNELS = 80  # instances of csrc/cuda/contrastive_loss.cuh: 17 for each of four dtypes, 5 for float and double, 2 for half types
 SEGMENT_KERNELS = 20  # instances of csrc/cuda/segment_max_similarity.cuh: 5 for each of four dtypes

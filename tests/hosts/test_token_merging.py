@@ -116,6 +116,35 @@ def test_transformers(name):
     assert torch.equal(model(pictures).last_hidden_state, before)
 
 
+@pytest.mark.parametrize("name", list(TOWERS))
+def test_hidden_states_are_recorded_and_layers_checkpointed(name):
+    """As vision-language models ask for them: those of every layer, with as many tokens as the layer left."""
+    torch.manual_seed(0)
+    model, pictures = TOWERS[name](), torch.randn(2, 3, 64, 64)
+    with nn.patch(model, r=3):
+        states = model.eval()(pictures, output_hidden_states=True).hidden_states
+        N = states[0].shape[1]
+        assert [state.shape[1] for state in states] == [N, N - 3, N - 6, N - 9]
+        model.train()
+        want = torch.autograd.grad(model(pictures).last_hidden_state.square().sum(), list(model.parameters()), allow_unused=True)
+        model.gradient_checkpointing_enable()
+        got = torch.autograd.grad(model(pictures).last_hidden_state.square().sum(), list(model.parameters()), allow_unused=True)
+        for a, b in zip(got, want, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b)
+    assert all(type(each).__module__ != nn.patch.__module__ for each in model.modules())
+
+
+def test_intermediates_of_timm():
+    model, pictures = vit(), torch.randn(2, 3, 64, 64)
+    with nn.patch(model, r=2):
+        states = model.forward_intermediates(pictures, output_fmt="NLC", intermediates_only=True)
+        assert [state.shape[1] for state in states] == [14, 12, 10, 8]
+        with pytest.raises(ValueError, match="patch: layers must be run from the first on while tokens merge, got slice"):
+            model.blocks[2:]
+
+
 def test_training_checkpoints_and_two_passes_at_once():
     model, pictures = vit(), torch.randn(2, 3, 64, 64)
     with nn.patch(model, r=2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -127,6 +128,20 @@ class MergedPass:
         return self.sources[-1]
 
 
+@functools.cache
+def _merging_class(kind: type) -> type:
+    """A layer's class, whose forward merges tokens where `_Layer` calls it, so that hooks and checkpoints around the layer stay what they are."""
+
+    class Merging(kind):  # type: ignore[misc, valid-type]
+        def forward(self, x: Tensor, *args: Any, _merging: _Layer | None = None, **options: Any) -> Any:
+            if _merging is None:
+                return super().forward(x, *args, **options)
+            return _merging.forward(super().forward, x, args, options)
+
+    Merging.__name__, Merging.__qualname__, Merging.__doc__ = kind.__name__, kind.__qualname__, kind.__doc__
+    return Merging
+
+
 class _Layer:
     """A layer within one pass. Its state is the pass's own, by the layer's number: a layer that is run again for its gradient finds what it found before."""
 
@@ -137,11 +152,14 @@ class _Layer:
         return getattr(self.layer, name)
 
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        return self.layer(x, *args, _merging=self, **options)
+
+    def forward(self, plain: Callable[..., Any], x: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         merging, run, index = self.merging, self.run, self.index
         r = min(merging.schedule[index], max(0, x.shape[1] - merging.protected) // 2)
         size, source = run.sizes[index], run.sources[index]
         if r == 0 and size is None:
-            x = self.layer(x, *args, **options)
+            x = plain(x, *args, **options)
         else:
             given = [*args, *(value for name, value in options.items() if name in ("attn_mask", "attention_mask", "rope", "position_embeddings", "is_causal"))]
             if any(value is not None and value is not False for value in given):
@@ -164,7 +182,7 @@ class _Layer:
 
 
 class _Layers(nn.ModuleList):
-    """In the place of the model's list of layers, with the same names of parameters. A loop over it is one pass."""
+    """In the place of the model's list of layers, with the same names of parameters. A loop over it, or over its first layers, is one pass."""
 
     def __init__(self, layers: Any, merging: TokenMerging) -> None:
         super().__init__(layers)
@@ -175,6 +193,13 @@ class _Layers(nn.ModuleList):
         run = MergedPass(len(self))
         for index, layer in enumerate(super().__iter__()):
             yield _Layer(layer, index, run, merging)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        if index.start not in (None, 0) or index.step not in (None, 1):
+            raise ValueError(f"patch: layers must be run from the first on while tokens merge, got {index}")
+        return _Layers(list(self._modules.values())[index], *self.merging)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self:
@@ -192,6 +217,8 @@ class TokenMerging:
         self.last: MergedPass | None = None
         self.r = r
         setattr(place, name, _Layers(self.layers, self))
+        for layer in self.layers:
+            layer.__class__ = _merging_class(type(layer))
 
     @property
     def r(self) -> Any:
@@ -205,6 +232,8 @@ class TokenMerging:
     def remove(self) -> None:
         """The model as it was."""
         setattr(self.place, self.name, self.layers)
+        for layer in self.layers:
+            layer.__class__ = type(layer).__base__
 
     def __enter__(self) -> TokenMerging:
         return self
