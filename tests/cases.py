@@ -473,7 +473,7 @@ VOLUMES = [GRAM_VOLUME, PAIRED_GRAM_VOLUME, TRIANGLE_AREA, *WIDE]
 CASES = [*VOLUMES, *CONTRASTIVE, *DERIVED, SEGMENT_MAX_SIMILARITY, KNN_VALUES, STRUCTURE_LOSS, *ATTENTION, DYNAMIC_MASK_ATTENTION, *NEIGHBORHOODS, VIRTUAL_UNMERGE_ATTENTION, *ATTENTION_SCORES, MERGE_TOKENS]
 
 # Without a gradient, so not for the battery: what they promise is tested in test_volume_search.py, test_hard_negatives.py, test_knn.py,
-# test_attention_scores.py and test_match_tokens.py.
+# test_attention_scores.py, test_match_tokens.py and test_select_diverse.py.
 SELECTIONS = [
     "attention_row_statistics",
     "clip_hard_negatives",
@@ -486,5 +486,6 @@ SELECTIONS = [
     "match_tokens",
     "mine_hard_negatives",
     "mutual_nearest",
+    "select_diverse",
     "target_rank",
 ]

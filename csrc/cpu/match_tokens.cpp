@@ -12,8 +12,8 @@
 
 #include <limits>
 
-#include "cpu/pack_rows.h"
 #include "cpu/select.h"
+#include "cpu/token_rows.h"
 
 namespace modalign::cpu {
 inline namespace MODALIGN_ISA {
@@ -73,22 +73,10 @@ std::int64_t holding(const std::int64_t* before, std::int64_t items, std::int64_
   return low;
 }
 
-// Token i of item b as it is, and 1 over its length, for a zero vector 0. (Not at unit length: products of whole numbers are exact then, and equal ones tie.) Where a square leaves the range of
-// T the row is moved into it by a power of 2, which changes no cosine.
 template <class T>
 T load_token(const MatchProblem& p, const Item& item, std::int64_t b, std::int64_t i, T* row) {
   const std::int64_t at = p.cu ? (item.begin + i) * p.features.row_stride : b * p.features.batch_stride + i * p.features.row_stride;
-  load_row<T>(p.dtype, p.features.data, at, p.features.element_stride, p.D, row);
-  T square = dot<T>(row, row, p.D);
-  if (!(square > T(1e-30) && square < T(1e30))) {
-    T largest = 0;
-    for (std::int64_t k = 0; k < p.D; ++k) largest = std::fabs(row[k]) > largest ? std::fabs(row[k]) : largest;
-    if (largest == 0) return 0;   // a NaN in it reaches the products
-    const int exponent = std::ilogb(largest);
-    for (std::int64_t k = 0; k < p.D; ++k) row[k] = std::ldexp(row[k], -exponent);
-    square = dot<T>(row, row, p.D);
-  }
-  return 1 / std::sqrt(square);
+  return modalign::cpu::load_token<T>(p.dtype, p.features.data, at, p.features.element_stride, p.D, row);
 }
 
 template <class T>

@@ -4,7 +4,7 @@ from .._load import load_library
 
 load_library()  # the files below tell torch about the raw ops, so these have to be there first
 
-from ._results import AttentionRowStatistics, HardNegatives, Matches, NeighborGraph, Neighbors, SegmentMax  # noqa: E402, F401
+from ._results import AttentionRowStatistics, HardNegatives, Matches, NeighborGraph, Neighbors, SegmentMax, Selection  # noqa: E402, F401
 from ._token_match import TokenMatch  # noqa: E402, F401
 from .attention_column_sum import attention_column_sum  # noqa: E402
 from .attention_columns import attention_columns  # noqa: E402
@@ -36,6 +36,7 @@ from .paired_gram_volume import paired_gram_volume  # noqa: E402
 from .pairwise_logsumexp import pairwise_logsumexp  # noqa: E402
 from .segment_max_similarity import segment_max_similarity  # noqa: E402
 from .scaled_dot_product_attention import scaled_dot_product_attention  # noqa: E402
+from .select_diverse import select_diverse  # noqa: E402
 from .siglip_loss import siglip_loss  # noqa: E402
 from .structure_loss import structure_loss  # noqa: E402
 from .target_rank import target_rank  # noqa: E402
@@ -74,6 +75,7 @@ __all__ = [
     "pairwise_logsumexp",
     "scaled_dot_product_attention",
     "segment_max_similarity",
+    "select_diverse",
     "siglip_loss",
     "structure_loss",
     "target_rank",

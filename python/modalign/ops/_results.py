@@ -80,6 +80,21 @@ class AttentionRowStatistics(NamedTuple):
         return AttentionRowStatistics(self.entropy.to(device), self.maximum.to(device))
 
 
+class Selection(NamedTuple):
+    """Tokens in the order in which they were taken.
+
+    indices : Tensor int64 [B, n]
+    radii : Tensor [B, n]
+        How far each was from those before it.
+    """
+
+    indices: Tensor
+    radii: Tensor
+
+    def to(self, device: torch.device | str) -> Selection:
+        return Selection(self.indices.to(device), self.radii.to(device))
+
+
 class NeighborGraph(NamedTuple):
     """The edges from points to their neighbours in compressed rows, the columns of a row in rising order.
 
