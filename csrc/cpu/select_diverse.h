@@ -7,9 +7,13 @@
 
 namespace modalign::cpu {
 
+struct DiverseWorkspace {
+  std::int64_t bytes, cosine_bytes;   // of which the second are at most those that the caller allows
+};
+
 struct DiverseKernels {
-  std::int64_t (*workspace)(const DiverseProblem&, std::int64_t cosine_bytes);
-  void (*select)(const DiverseProblem&, const DiverseResult&, std::int64_t cosine_bytes, void* workspace, const Parallel&);
+  DiverseWorkspace (*workspace)(const DiverseProblem&, std::int64_t cosine_bytes);
+  void (*select)(const DiverseProblem&, const DiverseResult&, std::int64_t cosine_bytes, void* workspace, void* cosines, const Parallel&);
 };
 
 const DiverseKernels& diverse_kernels();   // of the instruction set in use

@@ -63,8 +63,9 @@ Two select_diverse(const Tensor& features, const std::optional<Tensor>& lengths,
   const DiverseResult to{static_cast<std::int64_t*>(indices.mutable_data_ptr()), radii.mutable_data_ptr()};
   if (n > 0 && p.B > 0) {
     const cpu::DiverseKernels& kernels = cpu::diverse_kernels();
-    const Tensor workspace = new_workspace(features, kernels.workspace(p, workspace_bytes));
-    kernels.select(p, to, workspace_bytes, workspace.mutable_data_ptr(), kTorchParallel);
+    const cpu::DiverseWorkspace space = kernels.workspace(p, workspace_bytes);
+    const Tensor workspace = new_workspace(features, space.bytes), cosines = new_workspace(features, space.cosine_bytes);
+    kernels.select(p, to, workspace_bytes, workspace.mutable_data_ptr(), cosines.mutable_data_ptr(), kTorchParallel);
   }
   return {indices, radii};
 }
