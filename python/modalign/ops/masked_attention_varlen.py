@@ -109,7 +109,8 @@ def masked_attention_varlen(
         for name, cu, rows, longest in (("cu_seqlens_q", cu_seqlens_q, sizes[2], max_q), ("cu_seqlens_k", cu_seqlens_k, sizes[3], max_k)):
             if are_there(cu) and (int(cu[0]) != 0 or int(cu[-1]) != rows or bool(((cu.diff() < 0) | (cu.diff() > longest)).any())):
                 raise RuntimeError(f"{op}: {name} must rise from 0 to the number of rows {rows}, by at most {longest}, got {cu.tolist()}")
-        tensors, steps = check.check_mask(op, mask & packed(cu_seqlens_q, cu_seqlens_k, *sizes[2:], causal=check.CAUSAL[numbers[0]]), q, sizes, k.shape[1])  # type: ignore[operator]
+        both = mask & packed(cu_seqlens_q, cu_seqlens_k, *sizes[2:], causal=check.CAUSAL[numbers[0]])  # type: ignore[operator]
+        tensors, steps = list(both.tensors), list(both.steps)
         sequences, numbers = (None, None, 0, 0), (0, *numbers[1:])
     with without_autocast(query.device.type):
         out, lse = call("masked_attention", q, k, v, None, None, *sequences, *numbers, tensors, steps)

@@ -104,7 +104,7 @@ def reference_merge_tokens(x: Tensor, features: Tensor, r: int, *, size: Tensor 
 
 
 def formula_merge_tokens(x: Tensor, features: Tensor, r: int, *, size: Tensor | None = None, protected: int = 0) -> MergedTokens:
-    """The usual code: one step of matching, weighting, `index_add` and division in the input dtype. For comparisons: without class token, in the paper's order."""
+    """The usual code: one step of matching, weighting, `index_add` and division in the input dtype. For comparisons, with up to two protected tokens."""
     return _formula(x, features, r, size, protected, _index_add)
 
 
